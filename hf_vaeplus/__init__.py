@@ -1,0 +1,37 @@
+"""VAE+ for the Hugging Face ecosystem: images from noise in one pass, with posteriors and without adversaries."""
+
+from transformers import AutoConfig, AutoModel
+
+from .modeling_vaeplus import (
+    GaussianPosterior,
+    VAEPlusAutoencoderConfig,
+    VAEPlusAutoencoderModel,
+    VAEPlusPreTrainedModel,
+    VAEPlusVAEConfig,
+    VAEPlusVAEModel,
+)
+
+for _config, _model in (
+    (VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel),
+    (VAEPlusVAEConfig, VAEPlusVAEModel),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+
+__all__ = [
+    "GaussianPosterior",
+    "VAEPlusAutoencoderConfig",
+    "VAEPlusAutoencoderModel",
+    "VAEPlusPipeline",
+    "VAEPlusPreTrainedModel",
+    "VAEPlusVAEConfig",
+    "VAEPlusVAEModel",
+]
+
+
+def __getattr__(name: str):
+    if name == "VAEPlusPipeline":  # on first use: importing a model alone does not import diffusers
+        from .pipeline_vaeplus import VAEPlusPipeline
+
+        return VAEPlusPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,651 @@
+"""Autoencoder and Gaussian VAE of "On the Regularization Balance in Autoencoder-Based Generative Models" (VAE+).
+
+The whole method is in this file, which imports nothing else of the package: an exported Hub repository carries it
+alone. Two models make the three stages:
+
+    stage 0  `VAEPlusAutoencoderModel`  image x  -> code       unregularised, sum of squared errors   (Section 4, 3.)
+    stage 1  `VAEPlusVAEModel`          code     -> latents z  error measured on images through the frozen decoder
+    stage 2  `VAEPlusVAEModel`          z        -> latents u  a model of the aggregate posterior q(z)
+
+Conventions: pixels lie in [0, 1]; gamma is the decoder **variance** (Eq. 3); losses are sums over dimensions and
+means over the batch, in nats.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+# ------------------------------------------------------------------------------------------------------- configs
+
+# What the libraries themselves put into a config's keyword arguments; anything else unknown is a misspelling.
+_LIBRARY_KEYS = frozenset(
+    "_attn_implementation _commit_hash _name_or_path attn_implementation auto_map experts_implementation model_type"
+    " name_or_path num_labels torch_dtype".split()
+)
+
+
+class VAEPlusConfig(PreTrainedConfig):
+    """Base of both configs: refuses keyword arguments that no field has (transformers would store them silently)."""
+
+    def __post_init__(self, **kwargs):
+        known = [field.name for field in fields(self)]
+        for name in kwargs:
+            if name not in _LIBRARY_KEYS and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the fields are {sorted(self._own_fields())}."
+                raise ValueError(f"{type(self).__name__} has no field {name!r}: {hint}")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _own_fields(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name not in PreTrainedConfig.__dataclass_fields__]
+
+    def _check_positive(self, *names: str):
+        for name in names:
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not number > 0:
+                    raise ValueError(f"{type(self).__name__}.{name} must be positive, got {value}.")
+
+    def _check_grid(self, image_size: int):
+        """The convolutional networks need whole pixels at every scale."""
+        divisor = self.patch_size * 2 ** (len(self.hidden_channels) - 1)
+        if image_size % divisor:
+            raise ValueError(
+                f"image size {image_size} must be a multiple of patch_size * 2**(len(hidden_channels) - 1) ="
+                f" {divisor}: change hidden_channels={self.hidden_channels} or patch_size={self.patch_size}."
+            )
+
+
+@strict
+class VAEPlusAutoencoderConfig(VAEPlusConfig):
+    """Configuration of [`VAEPlusAutoencoderModel`].
+
+    Args:
+        image_size (`int`): height and width of the square images, 32 to 256 pixels.
+        num_channels (`int`): 1 (grey) or 3 (colour).
+        latent_dim (`int`): length of the code.
+        patch_size (`int`): pixels per side that the first layer folds into channels; the networks run on the grid of
+            `image_size / patch_size` positions a side, where convolutions are cheap.
+        hidden_channels (`tuple[int, ...]`): channels at each scale of the encoder, halving the grid in between; the
+            decoder mirrors them.
+        num_blocks (`int`): residual blocks per scale in the encoder and in the decoder.
+
+    Raises:
+        ValueError: an unknown or non-positive field, or an image size that the scales do not divide.
+    """
+
+    model_type = "vaeplus_autoencoder"
+
+    image_size: int = 64
+    num_channels: int = 3
+    latent_dim: int = 64
+    patch_size: int = 4
+    hidden_channels: list[int] | tuple[int, ...] = (128, 256, 512)
+    num_blocks: int = 2
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.hidden_channels = tuple(self.hidden_channels)
+        self._check_positive("latent_dim", "patch_size", "hidden_channels", "num_blocks")
+        if self.num_channels not in (1, 3):
+            raise ValueError(f"VAEPlusAutoencoderConfig.num_channels must be 1 or 3, got {self.num_channels}.")
+        if not 32 <= self.image_size <= 256:
+            raise ValueError(f"VAEPlusAutoencoderConfig.image_size must be 32 to 256, got {self.image_size}.")
+        self._check_grid(self.image_size)
+
+
+@strict
+class VAEPlusVAEConfig(VAEPlusConfig):
+    """Configuration of [`VAEPlusVAEModel`], the VAE of stages 1 and 2 and of the baselines.
+
+    Args:
+        input_shape (`tuple[int, ...]`): `(64,)` for a code of 64 numbers, `(channels, height, width)` for pixels.
+        latent_dim (`int`): kappa, the number of latent dimensions.
+        network (`"mlp" | "conv" | "affine"`): residual MLP on the flattened input; residual convolutions straight on
+            pixels; the affine model of Theorem 1 (Eq. 3), whose posterior variance does not depend on the input.
+        hidden_dim, num_blocks (`int`): width and residual blocks of two layers each in the MLP; `num_blocks` is also
+            the number of blocks per scale of the convolutional network.
+        patch_size, hidden_channels: as in [`VAEPlusAutoencoderConfig`], for `network="conv"`.
+        encoder_residual, decoder_residual (`bool`): without them that half of the MLP is a plain feed-forward stack
+            of `2 * num_blocks` hidden layers.
+        affine_skip (`bool`): adds W z + b to the decoder mean (Eq. 5).
+        gamma (`"learned" | "analytic" | "fixed"`): the decoder variance is a parameter, or follows its closed-form
+            optimum (the running mean of the squared error per dimension), or stays at `gamma_init`.
+        gamma_init (`float`): the variance at the start. A second stage wants it well below 1 (its inputs have unit
+            variance, and a direction survives only while its variance exceeds gamma).
+        gamma_momentum (`float`): momentum of the running mean of `gamma="analytic"`, in [0, 1).
+        min_gamma (`float`): floor of the learned and the analytic variance.
+        reconstruction_space (`"input" | "image"`): where the data term is measured: on the inputs themselves, or on
+            images through the `target_decoder` given to `forward` (Section 4). gamma is a variance in that space.
+
+    Raises:
+        ValueError: an unknown, non-positive or inconsistent field.
+    """
+
+    model_type = "vaeplus_vae"
+
+    input_shape: list[int] | tuple[int, ...] = (64,)
+    latent_dim: int = 64
+    network: Literal["mlp", "conv", "affine"] = "mlp"
+    hidden_dim: int = 512
+    num_blocks: int = 3
+    patch_size: int = 4
+    hidden_channels: list[int] | tuple[int, ...] = (128, 256, 512)
+    encoder_residual: bool = True
+    decoder_residual: bool = True
+    affine_skip: bool = True
+    gamma: Literal["learned", "analytic", "fixed"] = "analytic"
+    gamma_init: float | int = 1.0
+    gamma_momentum: float | int = 0.99
+    min_gamma: float | int = 1e-8
+    reconstruction_space: Literal["input", "image"] = "input"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.input_shape, self.hidden_channels = tuple(self.input_shape), tuple(self.hidden_channels)
+        self._check_positive("input_shape", "latent_dim", "hidden_dim", "num_blocks", "patch_size", "hidden_channels")
+        self._check_positive("gamma_init", "min_gamma")
+        if not 0 <= self.gamma_momentum < 1:
+            raise ValueError(f"VAEPlusVAEConfig.gamma_momentum must lie in [0, 1), got {self.gamma_momentum}.")
+        if self.network == "conv":
+            if len(self.input_shape) != 3 or self.input_shape[1] != self.input_shape[2]:
+                raise ValueError(
+                    f"network='conv' needs input_shape=(channels, size, size), got {self.input_shape}:"
+                    " use network='mlp' for vectors."
+                )
+            self._check_grid(self.input_shape[1])
+
+    @property
+    def input_dim(self) -> int:
+        """Number of values in one input."""
+        return math.prod(self.input_shape)
+
+
+# ------------------------------------------------------------------------------------------------------- outputs
+
+
+@dataclass
+class VAEPlusAutoencoderOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`): squared error per image, summed over its values, mean over the batch.
+    reconstruction (`torch.FloatTensor` of shape `(batch, num_channels, image_size, image_size)`): around [0, 1].
+    code (`torch.FloatTensor` of shape `(batch, latent_dim)`).
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    code: torch.FloatTensor | None = None
+
+
+@dataclass
+class VAEPlusVAEOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `()`): nll + kl_weight * kl; with weight 1 the negative ELBO, nats per sample.
+    nll (`torch.FloatTensor` of shape `()`): data term -log N(target | mean, gamma I); can be negative (a density).
+    kl (`torch.FloatTensor` of shape `()`): KL[q(z|x) || N(0, I)].
+    squared_error (`torch.FloatTensor` of shape `()`): squared error per sample, summed over its values.
+    gamma (`torch.FloatTensor` of shape `()`): decoder variance used in nll.
+    active_units (`torch.FloatTensor` of shape `()`): latent dimensions whose mean posterior variance is below 1/2.
+    reconstruction (`torch.FloatTensor` of shape `(batch, *dims)`): decoder mean at the sampled latents, in the space
+        in which the data term is measured.
+    posterior ([`GaussianPosterior`]): q(z|x).
+    """
+
+    loss: torch.FloatTensor | None = None
+    nll: torch.FloatTensor | None = None
+    kl: torch.FloatTensor | None = None
+    squared_error: torch.FloatTensor | None = None
+    gamma: torch.FloatTensor | None = None
+    active_units: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    posterior: "GaussianPosterior | None" = None
+
+
+# ---------------------------------------------------------------------------------------------------- mathematics
+
+
+class GaussianPosterior:
+    """q(z|x) = N(mean, diag(exp(logvar))).
+
+    Args:
+        mean, logvar (`torch.Tensor` of shape `(batch, latent_dim)`): float32.
+    """
+
+    def __init__(self, mean: torch.Tensor, logvar: torch.Tensor):
+        self.mean, self.logvar = mean, logvar
+
+    def sample(self, noise: torch.Tensor | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
+        """mean + sigma * noise, of shape `(batch, latent_dim)`. `noise` is standard normal, drawn if not given."""
+        if noise is None:
+            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def mode(self) -> torch.Tensor:
+        """The mean, of shape `(batch, latent_dim)`."""
+        return self.mean
+
+    def kl(self) -> torch.Tensor:
+        """KL[q(z|x) || N(0, I)] by dimension, in nats, of shape `(batch, latent_dim)`: the sum in Eq. (3), halved."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar)
+
+    def log_prob(self, latents: torch.Tensor) -> torch.Tensor:
+        """log q(latents|x) in nats, of shape `(..., batch)` for latents of shape `(..., batch, latent_dim)`."""
+        squared = (latents - self.mean).square() / self.logvar.exp()
+        return -0.5 * (squared + self.logvar + math.log(2 * math.pi)).sum(-1)
+
+
+def sum_of_squares(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Squared error per sample, summed over all other dimensions: float32 of shape `(batch,)`.
+
+    Raises:
+        ValueError: shapes differ (broadcasting would hide a mistake).
+    """
+    if mean.shape != target.shape:
+        raise ValueError(
+            f"the decoder mean has shape {tuple(mean.shape)} and its target {tuple(target.shape)}: they must be equal."
+        )
+    return (target.float() - mean.float()).square().flatten(1).sum(1)
+
+
+def gaussian_nll(squared_error: torch.Tensor, num_dims: int, log_gamma: torch.Tensor) -> torch.Tensor:
+    """-log N(target | mean, gamma I), from ||target - mean||^2. Twice this is the data term of Eq. (3), plus 2 pi's.
+
+    Args:
+        squared_error (`torch.Tensor` of shape `(batch,)`): summed over the `num_dims` dimensions of a sample.
+        num_dims (`int`): d.
+        log_gamma (`torch.Tensor` of shape `()`): log of the decoder variance.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`: nats per sample. Its optimum is gamma = mean squared error / d.
+    """
+    return 0.5 * (squared_error / log_gamma.exp() + num_dims * (log_gamma + math.log(2 * math.pi)))
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+class ResidualMLPBlock(nn.Module):
+    """x + W2 silu(W1 norm(x)); W2 starts at zero, so a fresh network is affine."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.outer(F.silu(self.inner(self.norm(hidden))))
+
+
+class PlainMLPBlock(nn.Module):
+    """Two feed-forward layers without a shortcut."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.outer(F.silu(self.inner(hidden))))
+
+
+class MLP(nn.Sequential):
+    """(batch, in_dim) -> (batch, out_dim) through `num_blocks` blocks of two layers."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_blocks: int, residual: bool):
+        block = ResidualMLPBlock if residual else PlainMLPBlock
+        blocks = [block(hidden_dim) for _ in range(num_blocks)]
+        entry = [nn.Linear(in_dim, hidden_dim)] + ([] if residual else [nn.SiLU()])
+        super().__init__(*entry, *blocks, nn.Linear(hidden_dim, out_dim))
+
+
+class ResidualConvBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))); the second convolution starts at zero, which takes the place of a norm."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.inner = nn.Conv2d(channels, channels, 3, padding=1)
+        self.outer = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.outer(F.silu(self.inner(F.silu(hidden))))
+
+
+class ConvEncoder(nn.Sequential):
+    """(batch, channels, size, size) -> (batch, out_dim): folded patches, residual blocks per scale, linear."""
+
+    def __init__(self, config, num_channels: int, image_size: int, out_dim: int):
+        widths = config.hidden_channels
+        layers = [
+            nn.PixelUnshuffle(config.patch_size),
+            nn.Conv2d(num_channels * config.patch_size**2, widths[0], 3, padding=1),
+        ]
+        for scale, width in enumerate(widths):
+            if scale > 0:
+                layers.append(nn.Conv2d(widths[scale - 1], width, 2, stride=2))
+            layers += [ResidualConvBlock(width) for _ in range(config.num_blocks)]
+        grid = image_size // config.patch_size // 2 ** (len(widths) - 1)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(widths[-1] * grid**2, out_dim))
+
+
+class ConvDecoder(nn.Sequential):
+    """(batch, in_dim) -> (batch, channels, size, size): the encoder mirrored, pixels unfolded at the end."""
+
+    def __init__(self, config, num_channels: int, image_size: int, in_dim: int):
+        widths = config.hidden_channels
+        grid = image_size // config.patch_size // 2 ** (len(widths) - 1)
+        layers = [nn.Linear(in_dim, widths[-1] * grid**2), nn.Unflatten(1, (widths[-1], grid, grid))]
+        for scale in reversed(range(len(widths))):
+            layers += [ResidualConvBlock(widths[scale]) for _ in range(config.num_blocks)]
+            if scale > 0:
+                layers += [nn.Conv2d(widths[scale], 4 * widths[scale - 1], 1), nn.PixelShuffle(2)]
+        layers += [nn.SiLU(), nn.Conv2d(widths[0], num_channels * config.patch_size**2, 3, padding=1)]
+        super().__init__(*layers, nn.PixelShuffle(config.patch_size))
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+class VAEPlusPreTrainedModel(PreTrainedModel):
+    """Base of both models: weight initialization, and float32 for `log_gamma` whatever the weights are cast to."""
+
+    config_class = VAEPlusConfig
+    base_model_prefix = "vaeplus"
+    supports_gradient_checkpointing = False
+    _keep_in_fp32_modules_strict = ["log_gamma"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """All initialization. A module is visited after its children, so a block overrules its layers.
+
+        | module | weight | bias |
+        |---|---|---|
+        | Linear, Conv2d | N(0, 1/fan_in) | 0 |
+        | LayerNorm | 1 | 0 |
+        | `outer` of a residual block | 0 | 0 |
+        | last layer of the autoencoder's decoder | 0 | 0 |
+        | VAE: head of log sigma^2; last layer of a decoder that has an affine skip | 0 | 0 |
+        | VAE: `log_gamma` | log(gamma_init) | |
+        """
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ResidualMLPBlock | ResidualConvBlock):
+            init.zeros_(module.outer.weight)
+        elif isinstance(module, VAEPlusAutoencoderModel):
+            init.zeros_(module.decoder[-2].weight)
+        elif isinstance(module, VAEPlusVAEModel):
+            module._init_own_weights()
+
+    def _apply(self, fn, recurse=True):
+        # `.to(torch.bfloat16)` would round log gamma to 1%, which moves the likelihood of an image by tens of nats.
+        log_gamma = getattr(self, "log_gamma", None)
+        exact = None if log_gamma is None or log_gamma.is_meta else log_gamma.detach().clone()
+        super()._apply(fn, recurse)
+        if exact is not None and self.log_gamma.dtype != exact.dtype:
+            self.log_gamma.data = exact.to(self.log_gamma.device)
+        return self
+
+
+class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
+    """Deterministic residual convolutional autoencoder: image in [0, 1] -> code -> image (Section 4, prescription 3).
+
+    Example:
+        >>> model = VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(image_size=64, latent_dim=64))
+        >>> code = model.encode(images)          # (batch, 3, 64, 64) -> (batch, 64)
+        >>> images = model.decode(code)
+    """
+
+    config_class = VAEPlusAutoencoderConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: VAEPlusAutoencoderConfig):
+        super().__init__(config)
+        self.encoder = ConvEncoder(config, config.num_channels, config.image_size, config.latent_dim)
+        self.decoder = ConvDecoder(config, config.num_channels, config.image_size, config.latent_dim)
+        self.post_init()
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Codes of images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, image_size, image_size)`): floats in [0, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, latent_dim)`.
+
+        Raises:
+            ValueError: wrong shape, or integers instead of floats.
+        """
+        _check_shape("pixel_values", pixel_values, (self.config.num_channels,) + (self.config.image_size,) * 2)
+        return self.encoder(2 * pixel_values.to(self.dtype) - 1)
+
+    def decode(self, code: torch.Tensor) -> torch.Tensor:
+        """Images `(batch, num_channels, image_size, image_size)`, not clipped, of codes `(batch, latent_dim)`.
+
+        Raises:
+            ValueError: wrong shape, or integers instead of floats.
+        """
+        _check_shape("code", code, (self.config.latent_dim,))
+        return 0.5 * self.decoder(code.to(self.dtype)) + 0.5
+
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VAEPlusAutoencoderOutput | tuple:
+        """Encode, decode and measure: `pixel_values` as in `encode`."""
+        code = self.encode(pixel_values)
+        reconstruction = self.decode(code)
+        loss = sum_of_squares(reconstruction, pixel_values).mean()
+        output = VAEPlusAutoencoderOutput(loss=loss, reconstruction=reconstruction, code=code)
+        return output if return_dict else output.to_tuple()
+
+
+class VAEPlusVAEModel(VAEPlusPreTrainedModel):
+    """Gaussian VAE with an affine skip connection (Eq. 5) and a decoder variance gamma that is learned (Eq. 3).
+
+    Example:
+        >>> model = VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(64,), latent_dim=64, reconstruction_space="image"))
+        >>> output = model(code, targets=images, target_decoder=autoencoder.decode)
+        >>> output.loss.backward()
+        >>> z = model.encode(code).sample()
+        >>> code = model.decode(z)
+    """
+
+    config_class = VAEPlusVAEConfig
+    main_input_name = "inputs"
+
+    def __init__(self, config: VAEPlusVAEConfig):
+        super().__init__(config)
+        input_dim, latent_dim = config.input_dim, config.latent_dim
+        if config.network == "affine":
+            self.encoder = nn.Linear(input_dim, latent_dim)  # mu_z = W_z x + b_z
+            self.logvar = nn.Parameter(torch.zeros(latent_dim))  # log s^2, the same for every x
+            self.decoder = nn.Linear(latent_dim, input_dim)  # mu_x = W_x z + b_x
+        elif config.network == "conv":
+            num_channels, image_size, _ = config.input_shape
+            self.encoder = ConvEncoder(config, num_channels, image_size, 2 * latent_dim)
+            self.decoder = ConvDecoder(config, num_channels, image_size, latent_dim)
+        else:
+            shape = dict(hidden_dim=config.hidden_dim, num_blocks=config.num_blocks)
+            self.encoder = MLP(input_dim, out_dim=2 * latent_dim, residual=config.encoder_residual, **shape)
+            self.decoder = MLP(latent_dim, out_dim=input_dim, residual=config.decoder_residual, **shape)
+        has_skip = config.affine_skip and config.network != "affine"  # an affine decoder is its own skip
+        self.affine_skip = nn.Linear(latent_dim, input_dim) if has_skip else None
+
+        # Statistics of the inputs, so that the networks see standardised values while losses keep the inputs' units.
+        statistics_shape = (config.input_shape[0], 1, 1) if config.network == "conv" else config.input_shape
+        self.register_buffer("input_mean", torch.zeros(statistics_shape))
+        self.register_buffer("input_std", torch.ones(statistics_shape))
+
+        log_gamma = torch.zeros(())
+        if config.gamma == "learned":
+            self.log_gamma = nn.Parameter(log_gamma)
+        else:  # a frozen Parameter would come back from a checkpoint trainable
+            self.register_buffer("log_gamma", log_gamma)
+        if config.gamma == "analytic":
+            self.register_buffer("gamma_updates", torch.zeros(()))
+        self.post_init()
+
+    def _init_own_weights(self):
+        init.constant_(self.log_gamma, math.log(self.config.gamma_init))
+        if self.config.gamma == "analytic":
+            init.zeros_(self.gamma_updates)
+        init.zeros_(self.input_mean)
+        init.ones_(self.input_std)
+        if self.config.network == "affine":
+            init.zeros_(self.logvar)
+            return
+        init.zeros_(self.encoder[-1].weight[self.config.latent_dim :])
+        if self.affine_skip is not None:
+            last = self.decoder[-1] if self.config.network == "mlp" else self.decoder[-2]
+            init.zeros_(last.weight)
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return self.input_mean.dtype  # `self.dtype` may find `log_gamma`, which stays float32
+
+    def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor):
+        """Standardise inputs by `mean` and `std` (of one input's shape; per channel `(channels, 1, 1)` for `conv`).
+
+        Raises:
+            ValueError: wrong shape, or a standard deviation that is not positive and finite.
+        """
+        for name, value, buffer in (("mean", mean, self.input_mean), ("std", std, self.input_std)):
+            if value.shape != buffer.shape:
+                raise ValueError(f"{name} must have shape {tuple(buffer.shape)}, got {tuple(value.shape)}.")
+        if not bool(((std > 0) & std.isfinite() & mean.isfinite()).all()):
+            raise ValueError(
+                "std must be positive and finite and mean finite: drop constant inputs or floor their std."
+            )
+        self.input_mean.copy_(mean)
+        self.input_std.copy_(std)
+
+    def encode(self, inputs: torch.Tensor) -> GaussianPosterior:
+        """q(z|x) of inputs of shape `(batch, *input_shape)`: float32 `mean` and `logvar` of shape `(batch, latent_dim)`.
+
+        Raises:
+            ValueError: wrong shape, or integers instead of floats.
+        """
+        _check_shape("inputs", inputs, self.config.input_shape)
+        hidden = (inputs.to(self._weight_dtype) - self.input_mean) / self.input_std
+        if self.config.network != "conv":
+            hidden = hidden.flatten(1)
+        if self.config.network == "affine":
+            mean = self.encoder(hidden).float()
+            return GaussianPosterior(mean, self.logvar.float().expand_as(mean))
+        mean, logvar = self.encoder(hidden).float().chunk(2, dim=1)
+        return GaussianPosterior(mean, logvar.clamp(-30, 20))  # beyond these exp() loses all float32 meaning
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decoder mean f(z) + W z + b (Eq. 5) at latents of shape `(batch, latent_dim)`: `(batch, *input_shape)`.
+
+        Raises:
+            ValueError: wrong shape, or integers instead of floats.
+        """
+        _check_shape("latents", latents, (self.config.latent_dim,))
+        latents = latents.to(self._weight_dtype)
+        mean = self.decoder(latents).reshape(-1, *self.config.input_shape)
+        if self.affine_skip is not None:
+            mean = mean + self.affine_skip(latents).reshape_as(mean)
+        return mean * self.input_std + self.input_mean
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        target_decoder: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        noise: torch.Tensor | None = None,
+        kl_weight: float = 1.0,
+        return_dict: bool = True,
+    ) -> VAEPlusVAEOutput | tuple:
+        """The negative ELBO (Eq. 2) with one sample of z, in one pass that DistributedDataParallel synchronises.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(batch, *input_shape)`).
+            targets (`torch.Tensor`, *optional*): what the decoder mean is compared with; the inputs if not given.
+            target_decoder (callable, *optional*): with `reconstruction_space="image"`, the frozen map from inputs to
+                images, `autoencoder.decode`; the data term becomes ||targets - target_decoder(decode(z))||^2.
+            noise (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): standard normal; drawn if not given.
+            kl_weight (`float`): weight of the KL term, below 1 during a warm-up.
+
+        Raises:
+            ValueError: wrong shapes, or a target decoder that contradicts `config.reconstruction_space`.
+        """
+        if (self.config.reconstruction_space == "image") != (target_decoder is not None):
+            raise ValueError(
+                f"reconstruction_space={self.config.reconstruction_space!r} with target_decoder={target_decoder}:"
+                " 'image' needs a target_decoder and targets, 'input' takes none."
+            )
+        if target_decoder is not None and targets is None:
+            raise ValueError("a target_decoder needs targets: pass the images that the inputs are codes of.")
+        posterior = self.encode(inputs)
+        reconstruction = self.decode(posterior.sample(noise))
+        if target_decoder is not None:
+            reconstruction = target_decoder(reconstruction)
+        targets = inputs if targets is None else targets
+        squared_error = sum_of_squares(reconstruction, targets)
+        num_dims = targets[0].numel()
+        if self.config.gamma == "analytic" and self.training:
+            self._track_gamma(squared_error.detach().mean() / num_dims)
+        log_gamma = self.log_gamma.clamp(min=math.log(self.config.min_gamma))
+        nll = gaussian_nll(squared_error, num_dims, log_gamma).mean()
+        kl = posterior.kl().sum(1).mean()
+        output = VAEPlusVAEOutput(
+            loss=nll + kl_weight * kl,
+            nll=nll,
+            kl=kl,
+            squared_error=squared_error.mean(),
+            gamma=log_gamma.detach().exp(),
+            active_units=(posterior.logvar.detach().exp().mean(0) < 0.5).sum().float(),
+            reconstruction=reconstruction,
+            posterior=posterior,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def _track_gamma(self, mean_squared_error: torch.Tensor):
+        """gamma* = E||x - mu||^2 / d, where d/dgamma of Eq. (3) vanishes, as a running mean over all processes."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean_squared_error)
+            mean_squared_error /= torch.distributed.get_world_size()
+        # The running mean starts at the first error and forgets fast while the error falls fast.
+        momentum = (self.gamma_updates / (self.gamma_updates + 10)).clamp(max=self.config.gamma_momentum)
+        gamma = torch.where(self.gamma_updates == 0, mean_squared_error, self.log_gamma.exp())
+        self.log_gamma.copy_((gamma * momentum + mean_squared_error * (1 - momentum)).log())
+        self.log_gamma.clamp_(min=math.log(self.config.min_gamma))
+        self.gamma_updates += 1
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
+    if tensor.shape[1:] != shape or not tensor.is_floating_point():
+        expected = ", ".join(map(str, ("batch", *shape)))
+        raise ValueError(
+            f"{name} must be floats of shape ({expected}), got {tensor.dtype} of shape {tuple(tensor.shape)}."
+        )
+
+
+__all__ = [
+    "GaussianPosterior",
+    "VAEPlusAutoencoderConfig",
+    "VAEPlusAutoencoderModel",
+    "VAEPlusAutoencoderOutput",
+    "VAEPlusConfig",
+    "VAEPlusPreTrainedModel",
+    "VAEPlusVAEConfig",
+    "VAEPlusVAEModel",
+    "VAEPlusVAEOutput",
+    "gaussian_nll",
+    "sum_of_squares",
+]
