@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -53,8 +54,8 @@ class VAEPlusConfig(PreTrainedConfig):
     def _check_positive(self, *names: str):
         for name in names:
             value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if not number > 0:
+            for number in value or (0,) if isinstance(value, tuple) else (value,):
+                if not 0 < number < math.inf:
                     raise ValueError(f"{type(self).__name__}.{name} must be positive, got {value}.")
 
     def _check_grid(self, image_size: int):
@@ -122,10 +123,13 @@ class VAEPlusVAEConfig(VAEPlusConfig):
         affine_skip (`bool`): adds W z + b to the decoder mean (Eq. 5).
         gamma (`"learned" | "analytic" | "fixed"`): the decoder variance is a parameter, or follows its closed-form
             optimum (the running mean of the squared error per dimension), or stays at `gamma_init`.
-        gamma_init (`float`): the variance at the start. A second stage wants it well below 1 (its inputs have unit
-            variance, and a direction survives only while its variance exceeds gamma).
+        gamma_init (`float`): the variance at the start; `"analytic"` replaces it at the first training step. A learned
+            gamma of a second stage wants it well below 1: its inputs have unit variance, and a direction survives
+            only while its variance exceeds gamma.
         gamma_momentum (`float`): momentum of the running mean of `gamma="analytic"`, in [0, 1).
         min_gamma (`float`): floor of the learned and the analytic variance.
+        max_gamma (`float`, *optional*): ceiling of the analytic variance, for second stages (0.1, say), where the
+            closed-form optimum of an untrained network is a collapse.
         reconstruction_space (`"input" | "image"`): where the data term is measured: on the inputs themselves, or on
             images through the `target_decoder` given to `forward` (Section 4). gamma is a variance in that space.
 
@@ -149,6 +153,7 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     gamma_init: float | int = 1.0
     gamma_momentum: float | int = 0.99
     min_gamma: float | int = 1e-8
+    max_gamma: float | int | None = None
     reconstruction_space: Literal["input", "image"] = "input"
 
     def __post_init__(self, **kwargs):
@@ -156,6 +161,8 @@ class VAEPlusVAEConfig(VAEPlusConfig):
         self.input_shape, self.hidden_channels = tuple(self.input_shape), tuple(self.hidden_channels)
         self._check_positive("input_shape", "latent_dim", "hidden_dim", "num_blocks", "patch_size", "hidden_channels")
         self._check_positive("gamma_init", "min_gamma")
+        if self.max_gamma is not None and not self.max_gamma > self.min_gamma:
+            raise ValueError(f"VAEPlusVAEConfig.max_gamma must exceed min_gamma, got {self.max_gamma}.")
         if not 0 <= self.gamma_momentum < 1:
             raise ValueError(f"VAEPlusVAEConfig.gamma_momentum must lie in [0, 1), got {self.gamma_momentum}.")
         if self.network == "conv":
@@ -226,7 +233,10 @@ class GaussianPosterior:
         self.mean, self.logvar = mean, logvar
 
     def sample(self, noise: torch.Tensor | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """mean + sigma * noise, of shape `(batch, latent_dim)`. `noise` is standard normal, drawn if not given."""
+        """mean + sigma * noise. `noise` is standard normal, drawn if not given.
+
+        Its shape, and that of the result, is `(batch, latent_dim)`, or `(..., batch, latent_dim)` for several samples.
+        """
         if noise is None:
             noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * noise
@@ -240,7 +250,11 @@ class GaussianPosterior:
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar)
 
     def log_prob(self, latents: torch.Tensor) -> torch.Tensor:
-        """log q(latents|x) in nats, of shape `(..., batch)` for latents of shape `(..., batch, latent_dim)`."""
+        """log q(latents|x) in nats, of shape `(..., batch)` for latents of shape `(..., batch, latent_dim)`.
+
+        Latents that `sample` drew lose float32 precision against the mean where the variance is tiny: there, use
+        -0.5 * (noise**2 + logvar + log(2 pi)) of the noise they were drawn with.
+        """
         squared = (latents - self.mean).square() / self.logvar.exp()
         return -0.5 * (squared + self.logvar + math.log(2 * math.pi)).sum(-1)
 
@@ -255,7 +269,7 @@ def sum_of_squares(mean: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"the decoder mean has shape {tuple(mean.shape)} and its target {tuple(target.shape)}: they must be equal."
         )
-    return (target.float() - mean.float()).square().flatten(1).sum(1)
+    return (_upcast(target) - _upcast(mean)).square().flatten(1).sum(1)
 
 
 def gaussian_nll(squared_error: torch.Tensor, num_dims: int, log_gamma: torch.Tensor) -> torch.Tensor:
@@ -275,6 +289,12 @@ def gaussian_nll(squared_error: torch.Tensor, num_dims: int, log_gamma: torch.Te
 # ------------------------------------------------------------------------------------------------------- networks
 
 
+def start_at_zero(layer: nn.Linear | nn.Conv2d, first_row: int = 0) -> nn.Linear | nn.Conv2d:
+    """Mark the output rows of a layer from `first_row` on to be initialized with zero weights."""
+    layer.num_random_rows = first_row
+    return layer
+
+
 class ResidualMLPBlock(nn.Module):
     """x + W2 silu(W1 norm(x)); W2 starts at zero, so a fresh network is affine."""
 
@@ -282,7 +302,7 @@ class ResidualMLPBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.inner = nn.Linear(width, width)
-        self.outer = nn.Linear(width, width)
+        self.outer = start_at_zero(nn.Linear(width, width))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + self.outer(F.silu(self.inner(self.norm(hidden))))
@@ -316,7 +336,7 @@ class ResidualConvBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.inner = nn.Conv2d(channels, channels, 3, padding=1)
-        self.outer = nn.Conv2d(channels, channels, 3, padding=1)
+        self.outer = start_at_zero(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + self.outer(F.silu(self.inner(F.silu(hidden))))
@@ -365,9 +385,40 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
     _keep_in_fp32_modules_strict = ["log_gamma"]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """`PreTrainedModel.from_pretrained`, but from safetensors alone, and never half random.
+
+        Raises:
+            ValueError: weights are missing, unknown, of another shape, damaged, or pickled.
+            OSError: nothing is there, or nothing in safetensors.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors=False is refused: pickled weights can run code, so leave it out.")
+        give_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"the weights of {pretrained_model_name_or_path} cannot be loaded into {cls.__name__}: they are"
+                f" damaged or do not belong to its config.json; save or download them again."
+                f" {' '.join(str(error).split())}"
+            ) from error
+        wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        if any(wrong.values()):
+            told = "; ".join(f"{kind.replace('_', ' ')} {names}" for kind, names in wrong.items() if names)
+            raise ValueError(
+                f"the weights of {pretrained_model_name_or_path} do not belong to a {cls.__name__} with its"
+                f" config.json: {told}; save the model again or load it with the class that saved it."
+            )
+        return (model, info) if give_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """All initialization. A module is visited after its children, so a block overrules its layers.
+        """All initialization. transformers visits only modules with tensors of their own, so the rows of a layer that
+        start at zero are marked on the layer (`start_at_zero`).
 
         | module | weight | bias |
         |---|---|---|
@@ -379,15 +430,13 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         | VAE: `log_gamma` | log(gamma_init) | |
         """
         if isinstance(module, nn.Linear | nn.Conv2d):
-            init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if not getattr(module.weight, "_is_hf_initialized", False):  # not loaded from a checkpoint
+                init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                module.weight[getattr(module, "num_random_rows", len(module.weight)) :] = 0
             init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, ResidualMLPBlock | ResidualConvBlock):
-            init.zeros_(module.outer.weight)
-        elif isinstance(module, VAEPlusAutoencoderModel):
-            init.zeros_(module.decoder[-2].weight)
         elif isinstance(module, VAEPlusVAEModel):
             module._init_own_weights()
 
@@ -417,6 +466,7 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         super().__init__(config)
         self.encoder = ConvEncoder(config, config.num_channels, config.image_size, config.latent_dim)
         self.decoder = ConvDecoder(config, config.num_channels, config.image_size, config.latent_dim)
+        start_at_zero(self.decoder[-2])
         self.post_init()
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -484,6 +534,11 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         has_skip = config.affine_skip and config.network != "affine"  # an affine decoder is its own skip
         self.affine_skip = nn.Linear(latent_dim, input_dim) if has_skip else None
 
+        if config.network != "affine":
+            start_at_zero(self.encoder[-1], first_row=latent_dim)
+        if has_skip:
+            start_at_zero(self.decoder[-1] if config.network == "mlp" else self.decoder[-2])
+
         # Statistics of the inputs, so that the networks see standardised values while losses keep the inputs' units.
         statistics_shape = (config.input_shape[0], 1, 1) if config.network == "conv" else config.input_shape
         self.register_buffer("input_mean", torch.zeros(statistics_shape))
@@ -495,7 +550,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         else:  # a frozen Parameter would come back from a checkpoint trainable
             self.register_buffer("log_gamma", log_gamma)
         if config.gamma == "analytic":
-            self.register_buffer("gamma_updates", torch.zeros(()))
+            self.register_buffer("gamma_updates", torch.zeros((), dtype=torch.long))
         self.post_init()
 
     def _init_own_weights(self):
@@ -506,11 +561,14 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         init.ones_(self.input_std)
         if self.config.network == "affine":
             init.zeros_(self.logvar)
-            return
-        init.zeros_(self.encoder[-1].weight[self.config.latent_dim :])
-        if self.affine_skip is not None:
-            last = self.decoder[-1] if self.config.network == "mlp" else self.decoder[-2]
-            init.zeros_(last.weight)
+
+    @property
+    def decoder_log_variance(self) -> torch.Tensor:
+        """log gamma as the likelihood uses it, of shape `()`: float32, and at least log(min_gamma) unless fixed."""
+        if self.config.gamma == "fixed":
+            return self.log_gamma
+        floor = math.log(self.config.min_gamma)
+        return self.log_gamma + (floor - self.log_gamma).clamp(min=0).detach()  # keeps the gradient below the floor
 
     @property
     def _weight_dtype(self) -> torch.dtype:
@@ -533,7 +591,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         self.input_std.copy_(std)
 
     def encode(self, inputs: torch.Tensor) -> GaussianPosterior:
-        """q(z|x) of inputs of shape `(batch, *input_shape)`: float32 `mean` and `logvar` of shape `(batch, latent_dim)`.
+        """q(z|x), with float32 `mean` and `logvar` `(batch, latent_dim)`, of inputs `(batch, *input_shape)`.
 
         Raises:
             ValueError: wrong shape, or integers instead of floats.
@@ -543,9 +601,10 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         if self.config.network != "conv":
             hidden = hidden.flatten(1)
         if self.config.network == "affine":
-            mean = self.encoder(hidden).float()
-            return GaussianPosterior(mean, self.logvar.float().expand_as(mean))
-        mean, logvar = self.encoder(hidden).float().chunk(2, dim=1)
+            mean = _upcast(self.encoder(hidden))
+            logvar = _upcast(self.logvar).expand_as(mean)
+        else:
+            mean, logvar = _upcast(self.encoder(hidden)).chunk(2, dim=1)
         return GaussianPosterior(mean, logvar.clamp(-30, 20))  # beyond these exp() loses all float32 meaning
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -584,22 +643,27 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             ValueError: wrong shapes, or a target decoder that contradicts `config.reconstruction_space`.
         """
         if (self.config.reconstruction_space == "image") != (target_decoder is not None):
+            given = "no" if target_decoder is None else "a"
             raise ValueError(
-                f"reconstruction_space={self.config.reconstruction_space!r} with target_decoder={target_decoder}:"
-                " 'image' needs a target_decoder and targets, 'input' takes none."
+                f"reconstruction_space={self.config.reconstruction_space!r} and {given} target_decoder: 'image' needs a"
+                " target_decoder and targets, 'input' takes none."
             )
+        if targets is not None and not targets.is_floating_point():
+            raise ValueError(f"targets must be floats (pixels in [0, 1]), got {targets.dtype}.")
         if target_decoder is not None and targets is None:
             raise ValueError("a target_decoder needs targets: pass the images that the inputs are codes of.")
         posterior = self.encode(inputs)
+        if noise is not None and noise.shape != posterior.mean.shape:
+            raise ValueError(f"noise must have shape {tuple(posterior.mean.shape)}, got {tuple(noise.shape)}.")
         reconstruction = self.decode(posterior.sample(noise))
         if target_decoder is not None:
             reconstruction = target_decoder(reconstruction)
         targets = inputs if targets is None else targets
         squared_error = sum_of_squares(reconstruction, targets)
-        num_dims = targets[0].numel()
+        num_dims = math.prod(targets.shape[1:])
         if self.config.gamma == "analytic" and self.training:
             self._track_gamma(squared_error.detach().mean() / num_dims)
-        log_gamma = self.log_gamma.clamp(min=math.log(self.config.min_gamma))
+        log_gamma = self.decoder_log_variance
         nll = gaussian_nll(squared_error, num_dims, log_gamma).mean()
         kl = posterior.kl().sum(1).mean()
         output = VAEPlusVAEOutput(
@@ -623,9 +687,17 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         # The running mean starts at the first error and forgets fast while the error falls fast.
         momentum = (self.gamma_updates / (self.gamma_updates + 10)).clamp(max=self.config.gamma_momentum)
         gamma = torch.where(self.gamma_updates == 0, mean_squared_error, self.log_gamma.exp())
-        self.log_gamma.copy_((gamma * momentum + mean_squared_error * (1 - momentum)).log())
-        self.log_gamma.clamp_(min=math.log(self.config.min_gamma))
-        self.gamma_updates += 1
+        log_gamma = (gamma * momentum + mean_squared_error * (1 - momentum)).log()
+        # An error that is not finite shows in the loss, which stops the training; it must not poison the state.
+        finite = mean_squared_error.isfinite()
+        bounds = math.log(self.config.min_gamma), math.log(self.config.max_gamma or math.inf)
+        self.log_gamma.copy_(torch.where(finite, log_gamma.clamp(*bounds), self.log_gamma))
+        self.gamma_updates += finite
+
+
+def _upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 as it is: losses are never summed in half precision."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):

@@ -1,0 +1,26 @@
+"""Train one stage of VAE+ on one or many processes.
+
+    accelerate launch examples/train_stage.py --stage autoencoder --dataset_name rendered-faces --output_dir runs/ae
+    accelerate launch examples/train_stage.py --stage vae --dataset_name rendered-faces --autoencoder runs/ae \\
+        --output_dir runs/vae
+    accelerate launch examples/train_stage.py --stage second_stage --dataset_name rendered-faces \\
+        --autoencoder runs/ae --vae runs/vae --output_dir runs/second_stage
+
+Real pictures: --train_data_dir FOLDER, or --dataset_name with the id of a data set on the Hub. A preset fills in the
+rest: --config celeba64-cpu. After an interruption add --resume_from_checkpoint latest.
+"""
+
+import sys
+
+from hf_vaeplus.cli import parse_stage_options, run_command
+from hf_vaeplus.stages import run_stage
+
+
+def main():
+    options = parse_stage_options(__doc__)
+    if options is not None:
+        run_stage(options)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

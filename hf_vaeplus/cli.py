@@ -1,0 +1,359 @@
+"""The command line `vaeplus`: parses and wires, nothing else.
+
+Exit codes: 0 done; 2 the command or its input was wrong (one sentence on standard error says what to do); 3 training
+diverged (the last good state is saved); 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import yaml
+
+TEACH = argparse.RawDescriptionHelpFormatter
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `vaeplus`."""
+    return run_command(lambda: _dispatch(argv))
+
+
+def run_command(command) -> int:
+    """Run `command()`; a user's mistake becomes one sentence and an exit code instead of a traceback."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    from .training import TrainingDiverged
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        command()
+    except TrainingDiverged as error:
+        return _complain(error, 3)
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+        if "--debug" in sys.argv:
+            raise
+        return _complain(error, 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on from the newest checkpoint", 130)
+    return 0
+
+
+def _complain(error, code: int) -> int:
+    print(f"vaeplus: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _dispatch(argv):
+    parser = argparse.ArgumentParser(
+        prog="vaeplus",
+        description="VAE+: train a generative autoencoder in three stages, then sample from it in one pass.",
+        epilog="Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command. With --debug an error"
+        " shows its traceback.",
+        formatter_class=TEACH,
+    )
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_quickstart, _add_train, _add_sample, _add_reconstruct, _add_interpolate):
+        add(commands)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+# ------------------------------------------------------------------------------------------- options of a stage
+
+
+def add_stage_options(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()):
+    """One flag for every field of [`StageOptions`]. Flags that are not given leave no attribute behind."""
+    from .stages import StageOptions
+
+    hints = get_type_hints(StageOptions)
+    for entry in dataclasses.fields(StageOptions):
+        if entry.name in leave_out:
+            continue
+        kinds = [kind for kind in get_args(hints[entry.name]) or (hints[entry.name],) if kind is not type(None)]
+        flag = dict(default=argparse.SUPPRESS, help=entry.metadata["help"])
+        if kinds[0] is bool:
+            flag["action"] = argparse.BooleanOptionalAction
+        elif kinds[0] is dict:
+            flag.update(nargs="+", metavar="FIELD=VALUE", type=_assignment)
+        else:
+            flag.update(type=kinds[0], choices=entry.metadata.get("choices"), metavar=kinds[0].__name__.upper())
+            if flag["choices"]:
+                flag["metavar"] = "|".join(flag["choices"])
+            if entry.default not in (None, dataclasses.MISSING):
+                flag["help"] += f" (default: {entry.default})"
+        parser.add_argument(f"--{entry.name}", **flag)
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} has no readable value") from error
+
+
+def _given(args: argparse.Namespace) -> dict:
+    """The stage options that the command line gives, as keyword arguments."""
+    from .stages import StageOptions
+
+    names = {entry.name for entry in dataclasses.fields(StageOptions)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if "model" in given:
+        given["model"] = dict(given["model"])
+    return given
+
+
+def parse_stage_options(description: str, argv: list[str] | None = None):
+    """The options of `examples/train_stage.py`: flags over a preset over defaults. `None` after `--dry_run`."""
+    from .stages import load_preset, stage_options
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=TEACH)
+    parser.add_argument("--config", metavar="PRESET", help="preset by name, or a YAML file, that the flags override")
+    parser.add_argument("--dry_run", action="store_true", help="print the options and the model's size, then stop")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_stage_options(parser)
+    args = parser.parse_args(argv)
+    given = _given(args)
+    if "stage" not in given:
+        raise ValueError("--stage is missing: choose autoencoder, vae or second_stage.")
+    options = stage_options(given.pop("stage"), load_preset(args.config) if args.config else None, **given)
+    if args.dry_run:
+        public = {name: value for name, value in dataclasses.asdict(options).items() if name != "hub_token"}
+        print(yaml.safe_dump(public, sort_keys=False), end="")
+        return None
+    return options
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def _add_quickstart(commands):
+    parser = commands.add_parser(
+        "quickstart",
+        help="train all three stages on embedded drawings, in minutes",
+        description="Train all three stages on drawings of faces made from r known factors, save the pipeline\n"
+        "and draw what it does. Needs no network, no data and no GPU. Run it again to go on after an interruption.",
+        epilog="examples:\n  vaeplus quickstart\n  vaeplus quickstart --num_factors 4 --output_dir runs/four",
+        formatter_class=TEACH,
+    )
+    parser.add_argument(
+        "--output_dir", default="vaeplus-quickstart", help="where everything goes (default: %(default)s)"
+    )
+    parser.add_argument("--num_factors", type=int, default=8, help="r: factors the drawings vary in (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--cache_dir", default=None, help="where decoded images are kept (default: $VAEPLUS_CACHE)")
+    parser.set_defaults(
+        run=lambda args: _train(
+            "quickstart",
+            Path(args.output_dir),
+            {"num_factors": args.num_factors, "seed": args.seed, "cache_dir": args.cache_dir},
+        )
+    )
+
+
+def _add_train(commands):
+    parser = commands.add_parser(
+        "train",
+        help="train all three stages from one preset and save the pipeline",
+        description="Train autoencoder, first VAE and second stage one after the other, then save the pipeline.\n"
+        "The same command again goes on where it stopped. Options given here hold for every stage; --set changes one.",
+        epilog="examples:\n"
+        "  vaeplus train --config celeba64-cpu --train_data_dir celeba --output_dir runs/celeba64\n"
+        "  vaeplus train --config quickstart --set vae.max_train_steps=200 vae.model.latent_dim=8\n"
+        "  accelerate launch -m hf_vaeplus.cli train --config celeba128-gpu --dataset_name celeba",
+        formatter_class=TEACH,
+    )
+    parser.add_argument("--config", required=True, metavar="PRESET", help="preset by name, or a YAML file")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        type=_assignment,
+        metavar="STAGE.OPTION=VALUE",
+        help="change an option of one stage; STAGE.model.FIELD=VALUE for the model's config",
+    )
+    parser.add_argument("--evaluation_split", default=None, help="split to measure on (default: the training images)")
+    add_stage_options(
+        parser, leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir")
+    )
+    parser.add_argument("--output_dir", default="runs/vaeplus", help="where everything goes (default: %(default)s)")
+    parser.set_defaults(
+        run=lambda args: _train(
+            args.config,
+            Path(args.output_dir),
+            {name: value for name, value in _given(args).items() if name != "output_dir"},
+            args.set,
+            args.evaluation_split,
+        )
+    )
+
+
+def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), evaluation_split: str | None = None):
+    from accelerate import PartialState
+
+    from .evaluation import report
+    from .stages import load_preset, open_images, train_all
+
+    started = time.perf_counter()
+    preset = load_preset(preset_name)
+    for name, value in settings:
+        stage, _, option = name.partition(".")
+        target = preset.setdefault(stage, {})
+        if option.startswith("model."):
+            target, option = target.setdefault("model", {}), option.removeprefix("model.")
+        target[option] = value
+    pipe, options = train_all(preset, output_dir, **overrides)
+    if not PartialState().is_main_process:
+        return
+    last = dataclasses.replace(options["second_stage"], random_flip=False, streaming=False)
+    images = open_images(last, evaluation_split)
+    num_factors = last.num_factors if last.dataset_name == "rendered-faces" else None
+    folders = {stage: Path(each.output_dir) for stage, each in options.items()}
+    summary = report(pipe, images, folders, output_dir, last.seed, num_factors)
+    print(_table(summary, time.perf_counter() - started))
+    print(
+        f"\nsaved in {output_dir}: pipeline/ samples.png reconstructions.png interpolation.png curves.png summary.json"
+    )
+    print(f"sample again: vaeplus sample {output_dir / 'pipeline'} --num_images 64 --seed 1")
+
+
+def _table(summary: dict, seconds: float) -> str:
+    vae, second = summary["vae"], summary["second_stage"]
+    known = f" (known factors: r = {summary['num_factors']})" if summary["num_factors"] else ""
+    rows = [
+        ("squared error per image, autoencoder alone", f"{summary['autoencoder_squared_error']:.2f}"),
+        ("squared error per image, whole model", f"{summary['squared_error']:.2f}"),
+        ("first VAE: active units", f"{vae['active_units_by_variance']} of {vae['latent_dim']}{known}"),
+        ("first VAE: active units by Burda's count", f"{vae['active_units']}"),
+        ("first VAE: KL, gamma", f"{vae['kl']:.2f} nats, {vae['gamma']:.3g}"),
+        ("second stage: KL, gamma", f"{second['kl']:.2f} nats, {second['gamma']:.3g}"),
+        ("wall time", f"{seconds:.0f} s"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+# ----------------------------------------------------------------------------------------------------- inference
+
+
+def _add_sample(commands):
+    parser = commands.add_parser(
+        "sample",
+        help="draw new images",
+        description="Sample images from a pipeline: a grid as one PNG, or --separate files.",
+        epilog="examples:\n"
+        "  vaeplus sample runs/faces/pipeline --num_images 64 --seed 1 --output samples.png\n"
+        "  vaeplus sample org/vaeplus-celeba128 --num_images 1000 --separate --output samples/",
+        formatter_class=TEACH,
+    )
+    _add_pipeline(parser, "samples.png")
+    parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
+    parser.add_argument("--separate", action="store_true", help="write one file per image into the folder --output")
+    parser.set_defaults(run=_sample)
+
+
+def _add_reconstruct(commands):
+    parser = commands.add_parser(
+        "reconstruct",
+        help="pass pictures through the model",
+        description="Encode pictures and decode them again: a PNG of pairs, the original left of its reconstruction.\n"
+        "Pictures are cropped to their centre square and resized to what the model was trained on.",
+        epilog="example:\n  vaeplus reconstruct runs/faces/pipeline a.png b.jpg --output reconstructions.png",
+        formatter_class=TEACH,
+    )
+    _add_pipeline(parser, "reconstructions.png")
+    parser.add_argument("images", nargs="+", help="pictures")
+    parser.set_defaults(run=_reconstruct)
+
+
+def _add_interpolate(commands):
+    parser = commands.add_parser(
+        "interpolate",
+        help="walk between two pictures",
+        description="Draw the way from one picture to another through the latent space, as one row of images.\n"
+        "Pictures are cropped to their centre square and resized to what the model was trained on.",
+        epilog="example:\n  vaeplus interpolate runs/faces/pipeline a.png b.png --steps 9 --output interpolation.png",
+        formatter_class=TEACH,
+    )
+    _add_pipeline(parser, "interpolation.png")
+    parser.add_argument("images", nargs=2, metavar="IMAGE", help="first and last picture")
+    parser.add_argument("--steps", type=int, default=9, help="images on the way, ends included (default: 9)")
+    parser.set_defaults(run=_interpolate)
+
+
+def _add_pipeline(parser, output: str):
+    parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument("--output", default=output, help="file to write (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+
+
+def _load_pipeline(args):
+    import torch
+
+    from . import VAEPlusPipeline
+
+    pipe = VAEPlusPipeline.from_pretrained(args.pipeline)
+    return pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _sample(args):
+    import torch
+
+    from .pictures import image_grid
+
+    pipe = _load_pipeline(args)
+    generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
+    wanted = dict(generator=generator, temperature=args.temperature, batch_size=args.batch_size)
+    if not args.separate:
+        image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save(args.output)
+        return
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(pipe(args.num_images, **wanted).images):
+        image.save(folder / f"{number:06d}.png")
+
+
+def _reconstruct(args):
+    import torch
+
+    from .pictures import image_grid
+
+    pipe = _load_pipeline(args)
+    images = _read_pictures(args.images, pipe)
+    pairs = torch.stack([images, pipe.reconstruct(images, output_type="pt", batch_size=args.batch_size)], 1)
+    image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save(args.output)
+
+
+def _interpolate(args):
+    from .pictures import image_grid
+
+    pipe = _load_pipeline(args)
+    first, last = _read_pictures(args.images, pipe)
+    path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
+    image_grid(path[0], columns=args.steps).save(args.output)
+
+
+def _read_pictures(paths: list[str], pipe):
+    """Pictures as the model wants them: `(count, C, H, W)` in [0, 1]."""
+    import numpy as np
+    import torch
+
+    from .data import decode_image, to_unit_range
+
+    channels, size, _ = pipe.image_shape
+    arrays = [decode_image(Path(path).read_bytes(), path, size, None, channels) for path in paths]
+    return to_unit_range(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,564 @@
+"""Image data: a cache of decoded uint8 crops, or a stream that can resume at any batch.
+
+Decoding a JPEG costs a hundred times more than reading pixels, so `load_images` decodes once into a memory-mapped file
+whose name is a hash of the source's content and of every option that changes a pixel. `stream_images` trains from the
+source without that file.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from .rendered_faces import FACTOR_NAMES, factors_of, render_faces
+
+# Hub id, centre crop and number of channels of the data sets that have a short name.
+PRESETS = {
+    "celeba": {"hub_id": "nielsr/CelebA-faces", "crop": 128, "num_channels": 3},
+    "mnist": {"hub_id": "ylecun/mnist", "crop": None, "num_channels": 1},
+}
+EMBEDDED = ("digits", "rendered-faces")
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+CACHE_VERSION = 1  # part of every cache key: raise it when the same options give other pixels
+_BLOCK = 32  # rows decoded by one task of the thread pool
+
+
+def to_unit_range(pixel_values):
+    """Pixels as the models see them: uint8 0 to 255 becomes float32 in [0, 1], of any shape.
+
+    Raises:
+        ValueError: if `pixel_values` is not uint8.
+    """
+    if pixel_values.dtype != torch.uint8:
+        raise ValueError(f"pixel_values must be uint8, got {pixel_values.dtype}; pass them as they are stored")
+    return pixel_values.to(torch.float32).div_(255)
+
+
+def to_uint8(images):
+    """Inverse of `to_unit_range`: float images are clamped to [0, 1] and rounded to uint8 0 to 255, of any shape.
+
+    Raises:
+        ValueError: if `images` is not floating point or holds NaN.
+    """
+    if not images.is_floating_point() or images.isnan().any():
+        raise ValueError(f"images must be floating point without NaN, got {images.dtype}; pass values in [0, 1]")
+    return images.to(torch.float32).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def decode_image(content, label, resolution, crop, num_channels):
+    """Decode, crop and resize one picture. Transparency is dropped.
+
+    Args:
+        content (`bytes`, `Path` or `np.ndarray` of shape `(H, W)` or `(H, W, 3)`): file contents, file, or pixels.
+        label (`str`): what error messages call the picture.
+        resolution (`int`): height and width of the result; box filter when shrinking, bicubic when enlarging.
+        crop (`int` or `None`): side of the centre crop in source pixels, `None` for the largest square.
+        num_channels (`int`): 1 (grey) or 3 (RGB).
+    Returns:
+        `np.ndarray` of shape `(resolution, resolution, num_channels)`, uint8.
+    Raises:
+        ValueError: for an unreadable picture, more than 8 bits a channel, or a picture smaller than `crop`.
+    """
+    try:
+        if isinstance(content, np.ndarray):
+            image = Image.fromarray(content)
+        else:
+            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+        image = ImageOps.exif_transpose(image)
+        image.load()
+    except Exception as error:  # damaged files make PIL raise nearly anything
+        raise ValueError(f"{label} is not a readable picture ({error}); remove it or replace it") from error
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{label} has pixel type {image.mode}, expected 8 bits a channel; convert it first")
+    side = min(image.size) if crop is None else crop
+    if side > min(image.size):
+        raise ValueError(f"{label} is {image.width}x{image.height}, smaller than crop={crop}; choose a smaller crop")
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side)).convert("L" if num_channels == 1 else "RGB")
+    if side != resolution:
+        box_or_cubic = Image.Resampling.BOX if side > resolution else Image.Resampling.BICUBIC
+        image = image.resize((resolution, resolution), box_or_cubic)
+    return np.asarray(image).reshape(resolution, resolution, num_channels)
+
+
+# Sources. `identity` goes into the cache key, `count` is the number of rows if it is known without reading them,
+# `rows()` yields (label, content) pairs, and `decode` turns a list of them into uint8 of shape (n, H, W, C).
+
+
+class _Source:
+    count = None
+
+    def __init__(self, name, resolution, crop, num_channels):
+        self.name, self.resolution, self.num_channels = name, resolution, num_channels
+        self.transform = {"resolution": resolution, "crop": crop, "num_channels": num_channels}
+
+    def decode(self, rows):
+        return np.stack([decode_image(content, label, **self.transform) for label, content in rows])
+
+
+class _Digits(_Source):
+    count = 1797
+    identity = {"digits": 1}
+
+    def rows(self):
+        from sklearn.datasets import load_digits
+
+        for i, digit in enumerate(load_digits().images):  # 8x8, 0 to 16
+            yield f"digit {i}", np.round(digit * (255 / 16)).astype(np.uint8)
+
+
+class _RenderedFaces(_Source):
+    def __init__(self, *args, num_factors, count):
+        super().__init__(*args)
+        self.num_factors, self.count = num_factors, count
+        self.identity = {"rendered-faces": 1, "num_factors": num_factors}
+
+    def rows(self):
+        return ((f"face {i}", i) for i in range(self.count))
+
+    def decode(self, rows):
+        images = render_faces(factors_of([i for _, i in rows], self.num_factors), self.resolution)
+        if self.num_channels == 1:
+            images = np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in images])
+        return images
+
+
+class _Pictures(_Source):
+    def __init__(self, *args, folder, files):
+        super().__init__(*args)
+        self.files = {file.relative_to(folder).as_posix(): file for file in files}
+        self.identity = {"files": _content_hash(self.files)}
+        self.count = len(files)
+
+    def rows(self):
+        return iter(self.files.items())
+
+
+class _Table(_Source):
+    """Rows of parquet files (`files`) or of a Hub data set (`hub_id` at the commit `sha`), read as a stream."""
+
+    def __init__(self, *args, split, image_column, files=None, hub_id=None, sha=None):
+        super().__init__(*args)
+        self.split, self.image_column, self.files, self.hub_id, self.sha = split, image_column, files, hub_id, sha
+        if files:
+            import pyarrow.parquet
+
+            content = _content_hash({f"{i} {file.name}": file for i, file in enumerate(files)})
+            self.identity = {"parquet": content, "image_column": image_column}
+            self.count = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+        else:
+            self.identity = {"hub": hub_id, "sha": sha, "split": split, "image_column": image_column}
+
+    def rows(self):
+        import datasets
+
+        if self.files:
+            files = {"train": [str(file) for file in self.files]}
+            table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        else:
+            splits = datasets.load_dataset(self.hub_id, revision=self.sha, streaming=True)
+            if self.split not in splits:
+                raise ValueError(f"no split {self.split!r} in {self.hub_id}, which has {sorted(splits)}; choose one")
+            table = splits[self.split]
+        columns = table.column_names or list(next(iter(table), {}))
+        if self.image_column not in columns:
+            raise ValueError(f"no column {self.image_column!r} in {self.name}, which has {columns}; choose one")
+        table = table.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
+        for i, row in enumerate(table):
+            image = row[self.image_column] or {}
+            yield f"row {i} of {self.name}", image.get("bytes") or image.get("path")
+
+    def decode(self, rows):
+        import fsspec
+
+        def read(label, content):  # some Hub data sets give an address in place of the bytes
+            if isinstance(content, str):
+                try:
+                    content = fsspec.open(content, "rb").open().read()
+                except OSError as error:
+                    raise ValueError(f"{label} names a file that cannot be read ({error}); restore it") from error
+            if content is None:
+                raise ValueError(f"{label} has no image, expected one in every row; remove the row")
+            return label, content
+
+        return super().decode([read(*row) for row in rows])
+
+
+def _content_hash(files):
+    """SHA-256 over the names and bytes of `files`, a dict from name to path, in its order."""
+    total = hashlib.sha256()
+    for name, path in files.items():
+        with open(path, "rb") as file:
+            total.update(f"{name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _open_source(
+    dataset_name=None,
+    *,
+    train_data_dir=None,
+    train_data_files=None,
+    split="train",
+    revision=None,
+    image_column="image",
+    resolution=64,
+    crop=None,
+    num_channels=None,
+    num_factors=8,
+    max_samples=None,
+):
+    """Check the options and return (source, max_samples, fingerprint); `load_images` documents them."""
+    preset = PRESETS.get(dataset_name, {})
+    given = {"train_data_dir": train_data_dir, "train_data_files": train_data_files}
+    if not (preset and (train_data_dir or train_data_files)):
+        given["dataset_name"] = dataset_name
+    given = [name for name, value in given.items() if value]
+    if len(given) != 1:
+        raise ValueError(
+            "give exactly one of dataset_name, train_data_dir and train_data_files as the source of images, "
+            f"got {' and '.join(given) or 'none'}"
+        )
+    num_channels = preset.get("num_channels", 3) if num_channels is None else num_channels
+    crop = preset.get("crop") if crop is None else crop
+    if num_channels not in (1, 3):
+        raise ValueError(f"num_channels must be 1 (grey) or 3 (RGB), got {num_channels}")
+    for option, value in {"resolution": resolution, "crop": crop, "max_samples": max_samples}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    if split != "train" and (train_data_files or dataset_name in EMBEDDED):
+        raise ValueError(f"{given[0]} has no splits, got split={split!r}; leave split at its default")
+    if revision is not None and (given != ["dataset_name"] or dataset_name in EMBEDDED):
+        raise ValueError(f"only a Hub data set has a revision, got {revision!r} for {given[0]}; leave it out")
+
+    args = (dataset_name or Path(train_data_dir or "parquet").name, resolution, crop, num_channels)
+    if train_data_files:
+        patterns = [train_data_files] if isinstance(train_data_files, str | os.PathLike) else train_data_files
+        files = [Path(file) for pattern in patterns for file in sorted(glob(str(pattern), recursive=True))]
+        if not files:
+            raise FileNotFoundError(f"no file matches train_data_files={train_data_files!r}; check the path")
+        source = _Table(*args, split=split, image_column=image_column, files=files)
+    elif train_data_dir:
+        source = _open_folder(Path(train_data_dir), args, split, image_column, max_samples)
+    elif dataset_name == "digits":
+        source = _Digits(*args)
+    elif dataset_name == "rendered-faces":
+        if crop is not None or not 1 <= num_factors <= len(FACTOR_NAMES):
+            raise ValueError(
+                f"rendered-faces takes no crop and 1 to {len(FACTOR_NAMES)} factors, "
+                f"got crop={crop} and num_factors={num_factors}"
+            )
+        source = _RenderedFaces(*args, num_factors=num_factors, count=max_samples or 20_000)
+    else:
+        hub_id = preset.get("hub_id", dataset_name)
+        sha = _hub_commit(hub_id, revision)
+        source = _Table(*args, split=split, image_column=image_column, hub_id=hub_id, sha=sha)
+    key = {"version": CACHE_VERSION, "max_samples": max_samples, **source.transform, **source.identity}
+    return source, max_samples, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _open_folder(folder, args, split, image_column, max_samples):
+    """A folder of pictures, or of parquet files named after their split."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"train_data_dir={str(folder)!r} is not a folder; check the path")
+    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    tables = [file for file in files if file.suffix == ".parquet"]
+    if bool(pictures) == bool(tables):
+        found = "both; name the parquet files with train_data_files" if tables else "neither; check the path"
+        raise ValueError(f"train_data_dir={str(folder)!r} must hold pictures or parquet files, got {found}")
+    if pictures:
+        if split != "train":
+            raise ValueError(f"a folder of pictures has no splits, got split={split!r}; name its subfolder")
+        return _Pictures(*args, folder=folder, files=pictures[:max_samples])
+    matching = [file for file in tables if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name)]
+    if not matching:
+        splits = sorted({re.split(r"[-.]", file.name)[0] for file in tables})
+        raise ValueError(f"no split {split!r} in train_data_dir={str(folder)!r}, which has {splits}; choose one")
+    return _Table(*args, split=split, image_column=image_column, files=matching)
+
+
+def _hub_commit(hub_id, revision):
+    """The commit that `revision` names now; a full commit hash needs no request."""
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return HfApi().dataset_info(hub_id, revision=revision).sha
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(
+            f"dataset_name={hub_id!r} at revision={revision!r} is not on the Hub ({type(error).__name__}); give "
+            f"{', '.join((*EMBEDDED, *PRESETS))}, a data set id owner/name, or train_data_dir for local pictures"
+        ) from error
+
+
+def load_images(
+    dataset_name=None,
+    *,
+    train_data_dir=None,
+    train_data_files=None,
+    split="train",
+    revision=None,
+    image_column="image",
+    resolution=64,
+    crop=None,
+    num_channels=None,
+    num_factors=8,
+    max_samples=None,
+    random_flip=False,
+    cache_dir=None,
+    progress=True,
+):
+    """Decode a set of images once into a cache on disk and open it. Exactly one source must be given.
+
+    Args:
+        dataset_name (`str`, *optional*): `"digits"` (1,797 real digits), `"rendered-faces"` (drawings from
+            `num_factors` factors), `"celeba"`, `"mnist"`, or a Hub id. The name `"celeba"` or `"mnist"`
+            beside a local source only sets the crop and the number of channels.
+        train_data_dir (`str`, *optional*): folder of pictures, searched recursively and taken in the order of their
+            paths, or of parquet files whose names begin with `split`.
+        train_data_files (`str` or list of `str`, *optional*): paths or glob patterns of parquet files.
+        split (`str`): split of a Hub data set or of a folder of parquet files.
+        revision (`str`, *optional*): branch, tag or commit of a Hub data set; with a full commit hash
+            a cached set opens offline.
+        image_column (`str`): column of pictures in a Hub data set or parquet files.
+        resolution (`int`): height and width of the images in pixels.
+        crop (`int`, *optional*): side in source pixels of a centre crop taken before resizing; by default 128 for
+            CelebA, else the largest square.
+        num_channels (`int`, *optional*): 1 (grey) or 3 (RGB); by default 1 for MNIST, else 3.
+        num_factors (`int`): number of varying factors of `"rendered-faces"`.
+        max_samples (`int`, *optional*): keep at most that many of the first images (`"rendered-faces"`:
+            draw that many, by default 20,000).
+        random_flip (`bool`): append the mirror image of every image.
+        cache_dir (`str`, *optional*): parent of the cache; by default `$VAEPLUS_CACHE`, else `~/.cache/hf_vaeplus`.
+        progress (`bool`): show a progress bar while decoding.
+    Returns:
+        [`ImageDataset`].
+    Raises:
+        ValueError: for no or several sources, an option out of range, an unknown split or column, no images, or a
+            picture that cannot be read.
+        FileNotFoundError: for a path that does not exist.
+    """
+    source, max_samples, fingerprint = _open_source(
+        dataset_name,
+        train_data_dir=train_data_dir,
+        train_data_files=train_data_files,
+        split=split,
+        revision=revision,
+        image_column=image_column,
+        resolution=resolution,
+        crop=crop,
+        num_channels=num_channels,
+        num_factors=num_factors,
+        max_samples=max_samples,
+    )
+    cache_dir = Path(cache_dir or os.environ.get("VAEPLUS_CACHE") or Path.home() / ".cache" / "hf_vaeplus")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    folder = cache_dir / fingerprint
+    if _cached_shape(folder) is None:
+        with FileLock(cache_dir / f"{fingerprint}.lock"):  # the system frees it when its holder is killed
+            if _cached_shape(folder) is None:  # no other process built it meanwhile
+                _build_cache(folder, source, max_samples, progress)
+    return ImageDataset(folder / "images.bin", _cached_shape(folder), source.name, fingerprint, random_flip)
+
+
+def _cached_shape(folder):
+    """Shape (N, H, W, C) of a complete cache, `None` if it is missing or damaged."""
+    try:
+        shape = tuple(json.loads((folder / "info.json").read_text())["shape"])
+        return shape if (folder / "images.bin").stat().st_size == math.prod(shape) else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _build_cache(folder, source, max_samples, progress):
+    """Write images.bin and info.json next to `folder`, then move them in place at once. The caller holds the lock."""
+    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a builder that was killed
+        shutil.rmtree(leftover)
+    if folder.exists():
+        warnings.warn(f"the image cache {folder} is damaged and will be built again", stacklevel=3)
+        shutil.rmtree(folder)
+    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    count = 0
+    total = source.count if max_samples is None or source.count is None else min(source.count, max_samples)
+    rows = itertools.islice(source.rows(), max_samples)
+    try:
+        with (
+            open(building / "images.bin", "wb") as file,
+            tqdm(total=total, desc=f"decoding {source.name}", unit="image", disable=not progress) as bar,
+        ):
+            for images in _decoded_blocks(rows, source.decode):
+                file.write(images.tobytes())
+                count += len(images)
+                bar.update(len(images))
+        if count == 0:
+            raise ValueError(f"{source.name} holds no images, expected at least one; check the source and the split")
+        info = {"shape": (count, source.resolution, source.resolution, source.num_channels), "name": source.name}
+        (building / "info.json").write_text(json.dumps(info | source.transform | source.identity, indent=2))
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _decoded_blocks(rows, decode):
+    """Decode `rows` in threads: uint8 blocks of shape (at most 32, H, W, C), in order, few of them in memory."""
+    num_threads = min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending = deque()
+        while block := list(itertools.islice(rows, _BLOCK)):
+            pending.append(pool.submit(decode, block))
+            if len(pending) > 2 * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class ImageDataset(Dataset):
+    """Images of a cache, with their mirror images if `random_flip`: item i + N is the mirror image of item i.
+
+    The item is thus a function of its index alone, whatever worker or run asks for it. With a `DataLoader` pass
+    `collate_fn=keep_batch`, since `__getitems__` already returns a batch.
+
+    Attributes:
+        images (`np.memmap` of shape `(N, H, W, C)`, uint8): the cached images, read-only.
+        resolution, num_channels (`int`): H = W, and C.
+        name (`str`): data set or folder; fingerprint (`str`): hash of the source's content and the options.
+    """
+
+    def __init__(self, path, shape, name, fingerprint, random_flip=False):
+        self.path, self.shape, self.name, self.fingerprint = Path(path), tuple(shape), name, fingerprint
+        self.random_flip = random_flip
+        self.resolution, self.num_channels = self.shape[1], self.shape[3]
+        self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "images"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)
+
+    def __len__(self):
+        return len(self.images) * (2 if self.random_flip else 1)
+
+    def __getitem__(self, index):
+        """`{"pixel_values": uint8 (C, H, W) in 0 to 255, "index": int}`; `IndexError` outside 0 to `len(self) - 1`."""
+        return {"pixel_values": self.__getitems__([index])["pixel_values"][0], "index": int(index)}
+
+    def __getitems__(self, indices):
+        """`{"pixel_values": uint8 (B, C, H, W), channels last in memory, "index": int64 (B,)}`."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"index out of range: got {indices.min()} to {indices.max()} for {len(self)} images")
+        mirrored = indices >= len(self.images)
+        batch = np.take(self.images.view(np.ndarray), indices % len(self.images), axis=0)
+        batch[mirrored] = batch[mirrored, :, ::-1]
+        # Stored as NHWC, so that the permuted view is already channels last.
+        return {"pixel_values": torch.from_numpy(batch).permute(0, 3, 1, 2), "index": torch.from_numpy(indices)}
+
+
+def keep_batch(batch):
+    """`collate_fn` for a `DataLoader` over an [`ImageDataset`]: the batch is already made."""
+    return batch
+
+
+def stream_images(dataset_name=None, *, random_flip=False, seed=0, shuffle_buffer=1000, **source_options):
+    """Train straight from a source, without a cache: the arguments and errors of `load_images`, and those below.
+
+    Args:
+        seed (`int`): seed of the shuffling and of the mirror images, at least 0.
+        shuffle_buffer (`int`): number of encoded images that are shuffled among each other, at least 1 (no shuffling).
+    Returns:
+        [`ImageStream`].
+    """
+    if seed < 0 or shuffle_buffer < 1:
+        raise ValueError(f"expected seed >= 0 and shuffle_buffer >= 1, got {seed} and {shuffle_buffer}")
+    source, max_samples, fingerprint = _open_source(dataset_name, **source_options)
+    return ImageStream(source, max_samples, fingerprint, random_flip, seed, shuffle_buffer)
+
+
+class ImageStream(IterableDataset):
+    """Endless batches in the form of [`ImageDataset`], where `index` is the position in the stream.
+
+    Pass e over the source is shuffled by (seed, e). Global batch t holds samples t * batch_size * world_size and on;
+    rank r decodes and yields its rows r * batch_size to (r + 1) * batch_size. Iterating from batch t yields what an
+    uninterrupted run yields there, since skipping reads the source without decoding. With a `DataLoader` pass
+    `batch_size=None` and at most one worker: decoding uses threads, and `datasets` would split the rows among workers.
+    """
+
+    def __init__(self, source, max_samples, fingerprint, random_flip, seed, shuffle_buffer):
+        self.source, self.max_samples, self.fingerprint = source, max_samples, fingerprint
+        self.random_flip, self.seed, self.shuffle_buffer = random_flip, seed, shuffle_buffer
+        self.resolution, self.num_channels, self.name = source.resolution, source.num_channels, source.name
+        self.first_batch = None
+
+    def set_position(self, first_batch, batch_size, rank=0, world_size=1):
+        """Choose where the next iteration starts, in batches since the start of training, and what this rank reads.
+
+        Raises:
+            ValueError: unless first_batch >= 0, batch_size >= 1 and 0 <= rank < world_size.
+        """
+        if first_batch < 0 or batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                "expected first_batch >= 0, batch_size >= 1 and 0 <= rank < world_size, "
+                f"got {first_batch}, {batch_size}, {rank} and {world_size}"
+            )
+        self.first_batch, self.batch_size, self.rank, self.world_size = first_batch, batch_size, rank, world_size
+
+    def __iter__(self):
+        if self.first_batch is None:
+            raise ValueError("the stream has no position, expected a batch size; call set_position first")
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(
+                f"a stream takes at most one DataLoader worker, got {worker.num_workers}; set num_workers=1"
+            )
+        position, samples = 0, self._samples()
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for batch in itertools.count(self.first_batch):
+                start = (batch * self.world_size + self.rank) * self.batch_size
+                rows = list(itertools.islice(samples, start - position, start - position + self.batch_size))
+                position = start + self.batch_size
+                images = np.concatenate(list(pool.map(lambda row: self.source.decode([row[:2]]), rows)))
+                mirrored = np.array([row[2] for row in rows])
+                images[mirrored] = images[mirrored, :, ::-1]
+                yield {
+                    "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
+                    "index": torch.arange(start, position),
+                }
+
+    def _samples(self):
+        """Endless (label, content, mirrored), each pass over the source shuffled through a buffer."""
+        for epoch in itertools.count():
+            rng = np.random.default_rng([self.seed, epoch])
+            buffer, is_empty = [], True
+            for row in itertools.islice(self.source.rows(), self.max_samples):
+                is_empty = False
+                buffer.append((*row, self.random_flip and rng.random() < 0.5))
+                if len(buffer) == self.shuffle_buffer:
+                    # A random row moves to the end and leaves from there.
+                    i = rng.integers(len(buffer))
+                    buffer[i], buffer[-1] = buffer[-1], buffer[i]
+                    yield buffer.pop()
+            if is_empty:
+                raise ValueError(f"{self.name} holds no images, expected at least one; check the source and the split")
+            rng.shuffle(buffer)
+            yield from buffer

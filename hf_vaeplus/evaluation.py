@@ -1,0 +1,86 @@
+"""Figures that say what a pipeline has learnt, measured on a set of images."""
+
+import json
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .data import to_unit_range
+from .metrics.latents import active_units, active_units_by_variance, kl_per_dimension
+from .pictures import image_grid, plot_curves
+
+
+@torch.no_grad()
+def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> dict:
+    """Reconstruction errors and posterior statistics of each stage, over the first `max_images` of `images`.
+
+    Args:
+        pipe ([`VAEPlusPipeline`]).
+        images ([`~hf_vaeplus.data.ImageDataset`]): uint8 images of the pipeline's size.
+
+    Returns:
+        `dict` with `num_images`; `autoencoder_squared_error` and `squared_error` (per-image sums of squares on
+        [0, 1] pixels, through the autoencoder alone and through the posterior mean of the whole model); and for `vae`
+        and `second_stage` a `dict` of `gamma`, `kl` (nats), `kl_per_dimension`, `active_units` (variance of posterior
+        means above 0.01), `active_units_by_variance` (mean posterior variance below 1/2), `latent_dim`.
+    """
+    count = min(max_images, len(images))
+    generator = torch.Generator().manual_seed(0)
+    errors = {"autoencoder_squared_error": 0.0, "squared_error": 0.0}
+    posteriors = {"vae": [], "second_stage": []}
+    for start in tqdm(range(0, count, batch_size), desc="measuring"):
+        pixels = to_unit_range(images.__getitems__(list(range(start, min(start + batch_size, count))))["pixel_values"])
+        if pipe.autoencoder is not None:
+            device = pipe.autoencoder.device
+            floor = pipe.autoencoder(pixels.to(device)).reconstruction.float().cpu().clamp(0, 1)
+            errors["autoencoder_squared_error"] += float((floor - pixels).double().square().sum())
+        posterior = pipe.encode(pixels, batch_size)
+        errors["squared_error"] += float((pipe.decode(posterior.mean) - pixels).double().square().sum())
+        posteriors["vae"].append(posterior)
+        if pipe.second_stage is not None:
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            z = posterior.sample(noise).to(pipe.second_stage.device)
+            posteriors["second_stage"].append(pipe.second_stage.encode(z))
+    if pipe.autoencoder is None:
+        del errors["autoencoder_squared_error"]
+    summary = {"num_images": count, **{name: total / count for name, total in errors.items()}}
+    for stage, parts in posteriors.items():
+        if parts:
+            means, logvars = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("mean", "logvar"))
+            kl = kl_per_dimension(means, logvars)
+            summary[stage] = {
+                "gamma": float(getattr(pipe, stage).log_gamma.exp()),
+                "kl": float(kl.sum()),
+                "active_units": active_units(means),
+                "active_units_by_variance": active_units_by_variance(logvars),
+                "latent_dim": means.shape[1],
+                "kl_per_dimension": kl.tolist(),
+            }
+    return summary
+
+
+def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int, num_factors: int | None) -> dict:
+    """Leave in `output_dir` what a person looks at first, and return the summary.
+
+    `samples.png`, `reconstructions.png` (pairs), `interpolation.png`, `curves.png` and `summary.json`.
+
+    Args:
+        pipe, images: as in `summarize`.
+        run_dirs: stage name -> folder with that stage's `stats.jsonl`.
+        seed: seed of the samples.
+        num_factors: r, where it is known.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    first = to_unit_range(images.__getitems__(list(range(min(32, len(images)))))["pixel_values"])
+    samples = pipe(64, torch.Generator().manual_seed(seed), output_type="pt").images
+    image_grid(samples).save(output_dir / "samples.png")
+    pairs = torch.stack([first, pipe.reconstruct(first, output_type="pt")], 1).flatten(0, 1)
+    image_grid(pairs, columns=8).save(output_dir / "reconstructions.png")
+    ways = len(first) // 4
+    path = pipe.interpolate(first[:ways], first[ways : 2 * ways], steps=9, output_type="pt")
+    image_grid(path.flatten(0, 1), columns=9).save(output_dir / "interpolation.png")
+    plot_curves(run_dirs, output_dir / "curves.png", num_factors)
+    summary = {**summarize(pipe, images), "images": images.name, "num_factors": num_factors, "seed": seed}
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,1 @@
+"""Metrics: features or posteriors in, a number out. No module here builds a model."""

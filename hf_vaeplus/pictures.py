@@ -1,0 +1,68 @@
+"""Pictures for people: grids of images and training curves."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .data import to_uint8
+
+
+def image_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
+    """A picture of images `(count, C, H, W)` in [0, 1], row by row, one pixel of white between them.
+
+    Args:
+        columns (`int`, *optional*): images per row; by default the square root of the count, rounded up.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    pixels = to_uint8(images.detach().float().cpu())
+    count, channels, height, width = pixels.shape
+    canvas = torch.full((rows * columns, channels, height + 1, width + 1), 255, dtype=torch.uint8)
+    canvas[:count, :, 1:, 1:] = pixels
+    canvas = canvas.reshape(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
+    array = canvas.reshape(rows * (height + 1), columns * (width + 1), channels).numpy()
+    return Image.fromarray(array[..., 0] if channels == 1 else array)
+
+
+CURVES = (
+    ("squared_error", "squared error per sample", "log"),
+    ("loss", "loss (nats; autoencoder: squared error)", "linear"),
+    ("kl", "KL (nats)", "linear"),
+    ("gamma", "gamma (variance)", "log"),
+    ("active_units", "active units (posterior variance < 1/2)", "linear"),
+    ("grad_norm", "gradient norm", "log"),
+)
+
+
+def plot_curves(run_dirs: dict[str, Path], path: str | Path, num_factors: int | None = None):
+    """One row of training curves per stage, drawn from each folder's `stats.jsonl`, written to `path` as PNG.
+
+    Args:
+        run_dirs: stage name -> output folder of that stage.
+        num_factors: r, drawn as a line beside the active units where it is known.
+    """
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(figsize=(3.2 * len(CURVES), 2.6 * len(run_dirs)), layout="constrained")
+    axes = figure.subplots(len(run_dirs), len(CURVES), squeeze=False)
+    for row, (stage, run_dir) in zip(axes, run_dirs.items(), strict=True):
+        lines = [json.loads(line) for line in (Path(run_dir) / "stats.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines]
+        for axis, (name, title, scale) in zip(row, CURVES, strict=True):
+            if not lines or name not in lines[0]:
+                axis.set_axis_off()
+                continue
+            values = [line[name] for line in lines]
+            axis.plot(steps, values)
+            axis.set_title(f"{stage}: {title}", fontsize=8)
+            axis.set_yscale(scale if min(values) > 0 else "linear")
+            if name == "active_units" and num_factors and stage == "vae":
+                axis.axhline(num_factors, linestyle="--", color="grey", label=f"r = {num_factors}")
+                axis.legend(fontsize=7)
+            if name == "active_units":
+                axis.set_ylim(bottom=0)
+            axis.tick_params(labelsize=7)
+    figure.savefig(path, dpi=100)

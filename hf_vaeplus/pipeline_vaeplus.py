@@ -1,0 +1,528 @@
+"""VAE+ pipeline: noise -> images in one pass, images -> posteriors and back, and log-likelihoods.
+
+From "On the Regularization Balance in Autoencoder-Based Generative Models" (VAE+), Section 4. This file imports
+nothing of the package: an exported Hub repository carries it alone, without what stands between `package-only` marks.
+
+    sampling  u -> `second_stage` + noise of its variance -> z -> `vae` -> code -> `autoencoder` -> image
+    encoding  image -> `autoencoder` -> code -> `vae` -> posterior over z
+
+Without an autoencoder the VAE works on pixels; without a second stage z is drawn from N(0, I). Inference only: what
+comes out is float32 and lies on the CPU, whatever the device and the precision of the models.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from transformers import PreTrainedModel
+
+Images = Image.Image | list[Image.Image] | np.ndarray | torch.Tensor
+Generators = torch.Generator | list[torch.Generator] | None
+
+# Component: its `config.model_type` (a class loaded from a Hub repository is not the installed one) and its class.
+_COMPONENTS = {
+    "autoencoder": ("vaeplus_autoencoder", "VAEPlusAutoencoderModel"),
+    "vae": ("vaeplus_vae", "VAEPlusVAEModel"),
+    "second_stage": ("vaeplus_vae", "VAEPlusVAEModel"),
+}
+
+
+class VAEPlusPipeline(DiffusionPipeline):
+    """Samples, encodes, reconstructs, interpolates and scores images with the stages of VAE+.
+
+    Args:
+        vae (`VAEPlusVAEModel`): the first VAE, of codes or, without an autoencoder, of pixels.
+        autoencoder (`VAEPlusAutoencoderModel`, *optional*): between images and codes.
+        second_stage (`VAEPlusVAEModel`, *optional*): VAE of the first VAE's latents, a model of the aggregate
+            posterior q(z).
+
+    Images are accepted by every method as a PIL image or a list of them (mode "RGB", or "L" for one channel); numpy
+    `(n, H, W, C)` or `(H, W, C)`; torch `(n, C, H, W)` or `(C, H, W)`; arrays are floats in [0, 1] or uint8. They must
+    have the size that the models were trained on. `output_type` is `"pil"` (a list), `"np"` (float32 array
+    `(n, H, W, C)` in [0, 1]) or `"pt"` (float32 tensor `(n, C, H, W)` in [0, 1]).
+
+    Raises:
+        TypeError: a component of another class.
+        ValueError: components whose dimensions or settings do not fit together.
+
+    Example:
+        >>> pipe = VAEPlusPipeline.from_pretrained("folder-or-repository")
+        >>> images = pipe(num_images=4, generator=torch.Generator().manual_seed(0)).images
+        >>> posterior = pipe.encode(images)
+        >>> nats = pipe.log_likelihood(images)
+    """
+
+    model_cpu_offload_seq = "second_stage->vae->autoencoder"
+    _optional_components = ["autoencoder", "second_stage"]
+
+    def __init__(
+        self,
+        vae: PreTrainedModel,
+        autoencoder: PreTrainedModel | None = None,
+        second_stage: PreTrainedModel | None = None,
+    ):
+        super().__init__()
+        components = {"autoencoder": autoencoder, "vae": vae, "second_stage": second_stage}
+        for name, component in components.items():
+            if component is None and name in self._optional_components:
+                continue
+            model_type, class_name = _COMPONENTS[name]
+            if getattr(getattr(component, "config", None), "model_type", None) != model_type:
+                raise TypeError(f"{name} must be a {class_name}, got {type(component).__name__}.")
+        _check_dimensions(
+            vae.config,
+            None if autoencoder is None else autoencoder.config,
+            None if second_stage is None else second_stage.config,
+        )
+        self.register_modules(**components)
+
+    # <package-only>
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VAEPlusPipeline":
+        """Load a folder or a Hub repository, with or without the code files of an export.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or repository id.
+            kwargs: components that replace the stored ones (`None` drops an optional one), `dtype`, `revision`,
+                `variant` and the other options of `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            ValueError: an unknown option; weights that are missing, damaged, of another config or not safetensors.
+        """
+        unknown = sorted(kwargs.keys() - _COMPONENTS.keys() - _LOADING_OPTIONS)
+        if unknown:
+            known = sorted(_COMPONENTS.keys() | _LOADING_OPTIONS)
+            raise ValueError(f"from_pretrained got the unknown option {unknown[0]!r}: it takes {', '.join(known)}.")
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors=False is refused: pickled weights can run code, so leave it out.")
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file, **kwargs):
+        # An exported index names the code files of the repository: its classes are those installed here, so that
+        # users of the package are not asked to trust remote code. Local folders and Hub downloads both pass here.
+        index = super()._dict_from_json_file(json_file, **kwargs)
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][-1]
+        for name in _COMPONENTS:
+            if index.get(name, [None])[0] == "modeling_vaeplus":
+                index[name] = ["hf_vaeplus", index[name][1]]
+        return index
+
+    # </package-only>
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(channels, height, width)` of one image."""
+        if self.autoencoder is None:
+            return self.vae.config.input_shape
+        config = self.autoencoder.config
+        return (config.num_channels, config.image_size, config.image_size)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int | None = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        batch_size: int = 64,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample images (Section 4): u ~ N(0, I), z ~ N(decode(u), gamma_2 I), image = mean of the decoders at z.
+
+        All noise is drawn before the first batch, so a sample does not depend on `batch_size`; with one generator per
+        image it does not depend on the other images either.
+
+        Args:
+            num_images (`int`, *optional*): number of images; as many as `latents`, or 1, if not given.
+            generator (`torch.Generator` or a list of one per image, *optional*): source of all noise, first u, then
+                that of z.
+            latents (`torch.Tensor` of shape `(num_images, dim)`, *optional*): standard normal noise to use instead of
+                drawing u; `dim` is the `latent_dim` of the second stage or, without one, of the VAE.
+            temperature (`float`): factor on all noise, `latents` included; 0 gives the image at the centre.
+            batch_size (`int`): images decoded at a time.
+            output_type (`"pil" | "np" | "pt"`): see the class.
+            return_dict (`bool`): an `ImagePipelineOutput`, or the tuple `(images,)`.
+
+        Raises:
+            TypeError: latents or generators of another type.
+            ValueError: a number out of range, or latents of wrong shape or not finite.
+        """
+        _check_output_type(output_type)
+        if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}.")
+        latent_dim = self.vae.config.latent_dim
+        noise_dim = latent_dim if self.second_stage is None else self.second_stage.config.latent_dim
+        if latents is not None:
+            _check_latents(latents, noise_dim)
+            if num_images not in (None, len(latents)):
+                raise ValueError(f"num_images={num_images} contradicts {len(latents)} latents: leave num_images out.")
+            num_images = len(latents)
+        num_images = 1 if num_images is None else num_images
+        _check_count("num_images", num_images)
+        _check_generators(generator, num_images)
+        batches = self._batches(num_images, batch_size)
+
+        device = self._execution_device
+        noise = dict(generator=generator, device=device, dtype=torch.float32)
+        latents = randn_tensor((num_images, noise_dim), **noise) if latents is None else latents.to(device).float()
+        latents = temperature * latents
+        if self.second_stage is not None:
+            eps = temperature * randn_tensor((num_images, latent_dim), **noise)
+            eps = (0.5 * _log_gamma(self.second_stage)).exp() * eps
+        images = []
+        for rows in batches:
+            z = latents[rows]
+            if self.second_stage is not None:
+                with _weights_in_place(self.second_stage):
+                    z = self.second_stage.decode(z).float() + eps[rows]
+            images.append(self._decode_batch(z).clamp(0, 1).cpu())
+        images = _to_output(torch.cat(images), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode(self, images: Images, batch_size: int = 64):
+        """The posterior q(z|x) of each image, of the first VAE.
+
+        Args:
+            images: see the class.
+            batch_size (`int`): images encoded at a time.
+
+        Returns:
+            `GaussianPosterior`: `mean` and `logvar` of shape `(n, latent_dim)`, in the order of the images.
+
+        Raises:
+            TypeError: images of another type.
+            ValueError: images of wrong size, channels, range or dtype, or none at all.
+        """
+        images = _to_tensor(images, self.image_shape)
+        posteriors = [self._encode_batch(images[rows]) for rows in self._batches(len(images), batch_size)]
+        self.maybe_free_model_hooks()
+        mean = torch.cat([posterior.mean.cpu() for posterior in posteriors])
+        return type(posteriors[0])(mean, torch.cat([posterior.logvar.cpu() for posterior in posteriors]))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, output_type: str = "pt", batch_size: int = 64):
+        """Images, in the form `output_type`, of latents z of the first VAE, of shape `(n, latent_dim)`.
+
+        Raises:
+            TypeError: latents that are not a tensor.
+            ValueError: latents of wrong shape or dtype, or not finite.
+        """
+        _check_output_type(output_type)
+        _check_latents(latents, self.vae.config.latent_dim)
+        batches = self._batches(len(latents), batch_size)
+        images = torch.cat([self._decode_batch(latents[rows]).clamp(0, 1).cpu() for rows in batches])
+        self.maybe_free_model_hooks()
+        return _to_output(images, output_type)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Images, output_type: str = "pil", batch_size: int = 64):
+        """Images, in the form `output_type`, decoded from the posterior means of `images` (see the class).
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        _check_output_type(output_type)
+        return self.decode(self.encode(images, batch_size).mean, output_type, batch_size)
+
+    @torch.no_grad()
+    def interpolate(self, a: Images, b: Images, steps: int = 8, output_type: str = "pil", batch_size: int = 64):
+        """Ways from each image of `a` to its partner in `b`, through the posterior means.
+
+        The direction of z moves on the great circle, its length linearly: a straight line would cross the middle of
+        the prior, where in many dimensions no sample lies. Along a line through the origin it is the straight line.
+
+        Args:
+            a, b: as many images each (see the class).
+            steps (`int`): images per way, at least 2; the first and the last are the reconstructions of `a` and `b`.
+            output_type (`"pil" | "np" | "pt"`): n lists of PIL images, an array of shape `(n, steps, H, W, C)` or a
+                tensor of shape `(n, steps, C, H, W)`.
+            batch_size (`int`): images at a time.
+
+        Raises:
+            TypeError: images of another type.
+            ValueError: as `encode`; also different numbers of images, or fewer than 2 steps.
+        """
+        _check_output_type(output_type)
+        _check_count("steps", steps, at_least=2)
+        a, b = _to_tensor(a, self.image_shape), _to_tensor(b, self.image_shape)
+        if len(a) != len(b):
+            raise ValueError(f"interpolate needs as many images in b as in a, got {len(a)} and {len(b)}.")
+        start, end = self.encode(a, batch_size).mean, self.encode(b, batch_size).mean
+        path = _spherical_path(start, end, steps)  # (n, steps, latent_dim)
+        images = self.decode(path.flatten(0, 1), output_type, batch_size)
+        if output_type == "pil":
+            return [images[first : first + steps] for first in range(0, len(images), steps)]
+        return images.reshape(len(a), steps, *images.shape[1:])
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, images: Images, num_importance_samples: int = 64, generator: Generators = None, batch_size: int = 64
+    ) -> torch.Tensor:
+        """Importance-weighted estimate of log p(x), which approaches it from below (Burda et al. 2016, Eq. 8).
+
+            log p(x) >= E log mean_k N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x),    z_k ~ q(z | x)
+
+        p is the model of the first VAE, with prior N(0, I): the second stage is not used. Noise is drawn image after
+        image, so the estimate does not depend on `batch_size`.
+
+        Args:
+            images: see the class.
+            num_importance_samples (`int`): K; the cost is K decoder passes per image.
+            generator (`torch.Generator` or a list of one per image, *optional*): source of the noise.
+            batch_size (`int`): images decoded at a time.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`: nats per image, densities of pixels in [0, 1] (they can be positive).
+
+        Raises:
+            TypeError, ValueError: as `encode`; also a VAE whose gamma was measured on codes instead of images.
+        """
+        if self.autoencoder is not None and self.vae.config.reconstruction_space != "image":
+            raise ValueError(
+                "log_likelihood needs the decoder variance of images, but this VAE's gamma was measured on codes:"
+                " train it with reconstruction_space='image'."
+            )
+        images = _to_tensor(images, self.image_shape)
+        _check_count("num_importance_samples", num_importance_samples)
+        _check_generators(generator, len(images))
+        generators = generator if isinstance(generator, list) else [generator] * len(images)
+        log_gamma = _log_gamma(self.vae)
+        noise_shape = (num_importance_samples, self.vae.config.latent_dim)
+        log_likelihoods = []
+        for rows in self._batches(len(images), batch_size):
+            targets = self._to_float(images[rows])
+            posterior = self._encode_batch(images[rows])
+            noise = [randn_tensor(noise_shape, each, targets.device, torch.float32) for each in generators[rows]]
+            log_weights = []
+            for eps in torch.stack(noise, dim=1).split(max(1, batch_size // len(targets))):
+                z = posterior.sample(eps)  # (samples, images, latent_dim)
+                means = self._decode_batch(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+                squared_error = (targets - means).square().flatten(2).sum(2)
+                # log N(x | mean(z), gamma I), the data term of Eq. (3) with its constants
+                num_dims = targets[0].numel()
+                log_p_x = -0.5 * (squared_error / log_gamma.exp() + num_dims * (log_gamma + math.log(2 * math.pi)))
+                # log N(z | 0, I) - log q(z | x) with z = mean + sigma eps: the 2 pi's cancel
+                log_ratio = 0.5 * (eps.square() + posterior.logvar - z.square()).sum(2)
+                log_weights.append((log_p_x + log_ratio).cpu())
+            log_weights = torch.cat(log_weights).double()
+            log_likelihoods.append(log_weights.logsumexp(0) - math.log(num_importance_samples))
+        self.maybe_free_model_hooks()
+        return torch.cat(log_likelihoods).float()
+
+    def _batches(self, num_images: int, batch_size: int) -> Iterable[slice]:
+        _check_count("batch_size", batch_size)
+        batches = [slice(first, first + batch_size) for first in range(0, num_images, batch_size)]
+        return batches if len(batches) == 1 else self.progress_bar(batches)
+
+    def _to_float(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 pixels in [0, 1] on the execution device, of a batch from `_to_tensor`."""
+        pixels = images.to(self._execution_device).float()
+        return pixels / 255 if images.dtype == torch.uint8 else pixels
+
+    def _encode_batch(self, images: torch.Tensor):
+        inputs = self._to_float(images)
+        if self.autoencoder is not None:
+            with _weights_in_place(self.autoencoder):
+                inputs = self.autoencoder.encode(inputs)
+        with _weights_in_place(self.vae):
+            return self.vae.encode(inputs)
+
+    def _decode_batch(self, z: torch.Tensor) -> torch.Tensor:
+        """Decoder means in float32, not clipped: the mean of the likelihood."""
+        with _weights_in_place(self.vae):
+            decoded = self.vae.decode(z.to(self._execution_device))
+        if self.autoencoder is not None:
+            with _weights_in_place(self.autoencoder):
+                decoded = self.autoencoder.decode(decoded)
+        return decoded.float()
+
+
+@contextmanager
+def _weights_in_place(component: PreTrainedModel) -> Iterator[None]:
+    """Accelerate's offloading hooks fire around `forward` alone: fire them around `encode` and `decode`."""
+    hook = getattr(component, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(component)
+    try:
+        yield
+    finally:
+        hook.post_forward(component, None)
+
+
+def _log_gamma(vae: PreTrainedModel) -> torch.Tensor:
+    """Log of the decoder variance, as training used it."""
+    with _weights_in_place(vae):
+        return vae.decoder_log_variance.float()
+
+
+def _spherical_path(start: torch.Tensor, end: torch.Tensor, steps: int) -> torch.Tensor:
+    """`(n, steps, dim)` from `start` to `end`, both `(n, dim)` (Shoemake 1985), the length changing linearly."""
+    t = torch.linspace(0, 1, steps, dtype=torch.float64)[:, None]  # (steps, 1)
+    a, b = start.double()[:, None], end.double()[:, None]  # (n, 1, dim)
+    length_a, length_b = a.norm(dim=2, keepdim=True), b.norm(dim=2, keepdim=True)
+    cosine = (a * b).sum(2, keepdim=True) / (length_a * length_b)
+    angle = cosine.clamp(-1, 1).acos()
+    direction = (((1 - t) * angle).sin() * a / length_a + (t * angle).sin() * b / length_b) / angle.sin()
+    spherical = direction * ((1 - t) * length_a + t * length_b)
+    # No plane without an angle; a length of 0 makes the angle NaN, and NaN > 1e-4 is false as well.
+    path = torch.where(angle.sin() > 1e-4, spherical, (1 - t) * a + t * b).float()
+    path[:, 0], path[:, -1] = start, end  # exactly
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- images in and out
+
+
+def _to_tensor(images: Images, image_shape: tuple[int, int, int]) -> torch.Tensor:
+    """uint8 in [0, 255] or floats in [0, 1], of shape `(n, channels, height, width)`: checked, not converted yet."""
+    channels, height, width = image_shape
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, list):
+        images = _stack_pil(images, image_shape)
+    if isinstance(images, np.ndarray):
+        images = images[None] if images.ndim == 3 else images
+        layout, expected = "numpy images (n, height, width, channels)", (height, width, channels)
+    elif isinstance(images, torch.Tensor):
+        images = images[None] if images.ndim == 3 else images
+        layout, expected = "torch images (n, channels, height, width)", image_shape
+    else:
+        raise TypeError(
+            f"images must be PIL images, a numpy array or a torch tensor, got {type(images).__name__}: convert them."
+        )
+    if images.shape[1:] != expected or len(images) == 0:
+        raise ValueError(
+            f"{layout} must have shape (n, {', '.join(map(str, expected))}) with n of at least 1, got"
+            f" {tuple(images.shape)}: resize and crop them first, for example with PIL."
+        )
+    if isinstance(images, np.ndarray):
+        images = torch.tensor(images).permute(0, 3, 1, 2)
+    if images.is_floating_point():
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"float images must lie in [0, 1] without NaN, got {low:.4g} to {high:.4g}: rescale.")
+    elif images.dtype != torch.uint8:
+        raise ValueError(f"images must be floats in [0, 1] or uint8 in [0, 255], got {images.dtype}: convert them.")
+    return images
+
+
+def _stack_pil(images: list[Image.Image], image_shape: tuple[int, int, int]) -> np.ndarray:
+    channels, height, width = image_shape
+    mode = "L" if channels == 1 else "RGB"
+    if not images:
+        raise ValueError("images is an empty list: pass at least one image.")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"a list of images must hold PIL images, got {type(image).__name__}: stack arrays first.")
+        if image.mode != mode or image.size != (width, height):
+            raise ValueError(
+                f"PIL images must have mode {mode!r} and size {(width, height)}, got {image.mode!r} and {image.size}:"
+                f" use image.convert({mode!r}).resize(({width}, {height}))."
+            )
+    return np.stack([np.asarray(image).reshape(height, width, channels) for image in images])
+
+
+def _to_output(images: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    """The form `output_type` of float32 images `(n, channels, height, width)` in [0, 1]."""
+    if output_type == "pt":
+        return images
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    if output_type == "np":
+        return arrays
+    arrays = (255 * arrays).round().astype(np.uint8)
+    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def _check_dimensions(vae, autoencoder, second_stage):
+    """Whether the configs of the components fit together (`None` for a component that is absent)."""
+    if autoencoder is not None and vae.input_shape != (autoencoder.latent_dim,):
+        raise ValueError(
+            f"the vae has input_shape={vae.input_shape} but the autoencoder's codes have {autoencoder.latent_dim}"
+            " numbers: use the vae that was trained on these codes."
+        )
+    if autoencoder is None and vae.reconstruction_space == "image":
+        raise ValueError("a vae with reconstruction_space='image' was trained through an autoencoder: pass that one.")
+    if autoencoder is None and not (
+        len(vae.input_shape) == 3 and vae.input_shape[0] in (1, 3) and vae.input_shape[1] == vae.input_shape[2]
+    ):
+        raise ValueError(
+            f"without an autoencoder the vae's input_shape must be (channels, size, size) with 1 or 3 channels, got"
+            f" {vae.input_shape}: pass the autoencoder, or a vae of pixels."
+        )
+    if second_stage is None:
+        return
+    if second_stage.input_shape != (vae.latent_dim,):
+        raise ValueError(
+            f"the second_stage has input_shape={second_stage.input_shape} but the vae has {vae.latent_dim} latent"
+            " dimensions: use the second stage that was trained on these latents."
+        )
+    if second_stage.reconstruction_space != "input":
+        raise ValueError(
+            "the second_stage must have reconstruction_space='input', got 'image': its gamma must be a variance of z."
+        )
+
+
+def _check_count(name: str, value: int, at_least: int = 1):
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
+
+
+def _check_output_type(output_type: str):
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}.")
+
+
+def _check_latents(latents: torch.Tensor, latent_dim: int):
+    if not isinstance(latents, torch.Tensor):
+        raise TypeError(f"latents must be a torch tensor, got {type(latents).__name__}.")
+    if latents.shape[1:] != (latent_dim,) or len(latents) == 0 or not latents.is_floating_point():
+        raise ValueError(
+            f"latents must be floats of shape (n, {latent_dim}) with n of at least 1, got {latents.dtype} of shape"
+            f" {tuple(latents.shape)}."
+        )
+    if not latents.isfinite().all():
+        raise ValueError("latents must be finite, got NaN or infinity.")
+
+
+def _check_generators(generator: Generators, num_images: int):
+    if isinstance(generator, list) and len(generator) != num_images:
+        raise ValueError(f"a list of generators needs one per image, got {len(generator)} for {num_images} images.")
+    for each in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(each, torch.Generator) and (each is not None or isinstance(generator, list)):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(each).__name__}.")
+
+
+# <package-only>
+import diffusers  # noqa: E402
+from diffusers.pipelines import pipeline_loading_utils  # noqa: E402
+
+_LOADING_OPTIONS = frozenset(
+    "cache_dir device_map disable_mmap dtype force_download local_files_only low_cpu_mem_usage max_memory"
+    " offload_folder offload_state_dict proxies quantization_config revision token torch_dtype trust_remote_code"
+    " use_safetensors variant".split()
+)
+
+
+# Without these an index names modules that the Hub route cannot find (diffusers issue 6563).
+_base_class = {"VAEPlusPreTrainedModel": ["save_pretrained", "from_pretrained"]}
+pipeline_loading_utils.LOADABLE_CLASSES.setdefault("hf_vaeplus", _base_class)
+pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_base_class)
+diffusers.VAEPlusPipeline = VAEPlusPipeline  # where `DiffusionPipeline.from_pretrained` looks up a class by its name
+# </package-only>
+
+__all__ = ["VAEPlusPipeline"]

@@ -1,0 +1,366 @@
+"""The three stages of VAE+: what each trains on and how its batch becomes the arguments of `forward`.
+
+    autoencoder    x -> autoencoder                                               ||x - xhat||^2
+    vae            x -> code of the autoencoder -> vae -> autoencoder (frozen)    nll of images + kl
+    second_stage   x -> posterior of the vae -> z = mu + sigma eps, fresh each step -> second VAE    nll of z + kl
+
+Codes and posteriors are computed once per data set and kept beside the image cache.
+"""
+
+import difflib
+import hashlib
+import os
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from .data import keep_batch, load_images, stream_images, to_unit_range
+from .modeling_vaeplus import (
+    VAEPlusAutoencoderConfig,
+    VAEPlusAutoencoderModel,
+    VAEPlusPreTrainedModel,
+    VAEPlusVAEConfig,
+    VAEPlusVAEModel,
+)
+from .pictures import image_grid
+from .training import TrainingOptions, derived_seed, option, train
+
+STAGES = ("autoencoder", "vae", "second_stage")
+
+
+@dataclass
+class StageOptions(TrainingOptions):
+    """Everything that a training run of one stage can be told: the data, the model, and [`TrainingOptions`]."""
+
+    stage: str = option("autoencoder", "which stage to train", choices=STAGES)
+    dataset_name: str | None = option(None, "rendered-faces | digits | celeba | mnist | a data set on the Hub")
+    train_data_dir: str | None = option(None, "folder of pictures, or of parquet files named by split")
+    train_data_files: str | None = option(None, "parquet files, as a glob pattern")
+    split: str = option("train", "split to train on")
+    dataset_revision: str | None = option(None, "branch, tag or commit of the data set on the Hub")
+    image_column: str = option("image", "column that holds the pictures")
+    resolution: int = option(64, "height and width of the training images in pixels")
+    crop: int | None = option(None, "side of the centre crop in source pixels; default: the largest square")
+    num_channels: int | None = option(None, "1 grey, 3 colour; default: what the data set has")
+    num_factors: int = option(8, "r: factors that vary in rendered-faces")
+    max_train_samples: int | None = option(None, "use only so many images")
+    random_flip: bool = option(False, "add every image's mirror image")
+    streaming: bool = option(False, "train from the source without caching its decoded images")
+    cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
+    autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
+    vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
+    kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
+    model: dict = field(default_factory=dict, metadata={"help": "fields of the model's config"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
+        if self.stage == "second_stage" and not self.vae:
+            raise ValueError("the second stage needs --vae: the folder of the first VAE that it models.")
+        if self.stage == "autoencoder" and (self.autoencoder or self.vae):
+            raise ValueError("stage autoencoder trains from images alone: leave out --autoencoder and --vae.")
+        if self.kl_warmup_steps < 0:
+            raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
+        if not isinstance(self.model, dict):
+            raise ValueError(f"model must map config fields to values, got {self.model!r}.")
+
+
+def load_preset(name: str | Path) -> dict:
+    """A preset by the name of one that the package carries, or by the path of a YAML file.
+
+    Returns:
+        `dict` with the options of `common` (all stages) and of each stage: `{"common": {...}, "vae": {...}, ...}`.
+
+    Raises:
+        FileNotFoundError: neither a preset nor a file.
+        ValueError: not a mapping of mappings, or an unknown section or option.
+    """
+    carried = resources.files(__package__) / "presets"
+    names = sorted(entry.name.removesuffix(".yaml") for entry in carried.iterdir() if entry.name.endswith(".yaml"))
+    path = carried / f"{name}.yaml" if name in names else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no preset or file named {name}: the presets are {', '.join(names)}.")
+    try:
+        preset = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    _check_preset(preset, name)
+    return preset
+
+
+def _check_preset(preset, name):
+    if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
+        raise ValueError(f"{name} must map common, {', '.join(STAGES)} to options.")
+    known = [entry.name for entry in fields(StageOptions)]
+    for section, options in preset.items():
+        if section not in ("common", *STAGES):
+            raise ValueError(f"{name} has a section {section!r}: expected common, {', '.join(STAGES)}.")
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else "."
+                raise ValueError(f"{name} sets {section}.{key}, which is no option{hint}")
+
+
+def stage_options(stage: str, preset: dict | None = None, **overrides) -> StageOptions:
+    """The options of one stage: defaults, then the preset's `common`, then its section, then `overrides`."""
+    preset = preset or {}
+    merged = {**preset.get("common", {}), **preset.get(stage, {})}
+    overrides = dict(overrides)
+    model = {**merged.pop("model", {}), **overrides.pop("model", {})}
+    return StageOptions(stage=stage, **{**merged, **overrides}, model=model)
+
+
+def run_stage(options: StageOptions) -> VAEPlusPreTrainedModel:
+    """Train one stage as [`StageOptions`] says; see [`~hf_vaeplus.training.train`] for what it leaves and raises."""
+    torch.manual_seed(derived_seed(options.seed, 2))  # the initial weights
+    images = open_images(options)
+    build = {"autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage}[options.stage]
+    return train(*build(options, images), options=options, preview=_previewer(options, images))
+
+
+def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
+    """Train the three stages one after the other, each in its own folder of `output_dir`, and save the pipeline.
+
+    Stages that are trained already are not trained again; one that was interrupted goes on.
+
+    Args:
+        preset: see `load_preset`.
+        overrides: options for every stage.
+
+    Returns:
+        The pipeline, and the options of each stage.
+
+    Raises:
+        ValueError: unknown sections or options, checked for all stages before the first one trains.
+    """
+    _check_preset(preset, "the preset")
+    folders = {stage: str(output_dir / stage) for stage in STAGES}
+    options = {}
+    for position, stage in enumerate(STAGES):
+        earlier = {before: folders[before] for before in STAGES[:position]}
+        options[stage] = stage_options(
+            stage, preset, **{**overrides, **earlier, "output_dir": folders[stage], "resume_from_checkpoint": "latest"}
+        )
+    for stage in STAGES:
+        model = run_stage(options[stage])
+    pipe = build_pipeline(options["second_stage"], model)
+    if PartialState().is_main_process:
+        pipe.save_pretrained(output_dir / "pipeline")
+    return pipe, options
+
+
+def open_images(options: StageOptions, split: str | None = None):
+    """The images that `options` name, cached or streamed; of another split if given (never mirrored then)."""
+    source = dict(
+        train_data_dir=options.train_data_dir,
+        train_data_files=options.train_data_files,
+        split=split or options.split,
+        revision=options.dataset_revision,
+        image_column=options.image_column,
+        resolution=options.resolution,
+        crop=options.crop,
+        num_channels=options.num_channels,
+        num_factors=options.num_factors,
+        max_samples=options.max_train_samples if split is None else None,
+        random_flip=options.random_flip and split is None,
+    )
+    if options.streaming and split is None:
+        return stream_images(options.dataset_name, **source, seed=options.seed)
+    state = PartialState()
+    with state.main_process_first():
+        return load_images(options.dataset_name, **source, cache_dir=options.cache_dir, progress=state.is_main_process)
+
+
+# --------------------------------------------------------------------------------------------------------- stages
+
+
+def _autoencoder_stage(options: StageOptions, images):
+    shape = dict(image_size=images.resolution, num_channels=images.num_channels)
+    model = VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**{**shape, **options.model}))
+
+    def prepare(batch, noise, step):
+        return {"pixel_values": to_unit_range(batch["pixel_values"])}
+
+    return model, images, prepare
+
+
+def _vae_stage(options: StageOptions, images):
+    if options.autoencoder is None:  # a VAE straight on pixels: the baselines, and small images
+        shape = dict(input_shape=(images.num_channels, images.resolution, images.resolution), network="conv")
+        model = VAEPlusVAEModel(VAEPlusVAEConfig(**{**shape, **options.model}))
+
+        def prepare(batch, noise, step):
+            pixels = to_unit_range(batch["pixel_values"])
+            return {"inputs": pixels, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
+
+        return model, images, prepare
+
+    autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder)
+    defaults = dict(input_shape=(autoencoder.config.latent_dim,), reconstruction_space="image")
+    config = VAEPlusVAEConfig(**{**defaults, **options.model})
+    model = VAEPlusVAEModel(config)
+    dataset = images
+    if not isinstance(images, IterableDataset):
+        encode = lambda pixels: {"code": autoencoder.encode(pixels)}  # noqa: E731
+        encoded = encode_dataset(images, encode, [autoencoder], options)
+        dataset = EncodedImages(images, encoded)
+        codes = encoded["code"]
+    else:
+        images.set_position(0, 1024)
+        codes = autoencoder.encode(to_unit_range(next(iter(images))["pixel_values"]).to(autoencoder.device))
+    # A code that never moves has no scale of its own: it gets a thousandth of the others'.
+    std = codes.std(0)
+    model.set_input_statistics(codes.mean(0).cpu(), std.clamp(min=1e-3 * std.mean()).cpu())
+
+    def prepare(batch, noise, step):
+        pixels = to_unit_range(batch["pixel_values"])
+        inputs = {"inputs": batch["code"] if "code" in batch else autoencoder.encode(pixels)}
+        if config.reconstruction_space == "image":
+            inputs.update(targets=pixels, target_decoder=autoencoder.decode)
+        return {**inputs, "noise": noise(config.latent_dim), "kl_weight": _kl_weight(options, step)}
+
+    return model, dataset, prepare
+
+
+def _second_stage(options: StageOptions, images):
+    vae = load_frozen(VAEPlusVAEModel, options.vae)
+    autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder) if options.autoencoder else None
+    latent_dim = vae.config.latent_dim
+    # q(z) has about unit variance: gamma must start well below it, or no direction survives.
+    defaults = dict(input_shape=(latent_dim,), latent_dim=latent_dim, gamma="learned", gamma_init=0.1)
+    model = VAEPlusVAEModel(VAEPlusVAEConfig(**{**defaults, **options.model}))
+
+    def posterior(pixels):
+        found = vae.encode(pixels if autoencoder is None else autoencoder.encode(pixels))
+        return {"mean": found.mean, "logvar": found.logvar}
+
+    dataset = images
+    if not isinstance(images, IterableDataset):
+        models = [vae] if autoencoder is None else [autoencoder, vae]
+        dataset = TensorRows(encode_dataset(images, posterior, models, options))
+
+    def prepare(batch, noise, step):
+        q = batch if "mean" in batch else posterior(to_unit_range(batch["pixel_values"]))
+        z = q["mean"] + (0.5 * q["logvar"]).exp() * noise(latent_dim)
+        return {"inputs": z, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
+
+    return model, dataset, prepare
+
+
+def _kl_weight(options: StageOptions, step: int) -> float:
+    return min(1.0, (step + 1) / options.kl_warmup_steps) if options.kl_warmup_steps else 1.0
+
+
+# --------------------------------------------------------------------------------------------------------- codes
+
+
+def load_frozen(model_class: type, path: str) -> VAEPlusPreTrainedModel:
+    """A trained stage for use by a later one: weights complete, no gradients, evaluation mode, on this device.
+
+    Raises:
+        ValueError, OSError: as [`VAEPlusPreTrainedModel.from_pretrained`].
+    """
+    model = model_class.from_pretrained(path)
+    return model.requires_grad_(False).eval().to(PartialState().device)
+
+
+@torch.no_grad()
+def encode_dataset(images, encode, models: list[VAEPlusPreTrainedModel], options: StageOptions) -> dict:
+    """What `encode` says of every image, in the order of the data set, computed once and kept in the cache.
+
+    Args:
+        images: a map-style data set of images.
+        encode: pixels in [0, 1] of shape `(batch, C, H, W)` -> dict of tensors of shape `(batch, dim)`.
+        models: the networks that `encode` uses: their weights name the cached file.
+
+    Returns:
+        `dict` of float32 tensors of shape `(len(images), dim)` on the CPU.
+    """
+    state, key = PartialState(), hashlib.sha256(f"{images.fingerprint} {len(images)}".encode())
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    path = Path(images.path).parent.parent / "encoded" / f"{key.hexdigest()[:32]}.safetensors"
+    with state.main_process_first():
+        if not path.exists():
+            loader = DataLoader(images, batch_size=256, collate_fn=keep_batch)
+            parts = []
+            for batch in tqdm(loader, desc="encoding", disable=not state.is_main_process):
+                found = encode(to_unit_range(batch["pixel_values"].to(state.device)))
+                parts.append({name: tensor.float().cpu() for name, tensor in found.items()})
+            whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            save_file(whole, partial)
+            os.replace(partial, path)
+        return load_file(path)
+
+
+class TensorRows(Dataset):
+    """Rows of equally long tensors; a list of indices gives a batch."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int) -> dict:
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        return self[torch.as_tensor(indices)]
+
+
+class EncodedImages(Dataset):
+    """Images with what was computed of them."""
+
+    def __init__(self, images, encoded: dict[str, torch.Tensor]):
+        self.images, self.rows = images, TensorRows(encoded)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.images[index], **self.rows[index]}
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        return {**self.images.__getitems__(indices), **self.rows.__getitems__(indices)}
+
+
+def _previewer(options: StageOptions, images):
+    """What a stage can do so far, as a picture: pairs of image and reconstruction, or samples."""
+    if isinstance(images, IterableDataset):
+        return None
+    first = to_unit_range(images.__getitems__(list(range(min(32, len(images)))))["pixel_values"])
+    seed = derived_seed(options.seed, 3)
+
+    def preview(model) -> Image.Image:
+        if options.stage == "autoencoder":
+            pixels = first.to(model.device)
+            return image_grid(torch.stack([pixels, model(pixels).reconstruction], 1).flatten(0, 1), columns=8)
+        pipe = build_pipeline(options, model)
+        pipe.set_progress_bar_config(disable=True)
+        return image_grid(pipe(64, torch.Generator(model.device).manual_seed(seed), output_type="pt").images)
+
+    return preview
+
+
+def build_pipeline(options: StageOptions, model: VAEPlusPreTrainedModel):
+    """The pipeline that ends with `model`, the VAE of `options.stage`, and loads the stages before it."""
+    from .pipeline_vaeplus import VAEPlusPipeline  # training the autoencoder does not need diffusers
+
+    autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder) if options.autoencoder else None
+    if options.stage == "vae":
+        return VAEPlusPipeline(model, autoencoder)
+    return VAEPlusPipeline(load_frozen(VAEPlusVAEModel, options.vae), autoencoder, model)

@@ -1,0 +1,597 @@
+"""The one training loop of all stages, on Accelerate: checkpoints, exact resume, averaging, logs. No stage logic.
+
+What differs between stages is passed in: a model whose `forward` returns its loss first, a data set, and `prepare`,
+which turns a batch into the arguments of `forward`.
+
+Randomness is a function of (seed, progress, position in the global batch) and of nothing else: the order of the data,
+the noise and the augmentation. So a resumed run is the same run bit for bit, and two processes see what one process
+with twice the batch sees.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, get_scheduler
+
+logger = logging.getLogger(__name__)
+
+
+def option(default, help: str, **metadata):
+    """A dataclass field with a help text for the command line."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class TrainingOptions:
+    """What the loop can be told. Names are those of diffusers' example scripts."""
+
+    output_dir: str = option("runs/stage", "folder for checkpoints, logs, samples and the final model")
+    seed: int = option(0, "seed of everything random")
+    max_train_steps: int = option(10_000, "optimizer steps")
+    train_batch_size: int = option(64, "samples per process in one forward pass")
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    lr_scheduler: str = option("cosine", "a name that transformers.get_scheduler knows: cosine, linear, constant, ...")
+    lr_warmup_steps: int = option(100, "steps of linear warm-up of the learning rate")
+    gamma_lr_multiplier: float = option(10.0, "learning rate of a learned log_gamma, as a multiple of learning_rate")
+    adam_beta1: float = option(0.9, "AdamW's beta1")
+    adam_beta2: float = option(0.99, "AdamW's beta2")
+    adam_weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0 leaves it alone")
+    mixed_precision: str = option("no", "no | bf16 | fp16", choices=("no", "bf16", "fp16"))
+    use_ema: bool = option(False, "keep an exponential moving average of the weights and save that as the model")
+    ema_decay: float = option(0.999, "decay of the moving average (shorter during the first steps)")
+    checkpointing_steps: int = option(1_000, "save a resumable checkpoint every so many steps")
+    checkpoints_total_limit: int = option(2, "how many checkpoints to keep")
+    resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint")
+    logging_steps: int = option(50, "steps between two lines of stats.jsonl")
+    sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only")
+    report_to: str = option("none", "none | tensorboard | any other tracker of Accelerate")
+    dataloader_num_workers: int = option(0, "worker processes that read data")
+    torch_compile: bool = option(False, "compile the model: pays back on long runs only")
+    push_to_hub: bool = option(False, "upload the final model to the Hub; a failed upload does not lose the run")
+    hub_model_id: str | None = option(None, "repository to push to, 'name' or 'organisation/name'")
+    hub_token: str | None = option(None, "write token of the Hub, if not logged in")
+    hub_private_repo: bool = option(False, "create the repository as a private one")
+
+    def __post_init__(self):
+        self._check_types()
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+                     "checkpointing_steps", "checkpoints_total_limit", "logging_steps"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("lr_warmup_steps", "max_grad_norm", "sample_steps", "dataloader_num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub needs hub_model_id: name the repository, such as 'your-name/vaeplus-faces'.")
+
+    def _check_types(self):
+        for name, annotation in get_type_hints(type(self)).items():
+            value, wanted = getattr(self, name), get_args(annotation) or (annotation,)
+            wanted += (int,) if float in wanted else ()
+            if isinstance(value, bool) != (bool in wanted) or not isinstance(value, wanted):
+                names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
+                hint = " (YAML needs the dot in 1.0e-3)" if float in wanted and isinstance(value, str) else ""
+                raise ValueError(f"{name} must be {names}, got {value!r}{hint}.")
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient was not finite. The last good state has been saved."""
+
+
+# ----------------------------------------------------------------------------------------------------- randomness
+
+
+def derived_seed(*key: int) -> int:
+    """A 63-bit seed that depends on all the integers of `key`, each non-negative."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+class BatchNoise:
+    """Standard normal noise of one forward pass: row i depends on (seed, pass, position in the global batch) alone."""
+
+    def __init__(self, seed: int, forward_pass: int, batch_size: int, rank: int, world_size: int, device):
+        self._generator = torch.Generator(device).manual_seed(derived_seed(seed, 1, forward_pass))
+        self._global_batch, self._rows = batch_size * world_size, slice(rank * batch_size, (rank + 1) * batch_size)
+        self._device = device
+
+    def __call__(self, dim: int) -> torch.Tensor:
+        """The next noise, of shape `(batch_size, dim)`."""
+        noise = torch.randn(self._global_batch, dim, generator=self._generator, device=self._device)
+        return noise[self._rows]
+
+
+class GlobalBatchSampler(Sampler):
+    """Indices of this process for the forward passes `first` to `last`, without end of epoch and without remainder.
+
+    Pass t takes positions `t * world_size * batch_size` onwards of one endless sequence: permutation after permutation
+    of the data set, permutation e drawn from (seed, e).
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, seed: int, rank: int, world_size: int, first: int, last: int
+    ):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size, self.first, self.last = rank, world_size, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, None
+        for forward_pass in range(self.first, self.last):
+            start = (forward_pass * self.world_size + self.rank) * self.batch_size
+            indices = []
+            while len(indices) < self.batch_size:
+                wanted, offset = divmod(start + len(indices), self.num_samples)
+                if wanted != epoch:
+                    epoch, generator = wanted, torch.Generator().manual_seed(derived_seed(self.seed, 0, wanted))
+                    order = torch.randperm(self.num_samples, generator=generator).tolist()
+                indices += order[offset : offset + self.batch_size - len(indices)]
+            yield indices
+
+
+def _as_is(batch):  # `__getitems__` has made the batch
+    return batch
+
+
+def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: int, last: int) -> DataLoader:
+    place = dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
+    loading = dict(num_workers=options.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda")
+    if isinstance(dataset, IterableDataset):
+        dataset.set_position(first, options.train_batch_size, **place)
+        return DataLoader(dataset, batch_size=None, **loading)
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty.")
+    sampler = GlobalBatchSampler(len(dataset), options.train_batch_size, options.seed, **place, first=first, last=last)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, **loading)
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. A half-written one has another name."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def _write_json(path: Path, content):
+    """Replace a file by new content, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _flush_to_disk(folder: Path):
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass
+class _State:
+    """All that a checkpoint holds: the run goes on from it as if it had never stopped."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None
+    ema: AveragedModel | None
+    window: torch.Tensor | None = None  # sums of the logged scalars since the last line of stats.jsonl
+    window_passes: int = 0
+    step: int = 0
+
+    def save(self, output_dir: Path, total_limit: int):
+        """Write checkpoint-<step> beside the others, rename it into place when complete, then drop the oldest."""
+        final, partial = output_dir / f"checkpoint-{self.step}", output_dir / f".checkpoint-{self.step}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        if self.ema is not None:
+            self.ema.module.save_pretrained(partial / "ema")
+        tensors = {
+            f"{name}/{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        if self.window is not None:
+            tensors["window"] = self.window
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
+        progress = {"step": self.step, "window_passes": self.window_passes, "scheduler": self.scheduler.state_dict()}
+        if self.scaler is not None:
+            progress["scaler"] = self.scaler.state_dict()
+        _write_json(partial / "progress.json", progress)
+        _flush_to_disk(partial)
+        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
+        os.replace(partial, final)
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+
+    def load(self, checkpoint: Path):
+        """Raises ValueError or FileNotFoundError when the checkpoint is of another model or lacks a file."""
+        needed = ["model.safetensors", "optimizer.safetensors", "progress.json"]
+        needed += [] if self.ema is None else ["ema/model.safetensors"]
+        for name in needed:
+            if not (checkpoint / name).is_file():
+                raise FileNotFoundError(
+                    f"checkpoint {checkpoint} lacks {name}: resume from another checkpoint, or with the options"
+                    " that the run was started with (training_options.json)."
+                )
+        _load_weights(self.model, checkpoint / "model.safetensors")
+        if self.ema is not None:
+            _load_weights(self.ema.module, checkpoint / "ema" / "model.safetensors")
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        self.step, self.window_passes = progress["step"], progress["window_passes"]
+        tensors = load_file(checkpoint / "optimizer.safetensors")
+        window = tensors.pop("window", None)
+        self.window = None if window is None else window.to(self.model.device)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        state = self.optimizer.state_dict()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
+            prefix = names[parameter] + "/"
+            state["state"][number] = {
+                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+            }
+        self.optimizer.load_state_dict(state)
+        self.scheduler.load_state_dict(progress["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.ema is not None:
+            self.ema.n_averaged.fill_(self.step)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(progress["scaler"])
+
+
+def _load_weights(model: nn.Module, path: Path):
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not fit the model: start with the model options that the run was started with. {error}"
+        ) from error
+
+
+def _ema_update(decay: float) -> Callable:
+    def update(averages, parameters, num_averaged):
+        steps = int(num_averaged)
+        warm_decay = min(decay, (1 + steps) / (10 + steps))  # the first weights are forgotten fast
+        get_ema_multi_avg_fn(warm_decay)(averages, parameters, num_averaged)
+
+    return update
+
+
+# ----------------------------------------------------------------------------------------------------------- logs
+
+
+class HealthWatch:
+    """Says in words, once each, that a VAE is collapsing. Fed with each line of stats.jsonl."""
+
+    min_kl = 0.5  # nats: a posterior that says less than this about its input says nothing
+    patience = 5  # lines
+
+    def __init__(self, latent_dim: int, first_step: int):
+        self.latent_dim, self.first_step = latent_dim, first_step
+        self.low_kl_lines, self.said = 0, set()
+
+    def __call__(self, stats: dict) -> list[str]:
+        """The warnings, if any, that this line of statistics gives cause for."""
+        if "kl" not in stats or stats["step"] < self.first_step:
+            return []
+        warnings = {}
+        self.low_kl_lines = self.low_kl_lines + 1 if stats["kl"] < self.min_kl else 0
+        if self.low_kl_lines >= self.patience:
+            warnings["kl"] = (
+                f"KL has stayed below {self.min_kl} nats up to step {stats['step']} ({stats['kl']:.3g} now): the"
+                " posterior equals the prior and this VAE has collapsed. Start gamma lower (gamma_init=0.1) or use"
+                " kl_warmup_steps."
+            )
+        elif stats["active_units"] < self.latent_dim / 4:
+            warnings["units"] = (
+                f"only {stats['active_units']:.0f} of {self.latent_dim} latent dimensions are active at step"
+                f" {stats['step']}. That is balanced regularization if the data has no more factors than that; if"
+                f" reconstructions are poor, gamma ({stats['gamma']:.3g}) lags behind the error and prunes: use"
+                " gamma='analytic' or a larger gamma_lr_multiplier."
+            )
+        new = [text for kind, text in warnings.items() if kind not in self.said]
+        self.said.update(warnings)
+        return new
+
+
+def _drop_lines_after(path: Path, step: int):
+    """Forget what a killed run logged after the checkpoint that it is resumed from, a half-written line included."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+# ----------------------------------------------------------------------------------------------------------- loop
+
+
+def train(
+    model: PreTrainedModel,
+    dataset,
+    prepare: Callable[[dict, BatchNoise, int], dict],
+    options: TrainingOptions,
+    preview: Callable[[PreTrainedModel], Image.Image] | None = None,
+) -> PreTrainedModel:
+    """Train `model` and leave in `options.output_dir`: the model, checkpoints, `stats.jsonl`, `samples/`.
+
+    Args:
+        model: its `forward(**prepare(batch, noise, step))` returns a `ModelOutput` with a scalar `loss`; every other
+            scalar of the output is logged. Models with `log_gamma` as a parameter give it its own learning rate.
+        dataset: a map-style data set with `__getitems__` that returns a batch (a dict of tensors), or an
+            `IterableDataset` of batches with `set_position(first_batch, batch_size, rank, world_size)`.
+        prepare: `(batch on the device, noise, step) -> keyword arguments of forward`.
+        options: see [`TrainingOptions`].
+        preview: draws a picture of what the model does, for `samples/`.
+
+    Returns:
+        The trained model, its moving average if `use_ema`, in evaluation mode.
+
+    Raises:
+        TrainingDiverged: a loss or gradient was not finite; the state before that step is the newest checkpoint.
+        FileExistsError: `output_dir` holds a run already and nothing says to resume it.
+        ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist or does not fit.
+    """
+    AcceleratorState._reset_state()  # a stage may differ from the one before in its precision
+    output_dir = Path(options.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_dir=output_dir,
+    )
+    checkpoint = _find_checkpoint(options)
+    if checkpoint is not None:
+        _refuse_other_options(checkpoint.parent / "training_options.json", options)
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in output_dir.glob(".checkpoint-*.partial"):
+            shutil.rmtree(leftover)
+        _write_json(output_dir / "training_options.json", _public(options))
+
+    gamma = [parameter for name, parameter in model.named_parameters() if name == "log_gamma"]
+    others = [parameter for name, parameter in model.named_parameters() if name != "log_gamma"]
+    groups = [{"params": others}]
+    if gamma:
+        rate = options.learning_rate * options.gamma_lr_multiplier
+        groups.append({"params": gamma, "lr": rate, "weight_decay": 0.0})
+    model.to(accelerator.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+    scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, options.max_train_steps)
+    ema = AveragedModel(model, multi_avg_fn=_ema_update(options.ema_decay)) if options.use_ema else None
+    state = _State(model, optimizer, scheduler, accelerator.scaler, ema)
+    if checkpoint is not None:
+        state.load(checkpoint)
+        logger.info("resumed %s", checkpoint)
+    if options.torch_compile:
+        model.compile()
+    wrapped, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if options.report_to != "none":
+        accelerator.init_trackers(output_dir.name, config={k: v for k, v in _public(options).items() if v is not None})
+
+    passes_per_step = options.gradient_accumulation_steps
+    loader = _loader(
+        dataset, options, accelerator, state.step * passes_per_step, options.max_train_steps * passes_per_step
+    )
+    batches = iter(loader)
+    if accelerator.is_main_process:
+        _drop_lines_after(output_dir / "stats.jsonl", state.step)
+        (output_dir / "samples").mkdir(exist_ok=True)
+    latent_dim = getattr(model.config, "latent_dim", 0)
+    watch = HealthWatch(latent_dim, first_step=min(500, options.max_train_steps // 2))
+    progress = tqdm(
+        total=options.max_train_steps,
+        initial=state.step,
+        desc=output_dir.name,
+        disable=not accelerator.is_main_process,
+    )
+    wrapped.train()
+    since, samples_since = time.perf_counter(), 0
+    while state.step < options.max_train_steps:
+        for number in range(passes_per_step):
+            forward_pass = state.step * passes_per_step + number
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
+            noise = BatchNoise(
+                options.seed,
+                forward_pass,
+                options.train_batch_size,
+                accelerator.process_index,
+                accelerator.num_processes,
+                accelerator.device,
+            )
+            last = number == passes_per_step - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                output = wrapped(**prepare(batch, noise, state.step))
+                accelerator.backward(output.loss / passes_per_step)
+            scalars = {name: value.detach() for name, value in output.items() if _is_scalar(value)}
+            values = torch.stack([value.double() for value in scalars.values()])
+            state.window = values if state.window is None else state.window + values
+            state.window_passes += 1
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
+        # The gradient holds every process's loss, so all processes come to the same decision.
+        if not math.isfinite(grad_norm) and accelerator.scaler is None:
+            _stop_diverged(accelerator, state, output_dir, options, scalars)
+        prepared_optimizer.step()
+        scheduler.step()
+        prepared_optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update_parameters(model)
+        state.step += 1
+        samples_since += options.train_batch_size * passes_per_step * accelerator.num_processes
+        progress.update()
+
+        if state.step % options.logging_steps == 0 or state.step == options.max_train_steps:
+            means = accelerator.reduce(state.window / state.window_passes, "mean").tolist()
+            stats = {"step": state.step, **dict(zip(scalars, means, strict=True)), "grad_norm": float(grad_norm)}
+            stats["learning_rate"] = scheduler.get_last_lr()[0]
+            state.window, state.window_passes = None, 0
+            speed, since, samples_since = samples_since / (time.perf_counter() - since), time.perf_counter(), 0
+            if accelerator.is_main_process:
+                with open(output_dir / "stats.jsonl", "a") as file:
+                    file.write(json.dumps(stats) + "\n")
+                progress.set_postfix(_postfix(stats, speed))
+                for warning in watch(stats):
+                    progress.write(f"warning: {warning}")
+            accelerator.log({**stats, "samples_per_second": speed}, step=state.step)
+        if state.step % options.checkpointing_steps == 0 or state.step == options.max_train_steps:
+            if state.window is not None:  # one process writes, so all must hold the same sums
+                state.window = accelerator.reduce(state.window, "mean")
+            if accelerator.is_main_process:
+                state.save(output_dir, options.checkpoints_total_limit)
+            accelerator.wait_for_everyone()
+        due = options.sample_steps and state.step % options.sample_steps == 0
+        if preview is not None and accelerator.is_main_process and (due or state.step == options.max_train_steps):
+            _draw_preview(accelerator, preview, model if ema is None else ema.module, output_dir, state.step)
+    progress.close()
+
+    final = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if ema is None else ema.module
+    final.eval()
+    if accelerator.is_main_process:
+        final.save_pretrained(output_dir)
+        if options.push_to_hub:
+            _push(output_dir, options)
+    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    return final
+
+
+def _is_scalar(value) -> bool:
+    return torch.is_tensor(value) and value.ndim == 0
+
+
+def _public(options: TrainingOptions) -> dict:
+    """The options as they may be written down: without the token."""
+    return {name: value for name, value in asdict(options).items() if name != "hub_token"}
+
+
+def _postfix(stats: dict, speed: float) -> dict:
+    shown = {name: f"{stats[name]:.4g}" for name in ("loss", "kl", "gamma", "active_units") if name in stats}
+    return {**shown, "images/s": f"{speed:.0f}"}
+
+
+def _find_checkpoint(options: TrainingOptions) -> Path | None:
+    existing = list_checkpoints(options.output_dir)
+    if options.resume_from_checkpoint is None:
+        if existing:
+            raise FileExistsError(
+                f"{options.output_dir} already holds a run up to step {checkpoint_step(existing[-1])}: resume it with"
+                " --resume_from_checkpoint latest, or choose another --output_dir."
+            )
+        return None
+    if options.resume_from_checkpoint == "latest":
+        return existing[-1] if existing else None
+    checkpoint = Path(options.resume_from_checkpoint)
+    if not (checkpoint / "progress.json").is_file():
+        names = [path.name for path in existing] or "none"
+        raise FileNotFoundError(f"{checkpoint} is not a checkpoint of this project; {options.output_dir} has {names}.")
+    return checkpoint
+
+
+# Options that may change between the parts of a run without making it another run.
+_FREE_OPTIONS = frozenset(
+    "output_dir cache_dir max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
+    " logging_steps sample_steps report_to dataloader_num_workers torch_compile push_to_hub hub_model_id"
+    " hub_private_repo".split()
+)
+
+
+def _refuse_other_options(written: Path, options: TrainingOptions):
+    """A run that is resumed with another seed, model or data set would be neither the old run nor the new one."""
+    if not written.exists():
+        return
+    old, new = json.loads(written.read_text()), json.loads(json.dumps(_public(options)))
+    changed = [name for name in new if name in old and old[name] != new[name] and name not in _FREE_OPTIONS]
+    if changed:
+        changes = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
+        raise ValueError(
+            f"{written.parent} holds a run with other options ({changes}): choose another --output_dir, or the options"
+            f" in {written.name}."
+        )
+
+
+def _stop_diverged(accelerator, state: _State, output_dir: Path, options: TrainingOptions, scalars: dict):
+    """Save the state before the step that went wrong, and say which term was not finite."""
+    names = [name for name, value in scalars.items() if not bool(value.isfinite())] or ["the gradient"]
+    if accelerator.is_main_process:
+        state.window, state.window_passes = None, 0
+        state.save(output_dir, options.checkpoints_total_limit)
+    accelerator.wait_for_everyone()
+    raise TrainingDiverged(
+        f"step {state.step + 1} gave values that are not finite ({', '.join(names)}); the state before it is saved as"
+        f" checkpoint-{state.step}. Lower learning_rate, set max_grad_norm, or raise min_gamma."
+    )
+
+
+@torch.no_grad()
+def _draw_preview(accelerator, preview, model, output_dir: Path, step: int):
+    model.eval()
+    picture = preview(model)
+    model.train()
+    picture.save(output_dir / "samples" / f"step-{step:07d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": np.asarray(picture.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+
+
+def _push(output_dir: Path, options: TrainingOptions):
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.hub_token)
+    try:
+        repo_id = api.create_repo(options.hub_model_id, private=options.hub_private_repo, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            allow_patterns=["config.json", "model.safetensors", "training_options.json", "stats.jsonl"],
+            commit_message=f"Train {output_dir.name} for {options.max_train_steps} steps",
+        )
+    except Exception as error:  # whatever the network did, the trained model is on disk
+        logger.warning("push to %s failed, the model is in %s: %s", options.hub_model_id, output_dir, error)
