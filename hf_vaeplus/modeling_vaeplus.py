@@ -645,8 +645,8 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         if (self.config.reconstruction_space == "image") != (target_decoder is not None):
             given = "no" if target_decoder is None else "a"
             raise ValueError(
-                f"reconstruction_space={self.config.reconstruction_space!r} and {given} target_decoder: 'image' needs a"
-                " target_decoder and targets, 'input' takes none."
+                f"reconstruction_space={self.config.reconstruction_space!r} and {given} target_decoder: 'image' needs"
+                " a target_decoder and targets, 'input' takes none."
             )
         if targets is not None and not targets.is_floating_point():
             raise ValueError(f"targets must be floats (pixels in [0, 1]), got {targets.dtype}.")
