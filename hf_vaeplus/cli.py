@@ -25,9 +25,11 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(command) -> int:
     """Run `command()`; a user's mistake becomes one sentence and an exit code instead of a traceback."""
     from huggingface_hub.errors import StrictDataclassError
+    from transformers.utils.logging import disable_progress_bar
 
     from .training import TrainingDiverged
 
+    disable_progress_bar()  # one bar for the training, none for each file that is read or written
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         command()

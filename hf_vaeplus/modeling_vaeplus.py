@@ -396,15 +396,12 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False is refused: pickled weights can run code, so leave it out.")
         give_info = kwargs.pop("output_loading_info", False)
+        kwargs.update(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # refused below
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, use_safetensors=True, output_loading_info=True, **kwargs
-            )
-        except (SafetensorError, RuntimeError) as error:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
             raise ValueError(
-                f"the weights of {pretrained_model_name_or_path} cannot be loaded into {cls.__name__}: they are"
-                f" damaged or do not belong to its config.json; save or download them again."
-                f" {' '.join(str(error).split())}"
+                f"the weights of {pretrained_model_name_or_path} are damaged ({error}): save or download them again."
             ) from error
         wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(wrong.values()):

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -378,7 +379,7 @@ def train(
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         log_with=None if options.report_to == "none" else options.report_to,
-        project_dir=output_dir,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     checkpoint = _find_checkpoint(options)
     if checkpoint is not None:
@@ -415,7 +416,10 @@ def train(
         model.compile()
     wrapped, prepared_optimizer = accelerator.prepare(model, optimizer)
     if options.report_to != "none":
-        accelerator.init_trackers(output_dir.name, config={k: v for k, v in _public(options).items() if v is not None})
+        settings = {
+            n: value if isinstance(value, int | float) else str(value) for n, value in _public(options).items()
+        }
+        accelerator.init_trackers("vaeplus", config=settings)
 
     passes_per_step = options.gradient_accumulation_steps
     loader = _loader(

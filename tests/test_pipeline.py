@@ -455,14 +455,14 @@ def test_incomplete_or_foreign_weights_are_refused(copy, saved, load):
     change(copy, lambda weights: weights.pop("affine_skip.bias"))
     refused(r"do not belong to a VAEPlusVAEModel with its config.json: missing keys \['affine_skip.bias'\]")
     change(copy, lambda weights: weights.update({"affine_skip.bias": torch.zeros(7)}))
-    refused("do not belong to its config.json; save or download them again.*affine_skip.bias")
+    refused("mismatched keys .*affine_skip.bias")
     change(copy, lambda weights: weights.update({"affine_skip.bias": torch.zeros(6), "extra": torch.zeros(2)}))
     refused(r"unexpected keys \['extra'\]")
     shutil.copy(saved / "second_stage" / "model.safetensors", copy / "vae")
     refused("belong to")
     whole = (saved / "vae" / "model.safetensors").read_bytes()
     (copy / "vae" / "model.safetensors").write_bytes(whole[:-4])
-    refused("they are damaged")
+    refused("are damaged")
 
 
 @pytest.mark.parametrize("load", [VAEPlusPipeline.from_pretrained, DiffusionPipeline.from_pretrained])
