@@ -82,19 +82,19 @@ def candidates(size: int) -> dict:
             )
         )
 
+    base = (4, (128, 256, 256), 2)
     return {
-        "patch 4, 128-256-512, 1 block": lambda: network(4, (128, 256, 512), 1),
-        "patch 4, 128-256-512, 2 blocks": lambda: network(4, (128, 256, 512), 2),
-        "patch 4, 128-256-512, 2 blocks, group norm": lambda: with_block(network(4, (128, 256, 512), 2), NormedBlock),
-        "patch 4, 128-256-512, 2 blocks, depthwise": lambda: with_block(
-            network(4, (128, 256, 512), 2), DepthwiseBlock
-        ),
-        "patch 4, 128-256-256, 2 blocks": lambda: network(4, (128, 256, 256), 2),
-        "patch 4, 128-192-256, 4 blocks": lambda: network(4, (128, 192, 256), 4),
-        "patch 4, 256-256, 2 blocks": lambda: network(4, (256, 256), 2),
-        "patch 8, 256-256, 2 blocks": lambda: network(8, (256, 256), 2),
+        "patch 4, 128-256-256, 2 blocks": lambda: network(*base),
+        "group norm": lambda: with_block(network(*base), NormedBlock),
+        "depthwise": lambda: with_block(network(*base), DepthwiseBlock),
+        "1 block": lambda: network(4, (128, 256, 256), 1),
+        "4 blocks": lambda: network(4, (128, 256, 256), 4),
+        "narrow, 64-128-256": lambda: network(4, (64, 128, 256), 2),
+        "512 at the bottom": lambda: network(4, (128, 256, 512), 2),
+        "two scales, 256-256": lambda: network(4, (256, 256), 2),
+        "patch 8, 256-256": lambda: network(8, (256, 256), 2),
         "patch 2, 64-128-256-256, 1 block": lambda: network(2, (64, 128, 256, 256), 1),
-        "strided 4x4, batch norm (2016)": lambda: strided_2016(network(4, (128, 256, 512), 1)),
+        "strided 4x4, batch norm (2016)": lambda: strided_2016(network(*base)),
     }
 
 
@@ -147,7 +147,7 @@ def main():
     parser.add_argument("--crop", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=120, help="training time of each candidate")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3])
-    parser.add_argument("--only", nargs="*", default=[""], help="candidates whose name contains one of these")
+    parser.add_argument("--only", nargs="*", default=[""], help="candidates whose name begins with one of these")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="results/bench_autoencoder_networks.json")
@@ -156,7 +156,7 @@ def main():
     source = dict(train_data_dir=args.train_data_dir, resolution=args.resolution, crop=args.crop)
     train = load_images(**source, split="train", random_flip=True)
     validation = load_images(**source, split="validation")
-    makers = {n: make for n, make in candidates(args.resolution).items() if any(part in n for part in args.only)}
+    makers = {n: make for n, make in candidates(args.resolution).items() if n.startswith(tuple(args.only))}
     example = to_unit_range(train.__getitems__(list(range(args.batch_size)))["pixel_values"])
     cost = measure_cost(makers, example)
     rows = []

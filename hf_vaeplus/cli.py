@@ -7,6 +7,8 @@ diverged (the last good state is saved); 130 interrupted.
 import argparse
 import dataclasses
 import logging
+import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -14,17 +16,26 @@ from typing import get_args, get_type_hints
 
 import yaml
 
-TEACH = argparse.RawDescriptionHelpFormatter
+
+class CommandParser(argparse.ArgumentParser):
+    """Flags must be written out, and a mistake gives one sentence like any other, not the usage of sixty flags."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message):
+        self.exit(2, f"vaeplus: error: {message} (see `{self.prog} --help`)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `vaeplus`."""
-    return run_command(lambda: _dispatch(argv))
+    return run_command(lambda: _dispatch(argv), argv)
 
 
-def run_command(command) -> int:
+def run_command(command, argv: list[str] | None = None) -> int:
     """Run `command()`; a user's mistake becomes one sentence and an exit code instead of a traceback."""
-    from huggingface_hub.errors import StrictDataclassError
+    from huggingface_hub.errors import HTTPError, StrictDataclassError  # HTTPError: of httpx, whichever it uses
     from transformers.utils.logging import disable_progress_bar
 
     from .training import TrainingDiverged
@@ -35,12 +46,18 @@ def run_command(command) -> int:
         command()
     except TrainingDiverged as error:
         return _complain(error, 3)
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
-        if "--debug" in sys.argv:
+    except (ValueError, TypeError, OSError, HTTPError, StrictDataclassError) as error:
+        if "--debug" in (sys.argv if argv is None else argv):
             raise
+        if isinstance(error, HTTPError):
+            error = f"the Hub did not answer: try again, or use what is on this machine ({error})"
         return _complain(error, 2)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on from the newest checkpoint", 130)
+        return _complain(
+            "interrupted; training goes on from its newest checkpoint with the same command (of train_stage.py: and"
+            " --resume_from_checkpoint latest)",
+            130,
+        )
     return 0
 
 
@@ -50,14 +67,11 @@ def _complain(error, code: int) -> int:
 
 
 def _dispatch(argv):
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="vaeplus",
         description="VAE+: train a generative autoencoder in three stages, then sample from it in one pass.",
-        epilog="Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command. With --debug an error"
-        " shows its traceback.",
-        formatter_class=TEACH,
+        epilog="Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command.",
     )
-    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_quickstart, _add_train, _add_sample, _add_reconstruct, _add_interpolate):
         add(commands)
@@ -81,7 +95,7 @@ def add_stage_options(parser: argparse.ArgumentParser, leave_out: tuple[str, ...
         if kinds[0] is bool:
             flag["action"] = argparse.BooleanOptionalAction
         elif kinds[0] is dict:
-            flag.update(nargs="+", metavar="FIELD=VALUE", type=_assignment)
+            flag.update(nargs="+", action="extend", metavar="FIELD=VALUE", type=_assignment)
         else:
             flag.update(type=kinds[0], choices=entry.metadata.get("choices"), metavar=kinds[0].__name__.upper())
             if flag["choices"]:
@@ -116,10 +130,9 @@ def parse_stage_options(description: str, argv: list[str] | None = None):
     """The options of `examples/train_stage.py`: flags over a preset over defaults. `None` after `--dry_run`."""
     from .stages import load_preset, stage_options
 
-    parser = argparse.ArgumentParser(description=description, formatter_class=TEACH)
+    parser = CommandParser(description=description)
     parser.add_argument("--config", metavar="PRESET", help="preset by name, or a YAML file, that the flags override")
-    parser.add_argument("--dry_run", action="store_true", help="print the options and the model's size, then stop")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--dry_run", action="store_true", help="print the options as a preset for --config, then stop")
     add_stage_options(parser)
     args = parser.parse_args(argv)
     given = _given(args)
@@ -127,8 +140,8 @@ def parse_stage_options(description: str, argv: list[str] | None = None):
         raise ValueError("--stage is missing: choose autoencoder, vae or second_stage.")
     options = stage_options(given.pop("stage"), load_preset(args.config) if args.config else None, **given)
     if args.dry_run:
-        public = {name: value for name, value in dataclasses.asdict(options).items() if name != "hub_token"}
-        print(yaml.safe_dump(public, sort_keys=False), end="")
+        section = {n: value for n, value in dataclasses.asdict(options).items() if n not in ("stage", "hub_token")}
+        print(yaml.safe_dump({options.stage: section}, sort_keys=False), end="")
         return None
     return options
 
@@ -143,7 +156,6 @@ def _add_quickstart(commands):
         description="Train all three stages on drawings of faces made from r known factors, save the pipeline\n"
         "and draw what it does. Needs no network, no data and no GPU. Run it again to go on after an interruption.",
         epilog="examples:\n  vaeplus quickstart\n  vaeplus quickstart --num_factors 4 --output_dir runs/four",
-        formatter_class=TEACH,
     )
     parser.add_argument(
         "--output_dir", default="vaeplus-quickstart", help="where everything goes (default: %(default)s)"
@@ -170,12 +182,12 @@ def _add_train(commands):
         "  vaeplus train --config celeba64-cpu --train_data_dir celeba --output_dir runs/celeba64\n"
         "  vaeplus train --config quickstart --set vae.max_train_steps=200 vae.model.latent_dim=8\n"
         "  accelerate launch -m hf_vaeplus.cli train --config celeba128-gpu --dataset_name celeba",
-        formatter_class=TEACH,
     )
     parser.add_argument("--config", required=True, metavar="PRESET", help="preset by name, or a YAML file")
     parser.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         type=_assignment,
         metavar="STAGE.OPTION=VALUE",
@@ -201,21 +213,29 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
     from accelerate import PartialState
 
     from .evaluation import report
-    from .stages import load_preset, open_images, train_all
+    from .stages import all_stage_options, load_preset, open_images, train_all
 
     started = time.perf_counter()
     preset = load_preset(preset_name)
     for name, value in settings:
         stage, _, option = name.partition(".")
+        if not option:
+            raise ValueError(f"--set takes STAGE.OPTION=VALUE, got {name}={value}.")
         target = preset.setdefault(stage, {})
         if option.startswith("model."):
             target, option = target.setdefault("model", {}), option.removeprefix("model.")
         target[option] = value
-    pipe, options = train_all(preset, output_dir, **overrides)
+    options = all_stage_options(preset, output_dir, **overrides)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    last = dataclasses.replace(options["second_stage"], random_flip=False, streaming=False)
+    if options["second_stage"].streaming:  # no cache was wanted: one of the images that `report` looks at
+        last.max_train_samples = min(last.max_train_samples or 2_000, 2_000)
+    images = open_images(last, evaluation_split)  # by all processes, and before hours of training
+    if len(images) < 2:
+        raise ValueError(f"{images.name} holds one image: the statistics of a posterior need at least two.")
+    pipe, _ = train_all(preset, output_dir, **overrides)
     if not PartialState().is_main_process:
         return
-    last = dataclasses.replace(options["second_stage"], random_flip=False, streaming=False)
-    images = open_images(last, evaluation_split)
     num_factors = last.num_factors if last.dataset_name == "rendered-faces" else None
     folders = {stage: Path(each.output_dir) for stage, each in options.items()}
     summary = report(pipe, images, folders, output_dir, last.seed, num_factors)
@@ -253,9 +273,8 @@ def _add_sample(commands):
         epilog="examples:\n"
         "  vaeplus sample runs/faces/pipeline --num_images 64 --seed 1 --output samples.png\n"
         "  vaeplus sample org/vaeplus-celeba128 --num_images 1000 --separate --output samples/",
-        formatter_class=TEACH,
     )
-    _add_pipeline(parser, "samples.png")
+    _add_pipeline(parser, "samples.png, with --separate samples/")
     parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
     parser.add_argument("--separate", action="store_true", help="write one file per image into the folder --output")
@@ -269,9 +288,9 @@ def _add_reconstruct(commands):
         description="Encode pictures and decode them again: a PNG of pairs, the original left of its reconstruction.\n"
         "Pictures are cropped to their centre square and resized to what the model was trained on.",
         epilog="example:\n  vaeplus reconstruct runs/faces/pipeline a.png b.jpg --output reconstructions.png",
-        formatter_class=TEACH,
     )
     _add_pipeline(parser, "reconstructions.png")
+    parser.set_defaults(output="reconstructions.png")
     parser.add_argument("images", nargs="+", help="pictures")
     parser.set_defaults(run=_reconstruct)
 
@@ -283,9 +302,9 @@ def _add_interpolate(commands):
         description="Draw the way from one picture to another through the latent space, as one row of images.\n"
         "Pictures are cropped to their centre square and resized to what the model was trained on.",
         epilog="example:\n  vaeplus interpolate runs/faces/pipeline a.png b.png --steps 9 --output interpolation.png",
-        formatter_class=TEACH,
     )
     _add_pipeline(parser, "interpolation.png")
+    parser.set_defaults(output="interpolation.png")
     parser.add_argument("images", nargs=2, metavar="IMAGE", help="first and last picture")
     parser.add_argument("--steps", type=int, default=9, help="images on the way, ends included (default: 9)")
     parser.set_defaults(run=_interpolate)
@@ -293,19 +312,59 @@ def _add_interpolate(commands):
 
 def _add_pipeline(parser, output: str):
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
-    parser.add_argument("--output", default=output, help="file to write (default: %(default)s)")
+    parser.add_argument("--output", help=f"what to write; missing folders are made (default: {output})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
 
 
+def _output_picture(path: str) -> Path:
+    """A picture that can be written there, found out before the work."""
+    from .data import PICTURE_SUFFIXES
+
+    path = Path(path)
+    if path.suffix.lower() not in PICTURE_SUFFIXES or path.is_dir():
+        raise ValueError(f"--output must name a picture such as samples.png, got {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _writable(path, path.parent)
+
+
+def _writable(path: Path, folder: Path) -> Path:
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--output {path} cannot be written: {folder} allows no writing.")
+    return path
+
+
 def _load_pipeline(args):
     import torch
 
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: built without CUDA
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", args.pipeline)
+    if not Path(args.pipeline, "model_index.json").is_file() and (Path(args.pipeline).exists() or not is_hub_id):
+        raise FileNotFoundError(
+            f"{args.pipeline} is not a saved pipeline: expected a folder with model_index.json, such as the one named"
+            " pipeline in the --output_dir of `vaeplus train`, or an id on the Hub."
+        )
+
+    import diffusers
+
     from . import VAEPlusPipeline
 
-    pipe = VAEPlusPipeline.from_pretrained(args.pipeline)
-    return pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        pipe = VAEPlusPipeline.from_pretrained(args.pipeline)
+    except OSError as error:
+        if Path(args.pipeline).exists():
+            raise
+        raise FileNotFoundError(
+            f"there is no folder {args.pipeline}, and the Hub has no such pipeline or cannot be reached."
+        ) from error
+    return pipe.to(device)
 
 
 def _sample(args):
@@ -313,14 +372,20 @@ def _sample(args):
 
     from .pictures import image_grid
 
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must lie in [0, 2**63), got {args.seed}.")
+    if args.separate:
+        folder = Path(args.output or "samples")
+        folder.mkdir(parents=True, exist_ok=True)
+        _writable(folder, folder)
+    else:
+        output = _output_picture(args.output or "samples.png")
     pipe = _load_pipeline(args)
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
     wanted = dict(generator=generator, temperature=args.temperature, batch_size=args.batch_size)
     if not args.separate:
-        image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save(args.output)
+        image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save(output)
         return
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(pipe(args.num_images, **wanted).images):
         image.save(folder / f"{number:06d}.png")
 
@@ -330,19 +395,21 @@ def _reconstruct(args):
 
     from .pictures import image_grid
 
+    output = _output_picture(args.output)
     pipe = _load_pipeline(args)
     images = _read_pictures(args.images, pipe)
     pairs = torch.stack([images, pipe.reconstruct(images, output_type="pt", batch_size=args.batch_size)], 1)
-    image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save(args.output)
+    image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save(output)
 
 
 def _interpolate(args):
     from .pictures import image_grid
 
+    output = _output_picture(args.output)
     pipe = _load_pipeline(args)
     first, last = _read_pictures(args.images, pipe)
     path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
-    image_grid(path[0], columns=args.steps).save(args.output)
+    image_grid(path[0], columns=args.steps).save(output)
 
 
 def _read_pictures(paths: list[str], pipe):
@@ -353,7 +420,7 @@ def _read_pictures(paths: list[str], pipe):
     from .data import decode_image, to_unit_range
 
     channels, size, _ = pipe.image_shape
-    arrays = [decode_image(Path(path).read_bytes(), path, size, None, channels) for path in paths]
+    arrays = [decode_image(Path(path), path, size, None, channels) for path in paths]
     return to_unit_range(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
 
 

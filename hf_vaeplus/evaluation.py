@@ -50,7 +50,7 @@ def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> d
             means, logvars = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("mean", "logvar"))
             kl = kl_per_dimension(means, logvars)
             summary[stage] = {
-                "gamma": float(getattr(pipe, stage).log_gamma.exp()),
+                "gamma": float(getattr(pipe, stage).decoder_log_variance.exp()),
                 "kl": float(kl.sum()),
                 "active_units": active_units(means),
                 "active_units_by_variance": active_units_by_variance(logvars),
@@ -77,7 +77,7 @@ def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int,
     image_grid(samples).save(output_dir / "samples.png")
     pairs = torch.stack([first, pipe.reconstruct(first, output_type="pt")], 1).flatten(0, 1)
     image_grid(pairs, columns=8).save(output_dir / "reconstructions.png")
-    ways = len(first) // 4
+    ways = max(1, len(first) // 4)
     path = pipe.interpolate(first[:ways], first[ways : 2 * ways], steps=9, output_type="pt")
     image_grid(path.flatten(0, 1), columns=9).save(output_dir / "interpolation.png")
     plot_curves(run_dirs, output_dir / "curves.png", num_factors)

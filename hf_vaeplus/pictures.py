@@ -50,12 +50,12 @@ def plot_curves(run_dirs: dict[str, Path], path: str | Path, num_factors: int | 
     axes = figure.subplots(len(run_dirs), len(CURVES), squeeze=False)
     for row, (stage, run_dir) in zip(axes, run_dirs.items(), strict=True):
         lines = [json.loads(line) for line in (Path(run_dir) / "stats.jsonl").read_text().splitlines()]
-        steps = [line["step"] for line in lines]
         for axis, (name, title, scale) in zip(row, CURVES, strict=True):
-            if not lines or name not in lines[0]:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if not points:
                 axis.set_axis_off()
                 continue
-            values = [line[name] for line in lines]
+            steps, values = zip(*points, strict=True)
             axis.plot(steps, values)
             axis.set_title(f"{stage}: {title}", fontsize=8)
             axis.set_yscale(scale if min(values) > 0 else "linear")

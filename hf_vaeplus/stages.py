@@ -68,6 +68,8 @@ class StageOptions(TrainingOptions):
             raise ValueError("the second stage needs --vae: the folder of the first VAE that it models.")
         if self.stage == "autoencoder" and (self.autoencoder or self.vae):
             raise ValueError("stage autoencoder trains from images alone: leave out --autoencoder and --vae.")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}.")
         if self.kl_warmup_steps < 0:
             raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
         if not isinstance(self.model, dict):
@@ -100,24 +102,29 @@ def load_preset(name: str | Path) -> dict:
 def _check_preset(preset, name):
     if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
         raise ValueError(f"{name} must map common, {', '.join(STAGES)} to options.")
-    known = [entry.name for entry in fields(StageOptions)]
+    known = [entry.name for entry in fields(StageOptions) if entry.name != "stage"]
     for section, options in preset.items():
         if section not in ("common", *STAGES):
             raise ValueError(f"{name} has a section {section!r}: expected common, {', '.join(STAGES)}.")
         for key in options:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
+                near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f": did you mean {near[0]!r}?" if near else "."
                 raise ValueError(f"{name} sets {section}.{key}, which is no option{hint}")
+        model = options.get("model", {})
+        if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
+            raise ValueError(f"{name} must map fields of the config to values in {section}.model, got {model!r}.")
 
 
 def stage_options(stage: str, preset: dict | None = None, **overrides) -> StageOptions:
     """The options of one stage: defaults, then the preset's `common`, then its section, then `overrides`."""
     preset = preset or {}
-    merged = {**preset.get("common", {}), **preset.get(stage, {})}
-    overrides = dict(overrides)
-    model = {**merged.pop("model", {}), **overrides.pop("model", {})}
-    return StageOptions(stage=stage, **{**merged, **overrides}, model=model)
+    layers = [preset.get("common", {}), preset.get(stage, {}), overrides]
+    merged, model = {}, {}
+    for layer in layers:
+        merged |= layer
+        model |= layer.get("model", {})
+    return StageOptions(**{**merged, "stage": stage, "model": model})
 
 
 def run_stage(options: StageOptions) -> VAEPlusPreTrainedModel:
@@ -141,8 +148,22 @@ def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
         The pipeline, and the options of each stage.
 
     Raises:
-        ValueError: unknown sections or options, checked for all stages before the first one trains.
+        ValueError: unknown sections, options or model fields, checked for all stages before the first one trains.
     """
+    options = all_stage_options(preset, output_dir, **overrides)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    autoencoder = _autoencoder_config(options["autoencoder"], open_images(options["autoencoder"]))
+    _second_stage_config(options["second_stage"], _vae_config(options["vae"], autoencoder))
+    for stage in STAGES:
+        model = run_stage(options[stage])
+    pipe = build_pipeline(options["second_stage"], model)
+    if PartialState().is_main_process:
+        pipe.save_pretrained(output_dir / "pipeline")
+    return pipe, options
+
+
+def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, StageOptions]:
+    """The options with which `train_all` trains each stage; arguments and errors as there."""
     _check_preset(preset, "the preset")
     folders = {stage: str(output_dir / stage) for stage in STAGES}
     options = {}
@@ -151,12 +172,7 @@ def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
         options[stage] = stage_options(
             stage, preset, **{**overrides, **earlier, "output_dir": folders[stage], "resume_from_checkpoint": "latest"}
         )
-    for stage in STAGES:
-        model = run_stage(options[stage])
-    pipe = build_pipeline(options["second_stage"], model)
-    if PartialState().is_main_process:
-        pipe.save_pretrained(output_dir / "pipeline")
-    return pipe, options
+    return options
 
 
 def open_images(options: StageOptions, split: str | None = None):
@@ -184,9 +200,24 @@ def open_images(options: StageOptions, split: str | None = None):
 # --------------------------------------------------------------------------------------------------------- stages
 
 
-def _autoencoder_stage(options: StageOptions, images):
+def _autoencoder_config(options: StageOptions, images) -> VAEPlusAutoencoderConfig:
     shape = dict(image_size=images.resolution, num_channels=images.num_channels)
-    model = VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**{**shape, **options.model}))
+    return VAEPlusAutoencoderConfig(**{**shape, **options.model})
+
+
+def _vae_config(options: StageOptions, autoencoder: VAEPlusAutoencoderConfig) -> VAEPlusVAEConfig:
+    defaults = dict(input_shape=(autoencoder.latent_dim,), reconstruction_space="image")
+    return VAEPlusVAEConfig(**{**defaults, **options.model})
+
+
+def _second_stage_config(options: StageOptions, vae: VAEPlusVAEConfig) -> VAEPlusVAEConfig:
+    # q(z) has about unit variance: gamma must start well below it, or no direction survives.
+    defaults = dict(input_shape=(vae.latent_dim,), latent_dim=vae.latent_dim, gamma="learned", gamma_init=0.1)
+    return VAEPlusVAEConfig(**{**defaults, **options.model})
+
+
+def _autoencoder_stage(options: StageOptions, images):
+    model = VAEPlusAutoencoderModel(_autoencoder_config(options, images))
 
     def prepare(batch, noise, step):
         return {"pixel_values": to_unit_range(batch["pixel_values"])}
@@ -206,8 +237,7 @@ def _vae_stage(options: StageOptions, images):
         return model, images, prepare
 
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder)
-    defaults = dict(input_shape=(autoencoder.config.latent_dim,), reconstruction_space="image")
-    config = VAEPlusVAEConfig(**{**defaults, **options.model})
+    config = _vae_config(options, autoencoder.config)
     model = VAEPlusVAEModel(config)
     dataset = images
     if not isinstance(images, IterableDataset):
@@ -236,9 +266,7 @@ def _second_stage(options: StageOptions, images):
     vae = load_frozen(VAEPlusVAEModel, options.vae)
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder) if options.autoencoder else None
     latent_dim = vae.config.latent_dim
-    # q(z) has about unit variance: gamma must start well below it, or no direction survives.
-    defaults = dict(input_shape=(latent_dim,), latent_dim=latent_dim, gamma="learned", gamma_init=0.1)
-    model = VAEPlusVAEModel(VAEPlusVAEConfig(**{**defaults, **options.model}))
+    model = VAEPlusVAEModel(_second_stage_config(options, vae.config))
 
     def posterior(pixels):
         found = vae.encode(pixels if autoencoder is None else autoencoder.encode(pixels))

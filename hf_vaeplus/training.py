@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -82,8 +83,9 @@ class TrainingOptions:
                      "checkpointing_steps", "checkpoints_total_limit", "logging_steps"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("lr_warmup_steps", "max_grad_norm", "sample_steps", "dataloader_num_workers", "seed"):
-            if getattr(self, name) < 0:
+        for name in ("lr_warmup_steps", "max_grad_norm", "sample_steps", "dataloader_num_workers", "seed",
+                     "gamma_lr_multiplier"):  # fmt: skip
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
@@ -188,11 +190,15 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def _write_json(path: Path, content):
+def _replace(path: Path, text: str):
     """Replace a file by new content, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)
+
+
+def _write_json(path: Path, content):
+    _replace(path, json.dumps(content, indent=2) + "\n")
 
 
 def _flush_to_disk(folder: Path):
@@ -243,7 +249,7 @@ class _State:
             shutil.rmtree(old)
 
     def load(self, checkpoint: Path):
-        """Raises ValueError or FileNotFoundError when the checkpoint is of another model or lacks a file."""
+        """Raises ValueError or FileNotFoundError when the checkpoint is of another model, damaged, or lacks a file."""
         needed = ["model.safetensors", "optimizer.safetensors", "progress.json"]
         needed += [] if self.ema is None else ["ema/model.safetensors"]
         for name in needed:
@@ -257,7 +263,7 @@ class _State:
             _load_weights(self.ema.module, checkpoint / "ema" / "model.safetensors")
         progress = json.loads((checkpoint / "progress.json").read_text())
         self.step, self.window_passes = progress["step"], progress["window_passes"]
-        tensors = load_file(checkpoint / "optimizer.safetensors")
+        tensors = _read(checkpoint / "optimizer.safetensors")
         window = tensors.pop("window", None)
         self.window = None if window is None else window.to(self.model.device)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -266,7 +272,9 @@ class _State:
         for number, parameter in enumerate(parameters):
             prefix = names[parameter] + "/"
             state["state"][number] = {
-                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+                key.removeprefix(prefix): _laid_out_as(parameter, value)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
             }
         self.optimizer.load_state_dict(state)
         self.scheduler.load_state_dict(progress["scheduler"])
@@ -278,9 +286,21 @@ class _State:
             self.scaler.load_state_dict(progress["scaler"])
 
 
+def _laid_out_as(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    # Fused AdamW walks through memory: moments saved row by row would go to the wrong weights of a channels-last one.
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
+
+
 def _load_weights(model: nn.Module, path: Path):
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        model.load_state_dict(_read(path), strict=True)
     except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit the model: start with the model options that the run was started with. {error}"
@@ -342,7 +362,7 @@ def _drop_lines_after(path: Path, step: int):
                 kept.append(line)
         except json.JSONDecodeError:
             break
-    path.write_text("".join(line + "\n" for line in kept))
+    _replace(path, "".join(line + "\n" for line in kept))
 
 
 # ----------------------------------------------------------------------------------------------------------- loop
@@ -374,7 +394,9 @@ def train(
         FileExistsError: `output_dir` holds a run already and nothing says to resume it.
         ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist or does not fit.
     """
-    AcceleratorState._reset_state()  # a stage may differ from the one before in its precision
+    # A stage may differ from the one before in its precision, and a bare `PartialState()` before this (unlike
+    # `Accelerator`) ignores ACCELERATE_USE_CPU: two CPU processes would each train alone.
+    AcceleratorState._reset_state(reset_partial_state=True)
     output_dir = Path(options.output_dir)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
@@ -440,6 +462,7 @@ def train(
     wrapped.train()
     since, samples_since = time.perf_counter(), 0
     while state.step < options.max_train_steps:
+        before = state.window, state.window_passes, [buffer.clone() for buffer in model.buffers()]
         for number in range(passes_per_step):
             forward_pass = state.step * passes_per_step + number
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
@@ -462,7 +485,7 @@ def train(
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
         # The gradient holds every process's loss, so all processes come to the same decision.
         if not math.isfinite(grad_norm) and accelerator.scaler is None:
-            _stop_diverged(accelerator, state, output_dir, options, scalars)
+            _stop_diverged(accelerator, state, before, options, list(scalars))
         prepared_optimizer.step()
         scheduler.step()
         prepared_optimizer.zero_grad(set_to_none=True)
@@ -502,7 +525,8 @@ def train(
         final.save_pretrained(output_dir)
         if options.push_to_hub:
             _push(output_dir, options)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # `end_training` would leave no process group for the next stage
+        tracker.finish()
     accelerator.wait_for_everyone()
     return final
 
@@ -561,12 +585,17 @@ def _refuse_other_options(written: Path, options: TrainingOptions):
         )
 
 
-def _stop_diverged(accelerator, state: _State, output_dir: Path, options: TrainingOptions, scalars: dict):
-    """Save the state before the step that went wrong, and say which term was not finite."""
-    names = [name for name, value in scalars.items() if not bool(value.isfinite())] or ["the gradient"]
+def _stop_diverged(accelerator, state: _State, before: tuple, options: TrainingOptions, scalars: list[str]):
+    """Save the state before the step that went wrong, and say which term was not finite, in whichever process."""
+    finite = accelerator.reduce(state.window).isfinite().tolist()
+    names = [name for name, is_finite in zip(scalars, finite, strict=True) if not is_finite] or ["the gradient"]
+    state.window, state.window_passes, buffers = before
+    for buffer, value in zip(state.model.buffers(), buffers, strict=True):  # an analytic gamma has moved
+        buffer.copy_(value)
+    if state.window is not None:
+        state.window = accelerator.reduce(state.window, "mean")
     if accelerator.is_main_process:
-        state.window, state.window_passes = None, 0
-        state.save(output_dir, options.checkpoints_total_limit)
+        state.save(Path(options.output_dir), options.checkpoints_total_limit)
     accelerator.wait_for_everyone()
     raise TrainingDiverged(
         f"step {state.step + 1} gave values that are not finite ({', '.join(names)}); the state before it is saved as"

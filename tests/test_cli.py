@@ -1,0 +1,493 @@
+"""The command line as a user meets it: help, mistakes, files."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import HTTPError
+from PIL import Image
+
+from hf_vaeplus import (
+    VAEPlusAutoencoderConfig,
+    VAEPlusAutoencoderModel,
+    VAEPlusPipeline,
+    VAEPlusVAEConfig,
+    VAEPlusVAEModel,
+    stages,
+)
+from hf_vaeplus.cli import main, parse_stage_options, run_command
+
+COMMANDS = ("quickstart", "train", "sample", "reconstruct", "interpolate")
+TRAIN_STAGE = Path(__file__).parents[1] / "examples" / "train_stage.py"
+SIZE = 32
+TINY = {
+    "common": {
+        "dataset_name": "digits",
+        "resolution": SIZE,
+        "num_channels": 1,
+        "max_train_samples": 40,
+        "max_train_steps": 3,
+        "train_batch_size": 8,
+        "logging_steps": 1,
+    },
+    "autoencoder": {"model": {"latent_dim": 6, "hidden_channels": [4, 8], "num_blocks": 1}},
+    "vae": {"model": {"latent_dim": 4, "hidden_dim": 8, "num_blocks": 1}},
+    "second_stage": {"model": {"hidden_dim": 8, "num_blocks": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a saved pipeline, two pictures, a preset and a text file."""
+    home = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    small = dict(hidden_dim=8, num_blocks=1)
+    image = dict(image_size=SIZE, latent_dim=6, hidden_channels=(4, 8), num_blocks=1)
+    stages_of_pipeline = (
+        VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(6,), latent_dim=4, reconstruction_space="image", **small)),
+        VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image)),
+        VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(4,), latent_dim=3, gamma_init=0.1, **small)),
+    )
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # fresh networks draw grey images only
+        for model in stages_of_pipeline:
+            for name, parameter in sorted(model.named_parameters()):
+                if name != "log_gamma":
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=source)
+    VAEPlusPipeline(*stages_of_pipeline).save_pretrained(home / "pipeline")
+    for number, size in enumerate(((50, 40), (20, 20))):
+        noise = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(home / f"{number}.png")
+    (home / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (home / "broken.yaml").write_text("vae: [1,")
+    (home / "notes.txt").write_text("not a picture")
+    for changes in ({}, {"resolution": 36}, {"max_samples": 1}):  # decoded already: no progress bar before a mistake
+        digits = dict(resolution=SIZE, num_channels=1, max_samples=40) | changes
+        stages.load_images("digits", **digits, cache_dir=home / "cache", progress=False)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def working_folder(home, tmp_path, monkeypatch) -> Path:
+    """Commands run in an empty folder, with `home` beside it, without a network and with the cache in `home`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAEPLUS_CACHE", str(home / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "home").symlink_to(home)
+    return tmp_path
+
+
+def run(*argv: str) -> tuple[int, str, str]:
+    """`(exit code, standard output, standard error)` of `vaeplus ARGV`."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            code = main(list(argv))
+        except SystemExit as stop:  # argparse
+            code = stop.code
+    return code, output.getvalue(), errors.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_names_every_command_and_where_to_begin():
+    code, output, errors = run("--help")
+    assert (code, errors) == (0, "")
+    assert {line.split()[0] for line in output.splitlines() if line.startswith("    ")} >= set(COMMANDS)
+    assert "vaeplus quickstart" in output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_an_example_that_it_accepts(command, home, monkeypatch):
+    code, output, _ = run(command, "--help")
+    assert code == 0
+    examples = [line.split() for line in output.splitlines() if line.startswith(f"  vaeplus {command}")]
+    assert examples
+    seen = []
+    for name in ("_train", "_sample", "_reconstruct", "_interpolate"):
+        monkeypatch.setattr(f"hf_vaeplus.cli.{name}", lambda *args: seen.append(args))
+    for example in examples:
+        assert run(*example[1:])[0] == 0, example
+    assert len(seen) == len(examples)
+
+
+# ----------------------------------------------------------------------------------------------------- mistakes
+
+PIPE = "home/pipeline"
+TRAIN = "train --config home/tiny.yaml --output_dir out"
+MISTAKES = {
+    # argparse's own
+    "no command": ("", "COMMAND"),
+    "an unknown command": ("trian", "'trian'.*quickstart"),
+    "no preset": ("train", "--config"),
+    "an unknown flag": (f"{TRAIN} --lerning_rate 0.1", "--lerning_rate"),
+    "a shortened flag": (f"sample {PIPE} --num_image 3", "--num_image"),
+    "a number that is none": (f"{TRAIN} --seed one", "--seed.*'one'"),
+    "a choice that is none": (f"{TRAIN} --mixed_precision fp8", "'fp8'.*bf16"),
+    "one picture to interpolate": (f"interpolate {PIPE} home/0.png", "IMAGE"),
+    "a setting without a value": (f"{TRAIN} --set vae.seed", "NAME=VALUE"),
+    "a setting with broken YAML": (f"{TRAIN} --set vae.model=[1,", "readable"),
+    # pipelines and pictures
+    "a missing pipeline": ("sample /nowhere/pipeline", "/nowhere/pipeline is not a saved pipeline"),
+    "a relative missing pipeline": ("sample ../pipeline", "../pipeline is not a saved pipeline"),
+    "a run instead of its pipeline": ("sample home", "home is not a saved pipeline.*model_index.json"),
+    "a file instead of a pipeline": ("sample home/0.png", "not a saved pipeline"),
+    "a pipeline that the Hub lacks": ("sample nobody/nothing", "there is no folder nobody/nothing"),
+    "a missing picture": (f"reconstruct {PIPE} home/9.png", "home/9.png is not a readable picture.*No such file"),
+    "an unreadable picture": (f"reconstruct {PIPE} home/0.png home/notes.txt", "notes.txt is not a readable picture"),
+    "a folder as a picture": (f"interpolate {PIPE} home/0.png home", "home is not a readable picture"),
+    # numbers
+    "no images": (f"sample {PIPE} --num_images 0", "num_images must be an integer of at least 1, got 0"),
+    "a negative count": (f"sample {PIPE} --num_images -3", "at least 1, got -3"),
+    "a negative batch": (f"reconstruct {PIPE} home/0.png --batch_size -1", "batch_size .*got -1"),
+    "a negative temperature": (f"sample {PIPE} --temperature -1", "temperature"),
+    "no temperature": (f"sample {PIPE} --temperature nan", "temperature"),
+    "a negative seed": (f"sample {PIPE} --seed -1", "--seed must lie in"),
+    "a huge seed": (f"sample {PIPE} --seed {2**63}", "--seed must lie in"),
+    "too few steps": (f"interpolate {PIPE} home/0.png home/1.png --steps 1", "steps must be an integer of at least 2"),
+    "an unknown device": (f"sample {PIPE} --device gpu", "--device gpu cannot be used here"),
+    # training
+    "an unknown preset": ("train --config quickstat", "quickstat: the presets are .*quickstart"),
+    "a broken preset": ("train --config home/broken.yaml", "broken.yaml is not YAML"),
+    "a picture as a preset": ("train --config home/0.png", "."),
+    "a misspelt option": (f"{TRAIN} --set vae.lerning_rate=0.1", "did you mean 'learning_rate'"),
+    "an unknown stage": (f"{TRAIN} --set vea.seed=1", "section 'vea'"),
+    "a stage alone": (f"{TRAIN} --set vae=1", "STAGE.OPTION=VALUE"),
+    "a model that is a number": (f"{TRAIN} --set vae.model=3", "vae.model, got 3"),
+    "a misspelt field": (f"{TRAIN} --set vae.model.hiden_dim=3", "'hiden_dim': did you mean 'hidden_dim'"),
+    "a field of the wrong type": (f"{TRAIN} --set vae.model.latent_dim=five", "latent_dim.*expected int"),
+    "a number without a dot": (f"{TRAIN} --set vae.learning_rate=1e-3", "needs the dot"),
+    "a negative number of steps": (f"{TRAIN} --max_train_steps -1", "max_train_steps must be positive, got -1"),
+    "a negative number of samples": (f"{TRAIN} --max_train_samples -1", "max_samples must be at least 1"),
+    "one image": (f"{TRAIN} --max_train_samples 1", "at least two"),
+    "a seed out of range": (f"{TRAIN} --seed {2**63}", "seed must be below"),
+    "a resolution that does not divide": (f"{TRAIN} --resolution 36", "multiple of"),
+    "an output folder that is a file": ("train --config home/tiny.yaml --output_dir home/notes.txt", "notes.txt"),
+    "an output folder below a file": ("train --config home/tiny.yaml --output_dir home/notes.txt/a", "notes.txt/a"),
+    "two sources": (f"{TRAIN} --train_data_dir home", "exactly one of"),
+    "no source": (f"{TRAIN} --set common.dataset_name=null", "exactly one of.*got none"),
+    "a missing folder": (f"{TRAIN} --set common.dataset_name=null common.train_data_dir=/nowhere", "/nowhere"),
+    "a data set of the Hub, offline": (f"{TRAIN} --dataset_name nobody/nothing", "offline"),
+    "an evaluation split that is none": (f"{TRAIN} --evaluation_split test", "no splits.*'test'"),
+    "an unknown tracker": (f"{TRAIN} --report_to tensorbord", "tensorbord"),
+    "an unknown schedule": (f"{TRAIN} --lr_scheduler cosin", "cosin"),
+    "too many factors": ("quickstart --num_factors 99", "1 to 16 factors"),
+    "no factors": ("quickstart --num_factors 0", "1 to 16 factors"),
+    "a negative seed of a run": ("quickstart --seed -1", "seed must not be negative"),
+}
+
+
+@pytest.mark.parametrize("command, message", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gives_one_sentence_and_exit_code_2(command, message, working_folder, home, capfd):
+    before = set(home.iterdir())
+    capfd.readouterr()
+    code, output, errors = run(*command.split())
+    assert (code, output) == (2, ""), errors
+    assert errors.startswith("vaeplus: error: ") and errors.count("\n") == 1 and errors.endswith("\n")
+    assert re.search(message, errors), errors
+    assert capfd.readouterr() == ("", "")  # nothing past Python's own streams
+    left = {path.name for path in working_folder.rglob("*") if path.is_file()}
+    assert left <= {"training_options.json"}
+    assert set(home.iterdir()) == before
+
+
+@pytest.mark.parametrize("flags", ["--output home/notes.txt", "--output home", "--output .png", "--output samples",
+                                   "--output home/notes.txt/a.png", "--separate --output home/notes.txt",
+                                   "--separate --output home/notes.txt/a"])  # fmt: skip
+def test_an_impossible_output_is_refused_before_the_work(flags, home, monkeypatch):
+    monkeypatch.setattr(VAEPlusPipeline, "from_pretrained", lambda *args, **options: pytest.fail("began to work"))
+    code, _, errors = run("sample", PIPE, *flags.split())
+    assert code == 2 and errors.startswith("vaeplus: error: ") and errors.count("\n") == 1
+    assert (home / "notes.txt").read_text() == "not a picture"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(VAEPlusPipeline, "from_pretrained", lambda *args, **options: pytest.fail("began to work"))
+    (tmp_path / "closed").mkdir(mode=0o500)
+    for flags in (["--output", "closed/a.png"], ["--separate", "--output", "closed"]):
+        code, _, errors = run("sample", PIPE, *flags)
+        assert code == 2 and "closed" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("changes", [{"resolution": 48}, {"max_train_samples": 39}])
+def test_what_only_the_report_needs_is_refused_before_training(changes, monkeypatch):
+    monkeypatch.setattr(stages, "run_stage", lambda options: pytest.fail("began to train"))
+    flags = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    code, _, errors = run(*TRAIN.split(), *flags, "--evaluation_split", "test")
+    assert code == 2 and "'test'" in errors
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    def fail(*args, **options):
+        raise HTTPError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    code, _, errors = run(*TRAIN.split(), "--dataset_name", "owner/name")
+    assert code == 2 and errors.count("\n") == 1
+    assert "the Hub did not answer" in errors and "Name or service not known" in errors
+
+
+@pytest.mark.parametrize("argv", [["--debug", "sample", "/nowhere"], ["sample", "/nowhere", "--debug"]])
+def test_debug_shows_the_traceback(argv):
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        run(*argv)
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        run_command(lambda: {}["key"])
+
+
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "run_stage", interrupted)
+    code, _, errors = run(*TRAIN.split())
+    assert code == 130
+    assert re.search("interrupted; .* same command .*--resume_from_checkpoint latest", errors.splitlines()[-1])
+
+
+def test_divergence_has_its_own_exit_code(working_folder):
+    code, _, errors = run(*TRAIN.split(), "--learning_rate", "1e30", "--max_train_steps", "20")
+    assert code == 3
+    assert re.search("vaeplus: error: step .*not finite.*Lower learning_rate", errors)
+    assert [path.name for path in (working_folder / "out/autoencoder").glob("checkpoint-*")]
+
+
+# -------------------------------------------------------------------------------------------- options of one stage
+
+ROUND_TRIPS = {
+    "flags": "--stage autoencoder --dataset_name digits --model hidden_channels=[4,8] latent_dim=6 --use_ema",
+    "floats": "--stage vae --learning_rate 1e-5 --adam_epsilon 1e-12 --autoencoder a/b --no-streaming",
+    "a preset": "--stage second_stage --config quickstart --vae v --autoencoder a --model hidden_dim=3",
+    "nothing but the stage": "--stage autoencoder",
+    "text that looks like YAML": "--stage vae --split no --train_data_files *.parquet --hub_model_id 1e3",
+}
+
+
+@pytest.mark.parametrize("argv", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+def test_dry_run_prints_a_preset_that_gives_the_same_options(argv, capsys, tmp_path):
+    argv = argv.split()
+    expected = parse_stage_options("", argv)
+    assert parse_stage_options("", [*argv, "--dry_run", "--hub_token", "secret"]) is None
+    printed = capsys.readouterr().out
+    assert "secret" not in printed
+    (tmp_path / "again.yaml").write_text(printed)
+    again = parse_stage_options("", ["--stage", expected.stage, "--config", str(tmp_path / "again.yaml")])
+    assert again == expected
+
+
+def test_flags_override_the_preset_and_the_preset_the_defaults(home):
+    path = home / "tiny.yaml"
+    argv = ["--stage", "vae", "--config", str(path), "--max_train_steps", "7"]
+    options = parse_stage_options("", [*argv, "--model", "latent_dim=9", "--model", "num_blocks=2"])
+    assert (options.max_train_steps, options.train_batch_size, options.seed) == (7, 8, 0)
+    assert options.model == {"latent_dim": 9, "hidden_dim": 8, "num_blocks": 2}
+
+
+def test_a_stage_must_be_named():
+    with pytest.raises(ValueError, match="--stage is missing: choose autoencoder"):
+        parse_stage_options("", [])
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def trained(home) -> tuple[int, str, Path]:
+    """Exit code and standard output of a tiny `vaeplus train`, and its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VAEPLUS_CACHE", str(home / "cache"))
+        patch.chdir(home)
+        settings = ["--set", "vae.model.latent_dim=5", "second_stage.max_train_steps=2", "--set", "vae.seed=3"]
+        flags = ["--output_dir", str(home / "new/run"), "--train_batch_size", "4", "--hub_token", "secret"]
+        code, output, _ = run("train", "--config", "tiny.yaml", *flags, *settings)
+    return code, output, home / "new" / "run"
+
+
+def test_train_leaves_what_it_says(trained):
+    code, output, folder = trained
+    assert code == 0
+    named = output.split("saved in")[1].splitlines()[0].split(":")[1].split()
+    assert {path.name for path in folder.iterdir()} == {name.strip("/") for name in named} | set(stages.STAGES)
+    cell = SIZE + 1
+    sizes = {"samples": (8, 8), "reconstructions": (8, 8), "interpolation": (9, 8)}
+    for name, (columns, rows) in sizes.items():
+        with Image.open(folder / f"{name}.png") as picture:
+            assert (picture.size, picture.mode) == ((columns * cell, rows * cell), "L"), name
+    for stage, steps in (("autoencoder", 3), ("vae", 3), ("second_stage", 2)):
+        lines = (folder / stage / "stats.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
+    assert not [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".png" and b"secret" in p.read_bytes()]
+
+
+def test_settings_override_flags_override_the_preset(trained):
+    options = [json.loads((trained[2] / stage / "training_options.json").read_text()) for stage in stages.STAGES]
+    assert [each["train_batch_size"] for each in options] == [4, 4, 4]
+    assert [each["seed"] for each in options] == [0, 3, 0]
+    assert json.loads((trained[2] / "vae" / "config.json").read_text())["latent_dim"] == 5
+
+
+def test_the_table_says_what_the_summary_says(trained):
+    _, output, folder = trained
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["num_images"], summary["images"], summary["num_factors"]) == (40, "digits", None)
+    for text in (
+        f"squared error per image, autoencoder alone {summary['autoencoder_squared_error']:.2f}",
+        f"squared error per image, whole model {summary['squared_error']:.2f}",
+        f"first VAE: active units {summary['vae']['active_units_by_variance']} of 5",
+        f"second stage: KL, gamma {summary['second_stage']['kl']:.2f} nats, {summary['second_stage']['gamma']:.3g}",
+    ):
+        assert text in " ".join(output.split())
+
+
+def test_the_command_that_train_suggests_works(trained, working_folder):
+    suggestion = trained[1].split("sample again: ")[1].split()
+    assert run(*suggestion[1:], "--batch_size", "7")[0] == 0
+    with Image.open(working_folder / "samples.png") as picture:
+        assert picture.size == (8 * (SIZE + 1), 8 * (SIZE + 1))
+
+
+def test_training_three_images_still_ends_in_a_report(working_folder):
+    assert run(*TRAIN.split(), "--max_train_samples", "3", "--max_train_steps", "1")[0] == 0
+    with Image.open(working_folder / "out/interpolation.png") as picture:
+        assert picture.size == (9 * (SIZE + 1), SIZE + 1)
+
+
+def test_the_report_on_a_stream_does_not_decode_the_whole_source(monkeypatch):
+    counts = []
+    monkeypatch.setattr(stages, "load_images", lambda *args, max_samples, **rest: counts.append(max_samples) or [1, 2])
+    monkeypatch.setattr(stages, "train_all", lambda *args, **rest: pytest.fail("far enough", pytrace=False))
+    for flags in ([], ["--max_train_samples", "5000"], ["--max_train_samples", "30"]):
+        with pytest.raises(pytest.fail.Exception, match="far enough"):
+            run(*TRAIN.split(), "--set", "common.max_train_samples=null", "--streaming", *flags)
+    assert counts == [2_000, 2_000, 30]
+
+
+# ------------------------------------------------------------------------------------------------------ inference
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture)
+
+
+def test_sample_draws_a_grid_that_depends_on_the_seed_alone(working_folder):
+    first, again, other = (working_folder / f"{name}.png" for name in ("first", "again", "other"))
+    assert run("sample", PIPE, "--num_images", "5", "--output", str(first)) == (0, "", "")
+    run("sample", PIPE, "--num_images", "5", "--output", str(again), "--seed", "0", "--batch_size", "2")
+    run("sample", PIPE, "--num_images", "5", "--output", str(other), "--seed", "1")
+    grid = pixels(first)
+    assert grid.shape == (2 * (SIZE + 1), 3 * (SIZE + 1), 3)
+    assert np.abs(grid.astype(int) - pixels(again)).max() <= 1  # another batch size sums in another order
+    assert np.abs(grid.astype(int) - pixels(other)).max() > 10
+    assert (grid[SIZE + 2 :, -SIZE:] == 255).all()  # the sixth place is empty
+
+
+def test_sample_at_temperature_0_draws_one_image(working_folder):
+    run("sample", PIPE, "--num_images", "2", "--temperature", "0", "--output", "cold.png")
+    grid = pixels(working_folder / "cold.png")[1:, 1:]
+    np.testing.assert_array_equal(grid[:, :SIZE], grid[:, SIZE + 1 :])
+
+
+@pytest.mark.parametrize("flags, folder", [([], "samples"), (["--output", "new/folder/"], "new/folder")])
+def test_separate_files_hold_the_images_of_the_grid(working_folder, flags, folder):
+    assert run("sample", PIPE, "--num_images", "3", "--output", "grid.png") == (0, "", "")
+    assert run("sample", PIPE, "--num_images", "3", "--separate", *flags) == (0, "", "")
+    files = sorted((working_folder / folder).iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    grid = pixels(working_folder / "grid.png")
+    for i, file in enumerate(files):
+        top, left = 1 + i // 2 * (SIZE + 1), 1 + i % 2 * (SIZE + 1)
+        np.testing.assert_array_equal(pixels(file), grid[top : top + SIZE, left : left + SIZE])
+
+
+def test_a_missing_parent_of_the_output_is_made(working_folder):
+    assert run("sample", PIPE, "--num_images", "1", "--output", "a/b/c.PNG")[0] == 0
+    assert pixels(working_folder / "a/b/c.PNG").shape == (SIZE + 1, SIZE + 1, 3)
+
+
+def test_reconstruct_draws_pairs(working_folder, home):
+    assert run("reconstruct", PIPE, *["home/0.png", "home/1.png"] * 3) == (0, "", "")
+    grid = pixels(working_folder / "reconstructions.png")
+    assert grid.shape == (2 * (SIZE + 1), 8 * (SIZE + 1), 3)
+    with Image.open(home / "0.png") as picture:  # 40 x 50: the centre 40 x 40
+        original = picture.crop((0, 5, 40, 45)).resize((SIZE, SIZE), Image.Resampling.BOX)
+    np.testing.assert_array_equal(grid[1 : SIZE + 1, 1 : SIZE + 1], np.asarray(original))
+    pipe = VAEPlusPipeline.from_pretrained(home / "pipeline")
+    reconstruction = np.asarray(pipe.reconstruct(original)[0]).astype(int)
+    assert np.abs(grid[1 : SIZE + 1, SIZE + 2 : 2 * SIZE + 2] - reconstruction).max() <= 1
+
+
+def test_interpolate_draws_a_row_from_one_reconstruction_to_the_other(working_folder):
+    assert run("interpolate", PIPE, "home/0.png", "home/1.png", "--steps", "4") == (0, "", "")
+    row = pixels(working_folder / "interpolation.png")
+    assert row.shape == (SIZE + 1, 4 * (SIZE + 1), 3)
+    run("reconstruct", PIPE, "home/0.png", "home/1.png")
+    pairs = pixels(working_folder / "reconstructions.png").astype(int)
+    for place, partner in ((0, 1), (3, 3)):
+        columns, wanted = (slice(k * (SIZE + 1), (k + 1) * (SIZE + 1)) for k in (place, partner))
+        assert np.abs(row[:, columns] - pairs[:, wanted]).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------- as a process
+
+
+def process(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300)
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    found = process("-m", "hf_vaeplus.cli", "sample", "/nowhere")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("vaeplus: error: /nowhere is not") and found.stderr.count("\n") == 1
+
+
+def example(monkeypatch, *argv: str) -> int:
+    """Exit code of train_stage.py, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(TRAIN_STAGE), *argv])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(TRAIN_STAGE), run_name="__main__")
+    return stop.value.code
+
+
+def test_the_example_trains_a_stage_and_says_how_to_resume(working_folder, monkeypatch, capsys):
+    argv = ["--stage", "autoencoder", "--config", "home/tiny.yaml", "--output_dir", "run"]
+    found = process(str(TRAIN_STAGE), *argv)
+    assert found.returncode == 0, found.stderr
+    model = VAEPlusAutoencoderModel.from_pretrained(working_folder / "run")
+    assert (model.config.latent_dim, model.config.num_channels) == (6, 1)
+    assert len((working_folder / "run" / "stats.jsonl").read_text().splitlines()) == 3
+
+    capsys.readouterr()
+    assert example(monkeypatch, *argv) == 2
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err.splitlines()[-1]
+    assert example(monkeypatch, *argv, "--resume_from_checkpoint", "latest", "--max_train_steps", "4") == 0
+    assert len((working_folder / "run" / "stats.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_examples_help_shows_its_commands(monkeypatch, capsys):
+    assert example(monkeypatch, "--help") == 0
+    output = capsys.readouterr().out
+    assert all(f"train_stage.py --stage {stage}" in output for stage in stages.STAGES)
+
+
+def test_a_mistake_in_the_example_gives_one_sentence(monkeypatch, capsys):
+    assert example(monkeypatch, "--stage", "vae", "--lerning_rate", "3") == 2
+    assert example(monkeypatch, "--config", "quickstart") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("vaeplus: error: ") for line in lines)

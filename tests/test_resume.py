@@ -1,0 +1,273 @@
+"""Examples killed with SIGKILL and resumed: the same run, byte for byte. And two processes are one with their batches.
+
+Killing does not race with the run: the process waits, in a step or in the middle of writing a checkpoint, until the
+test has killed it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_stage.py"
+LAUNCH_TWO = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    " --dynamo_backend no --main_process_port 0"
+).split()
+# 90 images and at least 32 of them in a step: every kill below is in the middle of an epoch.
+DATA = "--dataset_name digits --resolution 32 --num_channels 1 --max_train_samples 90 --train_batch_size 16"
+LENGTH = "--max_train_steps 30 --checkpointing_steps 10 --logging_steps 4 --lr_warmup_steps 5"
+AUTOENCODER = "--stage autoencoder --use_ema --gradient_accumulation_steps 2"
+VAE = "--stage vae --mixed_precision bf16 --use_ema --gradient_accumulation_steps 2"
+SECOND_STAGE = "--stage second_stage --gradient_accumulation_steps 2 --dataloader_num_workers 1"
+STAGES = {
+    "autoencoder": f"{AUTOENCODER} --model latent_dim=16 hidden_channels=[8,16] num_blocks=1",
+    "vae": f"{VAE} --model latent_dim=8 hidden_dim=16 num_blocks=1",
+    "second_stage": f"{SECOND_STAGE} --model hidden_dim=16 num_blocks=1",
+}
+EARLIER = {"autoencoder": [], "vae": ["autoencoder"], "second_stage": ["autoencoder", "vae"]}
+
+# Runs the example, but at a chosen point waits for ever, after telling so in a file for each process; or gives one
+# process, not the main one, a batch of NaN.
+DISTURBED_EXAMPLE = """
+import os, runpy, sys, time
+from pathlib import Path
+from hf_vaeplus import stages, training
+
+folder, point, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+rank = os.environ.get("RANK", "0")
+train, save_file = stages.train, training.save_file
+
+def hold():
+    (folder / f"held-{rank}").touch()
+    time.sleep(600)
+
+def disturbed_train(model, dataset, prepare, **arguments):
+    def disturbed_prepare(batch, noise, at):
+        if point == "step" and at == step:
+            hold()
+        if point == "nan" and at == step and rank == "1":
+            batch["code"] = batch["code"] * float("nan")
+        return prepare(batch, noise, at)
+    return train(model, dataset, disturbed_prepare, **arguments)
+
+def disturbed_save(tensors, path):
+    if point == "save" and f".checkpoint-{step}." in str(path):
+        Path(path).write_bytes(b"half a file")
+        hold()
+    save_file(tensors, path)
+
+stages.train, training.save_file = disturbed_train, disturbed_save
+sys.argv = sys.argv[4:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# Every stage for three steps, from the stages that are there already.
+ALL_STAGES = """
+import json, sys
+from hf_vaeplus.stages import run_stage, stage_options
+
+for stage, options in json.loads(sys.argv[1]).items():
+    run_stage(stage_options(stage, **options))
+"""
+
+
+def command(num_processes: int, *arguments) -> list[str]:
+    return [sys.executable, *(LAUNCH_TWO if num_processes == 2 else []), *map(str, arguments)]
+
+
+def environment(workplace: Path) -> dict:
+    changes = dict(HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    return {**os.environ, **changes, "VAEPLUS_CACHE": str(workplace / "cache")}
+
+
+@contextlib.contextmanager
+def launched(workplace: Path, num_processes: int, *arguments):
+    """A started command and the file of its output; at the end all of it is killed, so that nothing can be tidied up.
+
+    The processes that accelerate starts are in sessions of their own, so no process group has them all.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command(num_processes, *arguments), env=environment(workplace), stdout=output, stderr=output
+        )
+        try:
+            yield process, output
+        finally:
+            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            process.kill()
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            process.wait()
+            psutil.wait_procs(family, timeout=60)
+
+
+def written(output) -> str:
+    output.seek(0)
+    return output.read()
+
+
+def run_to_the_end(workplace: Path, num_processes: int, *arguments) -> tuple[int, str]:
+    with launched(workplace, num_processes, *arguments) as (process, output):
+        return process.wait(timeout=300), written(output)
+
+
+def finish(workplace: Path, num_processes: int, *arguments):
+    code, output = run_to_the_end(workplace, num_processes, *arguments)
+    assert code == 0, output[-4000:]
+
+
+def kill_when_held(workplace: Path, num_processes: int, num_held: int, folder: Path, *arguments):
+    """Start, wait until `num_held` processes wait, and kill all there are with SIGKILL."""
+    folder.mkdir()
+    with launched(workplace, num_processes, *arguments) as (process, output):
+        deadline = time.monotonic() + 300
+        while len(list(folder.glob("held-*"))) < num_held:
+            assert process.poll() is None, written(output)[-4000:]
+            assert time.monotonic() < deadline, "the run never came to the point where it is to be killed"
+            time.sleep(0.05)
+
+
+class Workplace:
+    """Uninterrupted runs of the stages, each made once, when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.disturbed_example, self.all_stages = folder / "disturbed_example.py", folder / "all_stages.py"
+        self.disturbed_example.write_text(DISTURBED_EXAMPLE)
+        self.all_stages.write_text(ALL_STAGES)
+
+    def arguments(self, stage: str, output_dir: Path) -> list[str]:
+        earlier = [part for name in EARLIER[stage] for part in (f"--{name}", str(self.straight(name, 1)))]
+        return [*DATA.split(), *LENGTH.split(), *earlier, "--output_dir", str(output_dir), *STAGES[stage].split()]
+
+    def straight(self, stage: str, num_processes: int) -> Path:
+        output_dir = self.folder / f"{stage}-{num_processes}" / "straight"
+        if not (output_dir / "model.safetensors").exists():
+            finish(self.folder, num_processes, EXAMPLE, *self.arguments(stage, output_dir))
+        return output_dir
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("resume"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run, byte for byte, but the options, which name the folder."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "training_options.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "stage, num_processes, point, step",
+    [
+        slow("autoencoder", 1, "step", 13),
+        slow("autoencoder", 2, "step", 17),
+        ("vae", 1, "save", 20),
+        ("vae", 2, "step", 17),
+        slow("vae", 1, "step", 13),
+        slow("vae", 2, "save", 20),
+        slow("second_stage", 1, "step", 13),
+        slow("second_stage", 2, "step", 17),
+        slow("second_stage", 2, "save", 20),
+    ],
+)
+def test_a_killed_run_is_resumed_bit_for_bit(workplace, stage, num_processes, point, step):
+    straight = workplace.straight(stage, num_processes)
+    output_dir = straight.with_name(f"killed-in-{point}-{step}")
+    arguments = workplace.arguments(stage, output_dir)
+    held = straight.with_name(f"held-in-{point}-{step}")
+    num_held = num_processes if point == "step" else 1  # one process writes
+    kill_when_held(
+        workplace.folder, num_processes, num_held, held,
+        workplace.disturbed_example, held, point, step, EXAMPLE, *arguments,
+    )  # fmt: skip
+
+    lines = [json.loads(line)["step"] for line in (output_dir / "stats.jsonl").read_text().splitlines()]
+    assert lines == list(range(4, step + 1, 4)) and lines[-1] > 10  # beyond the checkpoint that it is resumed from
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-10"]
+    assert len(list(output_dir.glob(".checkpoint-20.partial/optimizer.safetensors"))) == (point == "save")
+    assert not (output_dir / "model.safetensors").exists()
+
+    finish(workplace.folder, num_processes, EXAMPLE, *arguments, "--resume_from_checkpoint", "latest")
+    resumed, wanted = contents(output_dir), contents(straight)
+    assert (
+        resumed.keys()
+        == wanted.keys()
+        >= {
+            "model.safetensors",
+            "stats.jsonl",
+            "checkpoint-30/optimizer.safetensors",
+            "checkpoint-30/progress.json",
+        }
+    )
+    assert ("checkpoint-30/ema/model.safetensors" in wanted) == (stage != "second_stage")
+    assert [name for name in wanted if resumed[name] != wanted[name]] == []
+
+
+@pytest.mark.slow
+def test_nan_in_one_process_stops_both_and_the_run_can_go_on(workplace):
+    straight = workplace.straight("vae", 2)
+    output_dir = straight.with_name("diverged")
+    arguments = workplace.arguments("vae", output_dir)
+    disturbed = (workplace.disturbed_example, output_dir, "nan", 17, EXAMPLE, *arguments)
+    code, output = run_to_the_end(workplace.folder, 2, *disturbed)
+    assert code != 0
+    told = re.findall(r"vaeplus: error: (step 18 gave values that are not finite \(.*?\))", output)
+    assert told == ["step 18 gave values that are not finite (loss, nll, kl, squared_error)"] * 2
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-17"]
+    finish(workplace.folder, 2, EXAMPLE, *arguments, "--resume_from_checkpoint", "latest")
+    assert contents(output_dir) == contents(straight)
+
+
+def test_two_processes_take_the_steps_of_one_with_their_batches_together(workplace):
+    """The analytic gamma of the VAE is one number for both processes. SGD-like steps, so errors are not blown up."""
+    common = dict(
+        dataset_name="digits", resolution=32, num_channels=1, max_train_samples=90, max_train_steps=3, logging_steps=1,
+        lr_scheduler="constant", learning_rate=1.0, adam_epsilon=1e3,
+    )  # fmt: skip
+    models = {
+        "autoencoder": {"latent_dim": 16, "hidden_channels": [8, 16], "num_blocks": 1},
+        "vae": {"latent_dim": 8, "hidden_dim": 16, "num_blocks": 1, "gamma": "analytic"},
+        "second_stage": {"hidden_dim": 16, "num_blocks": 1},
+    }
+    folders = {}
+    for num_processes, train_batch_size in ((1, 32), (2, 16)):
+        folders[num_processes] = workplace.folder / f"together-{num_processes}"
+        options = {}
+        for stage, model in models.items():
+            earlier = {name: str(workplace.straight(name, 1)) for name in EARLIER[stage]}
+            own = dict(train_batch_size=train_batch_size, output_dir=str(folders[num_processes] / stage), model=model)
+            options[stage] = {**common, **earlier, **own}
+        finish(workplace.folder, num_processes, workplace.all_stages, json.dumps(options))
+
+    for stage in models:
+        lines = [(folders[number] / stage / "stats.jsonl").read_text().splitlines() for number in (1, 2)]
+        assert len(lines[0]) == 3
+        for alone, shared in zip(*lines, strict=True):
+            alone, shared = json.loads(alone), json.loads(shared)
+            alone.pop("active_units", 0), shared.pop("active_units", 0)  # a count over the rows of one process
+            assert shared == pytest.approx(alone, rel=1e-5)
+        for file in ("model.safetensors", "optimizer.safetensors"):  # exp_avg is a mean of the gradients themselves
+            one, two = (load_file(folders[number] / stage / "checkpoint-3" / file) for number in (1, 2))
+            assert one.keys() == two.keys()
+            size = {name: tensor.float().norm() for name, tensor in one.items()}
+            largest = max(norm for name, norm in size.items() if not name.endswith("exp_avg_sq"))
+            apart = {name: (two[name] - one[name]).float().norm() for name in one}
+            far = [name for name in one if not apart[name] <= 1e-5 * size[name] + 1e-8 * largest]
+            assert not far, f"{stage}: {far}"
