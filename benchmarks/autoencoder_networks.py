@@ -8,9 +8,7 @@ each trains for as many steps as fit into `--seconds` at its own pace. Writes re
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel
 from hf_vaeplus.data import load_images, to_unit_range
+from hf_vaeplus.evaluation import provenance
 from hf_vaeplus.modeling_vaeplus import ResidualConvBlock
 from hf_vaeplus.training import GlobalBatchSampler
 
@@ -179,15 +178,8 @@ def main():
                 }
             )
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    command = "python benchmarks/autoencoder_networks.py --train_data_dir FOLDER " + " ".join(
-        f"--{name} {value}" for name, value in vars(args).items() if name in ("resolution", "crop", "seconds", "seed")
-    )
     result = {
-        "command": command,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        **provenance(),
         "train_images": len(train),
         "validation_images": len(validation),
         "batch_size": args.batch_size,

@@ -181,7 +181,7 @@ def _add_train(commands):
         epilog="examples:\n"
         "  vaeplus train --config celeba64-cpu --train_data_dir celeba --output_dir runs/celeba64\n"
         "  vaeplus train --config quickstart --set vae.max_train_steps=200 vae.model.latent_dim=8\n"
-        "  accelerate launch -m hf_vaeplus.cli train --config celeba128-gpu --dataset_name celeba",
+        "  accelerate launch -m hf_vaeplus.cli train --config celeba64-cpu --dataset_name celeba",
     )
     parser.add_argument("--config", required=True, metavar="PRESET", help="preset by name, or a YAML file")
     parser.add_argument(
@@ -210,10 +210,8 @@ def _add_train(commands):
 
 
 def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), evaluation_split: str | None = None):
-    from accelerate import PartialState
-
     from .evaluation import report
-    from .stages import all_stage_options, load_preset, open_images, train_all
+    from .stages import all_stage_options, load_preset, open_images, process_state, train_all
 
     started = time.perf_counter()
     preset = load_preset(preset_name)
@@ -234,7 +232,7 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
     if len(images) < 2:
         raise ValueError(f"{images.name} holds one image: the statistics of a posterior need at least two.")
     pipe, _ = train_all(preset, output_dir, **overrides)
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     num_factors = last.num_factors if last.dataset_name == "rendered-faces" else None
     folders = {stage: Path(each.output_dir) for stage, each in options.items()}

@@ -1,6 +1,10 @@
 """Figures that say what a pipeline has learnt, measured on a set of images."""
 
 import json
+import platform
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -60,6 +64,22 @@ def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> d
     return summary
 
 
+def provenance() -> dict:
+    """What a number needs to be believed: the command, the commit, the date, the machine and the versions."""
+    import diffusers
+    import transformers
+
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, diffusers)},
+    }
+
+
 def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int, num_factors: int | None) -> dict:
     """Leave in `output_dir` what a person looks at first, and return the summary.
 
@@ -81,6 +101,7 @@ def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int,
     path = pipe.interpolate(first[:ways], first[ways : 2 * ways], steps=9, output_type="pt")
     image_grid(path.flatten(0, 1), columns=9).save(output_dir / "interpolation.png")
     plot_curves(run_dirs, output_dir / "curves.png", num_factors)
-    summary = {**summarize(pipe, images), "images": images.name, "num_factors": num_factors, "seed": seed}
+    summary = {**provenance(), "images": images.name, "num_factors": num_factors, "seed": seed}
+    summary.update(summarize(pipe, images))
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary

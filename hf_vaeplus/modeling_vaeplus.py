@@ -92,8 +92,8 @@ class VAEPlusAutoencoderConfig(VAEPlusConfig):
     num_channels: int = 3
     latent_dim: int = 64
     patch_size: int = 4
-    hidden_channels: list[int] | tuple[int, ...] = (128, 256, 512)
-    num_blocks: int = 2
+    hidden_channels: list[int] | tuple[int, ...] = (128, 256, 256)
+    num_blocks: int = 1
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -145,7 +145,7 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     hidden_dim: int = 512
     num_blocks: int = 3
     patch_size: int = 4
-    hidden_channels: list[int] | tuple[int, ...] = (128, 256, 512)
+    hidden_channels: list[int] | tuple[int, ...] = (128, 256, 256)
     encoder_residual: bool = True
     decoder_residual: bool = True
     affine_skip: bool = True

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -135,6 +136,11 @@ def run_stage(options: StageOptions) -> VAEPlusPreTrainedModel:
     return train(*build(options, images), options=options, preview=_previewer(options, images))
 
 
+def process_state() -> PartialState:
+    """This process's rank and device. A bare `PartialState()` would overlook that CPUs alone were asked for."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
     """Train the three stages one after the other, each in its own folder of `output_dir`, and save the pipeline.
 
@@ -157,7 +163,7 @@ def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
     for stage in STAGES:
         model = run_stage(options[stage])
     pipe = build_pipeline(options["second_stage"], model)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         pipe.save_pretrained(output_dir / "pipeline")
     return pipe, options
 
@@ -192,7 +198,7 @@ def open_images(options: StageOptions, split: str | None = None):
     )
     if options.streaming and split is None:
         return stream_images(options.dataset_name, **source, seed=options.seed)
-    state = PartialState()
+    state = process_state()
     with state.main_process_first():
         return load_images(options.dataset_name, **source, cache_dir=options.cache_dir, progress=state.is_main_process)
 
@@ -299,7 +305,7 @@ def load_frozen(model_class: type, path: str) -> VAEPlusPreTrainedModel:
         ValueError, OSError: as [`VAEPlusPreTrainedModel.from_pretrained`].
     """
     model = model_class.from_pretrained(path)
-    return model.requires_grad_(False).eval().to(PartialState().device)
+    return model.requires_grad_(False).eval().to(process_state().device)
 
 
 @torch.no_grad()
@@ -314,7 +320,7 @@ def encode_dataset(images, encode, models: list[VAEPlusPreTrainedModel], options
     Returns:
         `dict` of float32 tensors of shape `(len(images), dim)` on the CPU.
     """
-    state, key = PartialState(), hashlib.sha256(f"{images.fingerprint} {len(images)}".encode())
+    state, key = process_state(), hashlib.sha256(f"{images.fingerprint} {len(images)}".encode())
     for model in models:
         for name, tensor in sorted(model.state_dict().items()):
             key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -74,7 +74,9 @@ class TrainingOptions:
     torch_compile: bool = option(False, "compile the model: pays back on long runs only")
     push_to_hub: bool = option(False, "upload the final model to the Hub; a failed upload does not lose the run")
     hub_model_id: str | None = option(None, "repository to push to, 'name' or 'organisation/name'")
-    hub_token: str | None = option(None, "write token of the Hub, if not logged in")
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "write token of the Hub, if not logged in"}
+    )
     hub_private_repo: bool = option(False, "create the repository as a private one")
 
     def __post_init__(self):
@@ -112,7 +114,7 @@ class TrainingDiverged(RuntimeError):
 
 
 def derived_seed(*key: int) -> int:
-    """A 63-bit seed that depends on all the integers of `key`, each non-negative."""
+    """A 63-bit seed that depends on the non-negative integers of `key`; a zero at the end does not count."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -404,14 +406,15 @@ def train(
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     checkpoint = _find_checkpoint(options)
+    written = {**_public(options), "num_processes": accelerator.num_processes}
     if checkpoint is not None:
-        _refuse_other_options(checkpoint.parent / "training_options.json", options)
+        _refuse_other_options(checkpoint.parent / "training_options.json", written)
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         for leftover in output_dir.glob(".checkpoint-*.partial"):
             shutil.rmtree(leftover)
-        _write_json(output_dir / "training_options.json", _public(options))
+        _write_json(output_dir / "training_options.json", written)
 
     gamma = [parameter for name, parameter in model.named_parameters() if name == "log_gamma"]
     others = [parameter for name, parameter in model.named_parameters() if name != "log_gamma"]
@@ -567,15 +570,15 @@ def _find_checkpoint(options: TrainingOptions) -> Path | None:
 _FREE_OPTIONS = frozenset(
     "output_dir cache_dir max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
     " logging_steps sample_steps report_to dataloader_num_workers torch_compile push_to_hub hub_model_id"
-    " hub_private_repo".split()
+    " hub_private_repo learning_rate max_grad_norm".split()
 )
 
 
-def _refuse_other_options(written: Path, options: TrainingOptions):
+def _refuse_other_options(written: Path, options: dict):
     """A run that is resumed with another seed, model or data set would be neither the old run nor the new one."""
     if not written.exists():
         return
-    old, new = json.loads(written.read_text()), json.loads(json.dumps(_public(options)))
+    old, new = json.loads(written.read_text()), json.loads(json.dumps(options))
     changed = [name for name in new if name in old and old[name] != new[name] and name not in _FREE_OPTIONS]
     if changed:
         changes = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
@@ -599,7 +602,7 @@ def _stop_diverged(accelerator, state: _State, before: tuple, options: TrainingO
     accelerator.wait_for_everyone()
     raise TrainingDiverged(
         f"step {state.step + 1} gave values that are not finite ({', '.join(names)}); the state before it is saved as"
-        f" checkpoint-{state.step}. Lower learning_rate, set max_grad_norm, or raise min_gamma."
+        f" checkpoint-{state.step}. Resume with a lower learning_rate or with max_grad_norm."
     )
 
 

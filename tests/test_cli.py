@@ -263,7 +263,7 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch):
 def test_divergence_has_its_own_exit_code(working_folder):
     code, _, errors = run(*TRAIN.split(), "--learning_rate", "1e30", "--max_train_steps", "20")
     assert code == 3
-    assert re.search("vaeplus: error: step .*not finite.*Lower learning_rate", errors)
+    assert re.search("vaeplus: error: step .*not finite.*learning_rate", errors)
     assert [path.name for path in (working_folder / "out/autoencoder").glob("checkpoint-*")]
 
 
