@@ -94,12 +94,13 @@ def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int,
     pipe.set_progress_bar_config(disable=True)
     first = to_unit_range(images.__getitems__(list(range(min(32, len(images)))))["pixel_values"])
     samples = pipe(64, torch.Generator().manual_seed(seed), output_type="pt").images
-    image_grid(samples).save(output_dir / "samples.png")
+    scale = max(1, 64 // images.resolution)  # small images are drawn larger, for people
+    image_grid(samples, scale=scale).save(output_dir / "samples.png")
     pairs = torch.stack([first, pipe.reconstruct(first, output_type="pt")], 1).flatten(0, 1)
-    image_grid(pairs, columns=8).save(output_dir / "reconstructions.png")
+    image_grid(pairs, columns=8, scale=scale).save(output_dir / "reconstructions.png")
     ways = max(1, len(first) // 4)
     path = pipe.interpolate(first[:ways], first[ways : 2 * ways], steps=9, output_type="pt")
-    image_grid(path.flatten(0, 1), columns=9).save(output_dir / "interpolation.png")
+    image_grid(path.flatten(0, 1), columns=9, scale=scale).save(output_dir / "interpolation.png")
     plot_curves(run_dirs, output_dir / "curves.png", num_factors)
     summary = {**provenance(), "images": images.name, "num_factors": num_factors, "seed": seed}
     summary.update(summarize(pipe, images))

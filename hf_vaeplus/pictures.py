@@ -10,12 +10,15 @@ from PIL import Image
 from .data import to_uint8
 
 
-def image_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
+def image_grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:
     """A picture of images `(count, C, H, W)` in [0, 1], row by row, one pixel of white between them.
 
     Args:
         columns (`int`, *optional*): images per row; by default the square root of the count, rounded up.
+        scale (`int`): how many times larger small images are drawn, with bicubic interpolation.
     """
+    if scale > 1:
+        images = torch.nn.functional.interpolate(images.float(), scale_factor=scale, mode="bicubic")
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     pixels = to_uint8(images.detach().float().cpu())
@@ -27,14 +30,14 @@ def image_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
     return Image.fromarray(array[..., 0] if channels == 1 else array)
 
 
-CURVES = (
-    ("squared_error", "squared error per sample", "log"),
-    ("loss", "loss (nats; autoencoder: squared error)", "linear"),
-    ("kl", "KL (nats)", "linear"),
-    ("gamma", "gamma (variance)", "log"),
-    ("active_units", "active units (posterior variance < 1/2)", "linear"),
-    ("grad_norm", "gradient norm", "log"),
-)
+CURVES = {
+    "squared_error": "squared error per sample",
+    "loss": "loss (nats)",
+    "kl": "KL (nats)",
+    "gamma": "gamma (variance)",
+    "active_units": "active units (posterior variance < 1/2)",
+    "grad_norm": "gradient norm",
+}
 
 
 def plot_curves(run_dirs: dict[str, Path], path: str | Path, num_factors: int | None = None):
@@ -50,19 +53,21 @@ def plot_curves(run_dirs: dict[str, Path], path: str | Path, num_factors: int | 
     axes = figure.subplots(len(run_dirs), len(CURVES), squeeze=False)
     for row, (stage, run_dir) in zip(axes, run_dirs.items(), strict=True):
         lines = [json.loads(line) for line in (Path(run_dir) / "stats.jsonl").read_text().splitlines()]
-        for axis, (name, title, scale) in zip(row, CURVES, strict=True):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if not points:
-                axis.set_axis_off()
-                continue
-            steps, values = zip(*points, strict=True)
+        if not any("nll" in line for line in lines):  # an autoencoder: its loss is its squared error
+            lines = [{"squared_error" if name == "loss" else name: line[name] for name in line} for line in lines]
+        shown = [name for name in CURVES if any(name in line for line in lines)]
+        for axis in row[len(shown) :]:
+            axis.set_axis_off()
+        for axis, name in zip(row, shown, strict=False):
+            steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True)
             axis.plot(steps, values)
-            axis.set_title(f"{stage}: {title}", fontsize=8)
-            axis.set_yscale(scale if min(values) > 0 else "linear")
-            if name == "active_units" and num_factors and stage == "vae":
-                axis.axhline(num_factors, linestyle="--", color="grey", label=f"r = {num_factors}")
-                axis.legend(fontsize=7)
+            axis.set_title(f"{stage}: {CURVES[name]}", fontsize=8)
+            axis.tick_params(labelsize=7)
+            if min(values) > 0 and max(values) > 10 * min(values) and name not in ("kl", "active_units"):
+                axis.set_yscale("log")
             if name == "active_units":
                 axis.set_ylim(bottom=0)
-            axis.tick_params(labelsize=7)
+                if num_factors and stage == "vae":
+                    axis.axhline(num_factors, linestyle="--", color="grey", label=f"r = {num_factors}")
+                    axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import LoggerType, ProjectConfiguration
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,11 @@ class TrainingOptions:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
+        known = {"lr_scheduler": [*SchedulerType], "report_to": ["none", *LoggerType]}
+        for name, values in known.items():
+            names = sorted(str(getattr(value, "value", value)) for value in values)
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}.")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id: name the repository, such as 'your-name/vaeplus-faces'.")
 
@@ -509,7 +515,7 @@ def train(
                     file.write(json.dumps(stats) + "\n")
                 progress.set_postfix(_postfix(stats, speed))
                 for warning in watch(stats):
-                    progress.write(f"warning: {warning}")
+                    progress.write(f"warning: {warning}", file=sys.stderr)
             accelerator.log({**stats, "samples_per_second": speed}, step=state.step)
         if state.step % options.checkpointing_steps == 0 or state.step == options.max_train_steps:
             if state.window is not None:  # one process writes, so all must hold the same sums

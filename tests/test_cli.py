@@ -323,7 +323,7 @@ def test_train_leaves_what_it_says(trained):
     assert code == 0
     named = output.split("saved in")[1].splitlines()[0].split(":")[1].split()
     assert {path.name for path in folder.iterdir()} == {name.strip("/") for name in named} | set(stages.STAGES)
-    cell = SIZE + 1
+    cell = 2 * SIZE + 1  # small images are drawn twice as large in a report
     sizes = {"samples": (8, 8), "reconstructions": (8, 8), "interpolation": (9, 8)}
     for name, (columns, rows) in sizes.items():
         with Image.open(folder / f"{name}.png") as picture:
@@ -364,7 +364,7 @@ def test_the_command_that_train_suggests_works(trained, working_folder):
 def test_training_three_images_still_ends_in_a_report(working_folder):
     assert run(*TRAIN.split(), "--max_train_samples", "3", "--max_train_steps", "1")[0] == 0
     with Image.open(working_folder / "out/interpolation.png") as picture:
-        assert picture.size == (9 * (SIZE + 1), SIZE + 1)
+        assert picture.size == (9 * (2 * SIZE + 1), 2 * SIZE + 1)
 
 
 def test_the_report_on_a_stream_does_not_decode_the_whole_source(monkeypatch):

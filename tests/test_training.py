@@ -538,7 +538,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     "change, told",
     [
         ({"seed": 1}, "seed 0 -> 1"),
-        ({"learning_rate": 0.5}, "learning_rate 0.001 -> 0.5"),
+        ({"adam_beta2": 0.5}, "adam_beta2 0.99 -> 0.5"),
         ({"train_batch_size": 5}, "train_batch_size 4 -> 5"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1 -> 2"),
         ({"use_ema": False}, "use_ema True -> False"),
@@ -625,7 +625,7 @@ def test_a_second_stage_that_starts_with_a_large_gamma_collapses_and_says_so(tmp
     model = make_vae(gamma="learned", gamma_init=gamma_init, latent_dim=LATENT_DIM, hidden_dim=16)
     long = dict(max_train_steps=160, train_batch_size=64, learning_rate=2e-3, logging_steps=10, lr_warmup_steps=0)
     run(tmp_path, model, TensorRows({"x": z}), checkpointing_steps=1000, **long)
-    assert capsys.readouterr().out.count("this VAE has collapsed") == collapses
+    assert capsys.readouterr().err.count("this VAE has collapsed") == collapses
     assert (stats_of(tmp_path)[-1]["kl"] < HealthWatch.min_kl) == collapses
 
 
