@@ -274,6 +274,7 @@ def _add_sample(commands):
     )
     _add_pipeline(parser, "samples.png, with --separate samples/")
     parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
     parser.add_argument("--separate", action="store_true", help="write one file per image into the folder --output")
     parser.set_defaults(run=_sample)
@@ -284,12 +285,13 @@ def _add_reconstruct(commands):
         "reconstruct",
         help="pass pictures through the model",
         description="Encode pictures and decode them again: a PNG of pairs, the original left of its reconstruction.\n"
-        "Pictures are cropped to their centre square and resized to what the model was trained on.",
+        "Pictures are cropped to their centre and resized to what the model was trained on.",
         epilog="example:\n  vaeplus reconstruct runs/faces/pipeline a.png b.jpg --output reconstructions.png",
     )
     _add_pipeline(parser, "reconstructions.png")
     parser.set_defaults(output="reconstructions.png")
     parser.add_argument("images", nargs="+", help="pictures")
+    _add_crop(parser)
     parser.set_defaults(run=_reconstruct)
 
 
@@ -298,12 +300,13 @@ def _add_interpolate(commands):
         "interpolate",
         help="walk between two pictures",
         description="Draw the way from one picture to another through the latent space, as one row of images.\n"
-        "Pictures are cropped to their centre square and resized to what the model was trained on.",
+        "Pictures are cropped to their centre and resized to what the model was trained on.",
         epilog="example:\n  vaeplus interpolate runs/faces/pipeline a.png b.png --steps 9 --output interpolation.png",
     )
     _add_pipeline(parser, "interpolation.png")
     parser.set_defaults(output="interpolation.png")
     parser.add_argument("images", nargs=2, metavar="IMAGE", help="first and last picture")
+    _add_crop(parser)
     parser.add_argument("--steps", type=int, default=9, help="images on the way, ends included (default: 9)")
     parser.set_defaults(run=_interpolate)
 
@@ -311,9 +314,14 @@ def _add_interpolate(commands):
 def _add_pipeline(parser, output: str):
     parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
     parser.add_argument("--output", help=f"what to write; missing folders are made (default: {output})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+
+
+def _add_crop(parser):
+    parser.add_argument(
+        "--crop", type=int, default=None, help="side of the centre crop in pixels, as in training (default: largest)"
+    )
 
 
 def _output_picture(path: str) -> Path:
@@ -395,7 +403,7 @@ def _reconstruct(args):
 
     output = _output_picture(args.output)
     pipe = _load_pipeline(args)
-    images = _read_pictures(args.images, pipe)
+    images = _read_pictures(args, pipe)
     pairs = torch.stack([images, pipe.reconstruct(images, output_type="pt", batch_size=args.batch_size)], 1)
     image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save(output)
 
@@ -405,12 +413,12 @@ def _interpolate(args):
 
     output = _output_picture(args.output)
     pipe = _load_pipeline(args)
-    first, last = _read_pictures(args.images, pipe)
+    first, last = _read_pictures(args, pipe)
     path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
     image_grid(path[0], columns=args.steps).save(output)
 
 
-def _read_pictures(paths: list[str], pipe):
+def _read_pictures(args, pipe):
     """Pictures as the model wants them: `(count, C, H, W)` in [0, 1]."""
     import numpy as np
     import torch
@@ -418,7 +426,9 @@ def _read_pictures(paths: list[str], pipe):
     from .data import decode_image, to_unit_range
 
     channels, size, _ = pipe.image_shape
-    arrays = [decode_image(Path(path), path, size, None, channels) for path in paths]
+    if args.crop is not None and args.crop < 1:
+        raise ValueError(f"--crop must be positive, got {args.crop}.")
+    arrays = [decode_image(Path(path), path, size, args.crop, channels) for path in args.images]
     return to_unit_range(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
 
 

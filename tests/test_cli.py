@@ -433,6 +433,16 @@ def test_reconstruct_draws_pairs(working_folder, home):
     assert np.abs(grid[1 : SIZE + 1, SIZE + 2 : 2 * SIZE + 2] - reconstruction).max() <= 1
 
 
+def test_a_crop_is_taken_from_the_centre_of_the_picture(working_folder, home):
+    assert run("reconstruct", PIPE, "home/0.png", "--crop", str(SIZE)) == (0, "", "")
+    with Image.open(home / "0.png") as picture:  # 40 x 50
+        original = np.asarray(picture)[9 : 9 + SIZE, 4 : 4 + SIZE]
+    np.testing.assert_array_equal(pixels(working_folder / "reconstructions.png")[1:, 1 : SIZE + 1], original)
+    for crop, told in (("0", "--crop must be positive"), ("41", "smaller than crop=41")):
+        code, _, error = run("reconstruct", PIPE, "home/0.png", "--crop", crop)
+        assert code == 2 and told in error
+
+
 def test_interpolate_draws_a_row_from_one_reconstruction_to_the_other(working_folder):
     assert run("interpolate", PIPE, "home/0.png", "home/1.png", "--steps", "4") == (0, "", "")
     row = pixels(working_folder / "interpolation.png")
