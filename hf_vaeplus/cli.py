@@ -384,6 +384,8 @@ def _sample(args):
         folder = Path(args.output or "samples")
         folder.mkdir(parents=True, exist_ok=True)
         _writable(folder, folder)
+        if any(folder.iterdir()):  # old samples among the new ones would spoil whatever is measured on them
+            raise FileExistsError(f"--output {folder} is not empty: name a new folder.")
     else:
         output = _output_picture(args.output or "samples.png")
     pipe = _load_pipeline(args)

@@ -442,7 +442,7 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         log_gamma = getattr(self, "log_gamma", None)
         exact = None if log_gamma is None or log_gamma.is_meta else log_gamma.detach().clone()
         super()._apply(fn, recurse)
-        if exact is not None and self.log_gamma.dtype != exact.dtype:
+        if exact is not None and self.log_gamma.dtype.itemsize < exact.dtype.itemsize:
             self.log_gamma.data = exact.to(self.log_gamma.device)
         return self
 

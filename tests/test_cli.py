@@ -421,6 +421,14 @@ def test_a_missing_parent_of_the_output_is_made(working_folder):
     assert pixels(working_folder / "a/b/c.PNG").shape == (SIZE + 1, SIZE + 1, 3)
 
 
+def test_separate_files_are_not_mixed_with_older_ones(working_folder):
+    (working_folder / "old").mkdir()
+    (working_folder / "old" / "000007.png").write_bytes(b"an older sample")
+    code, _, error = run("sample", PIPE, "--num_images", "3", "--separate", "--output", "old")
+    assert code == 2 and "old is not empty: name a new folder" in error
+    assert [path.name for path in (working_folder / "old").iterdir()] == ["000007.png"]
+
+
 def test_reconstruct_draws_pairs(working_folder, home):
     assert run("reconstruct", PIPE, *["home/0.png", "home/1.png"] * 3) == (0, "", "")
     grid = pixels(working_folder / "reconstructions.png")

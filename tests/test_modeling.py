@@ -846,6 +846,12 @@ def test_loading_with_another_gamma_mode_is_refused(tmp_path):
         AutoModel.from_pretrained(tmp_path, gamma="analytic")
 
 
+def test_double_precision_reaches_gamma():
+    model = make_vae(gamma="fixed", gamma_init=0.3).double()
+    assert model.log_gamma.dtype == torch.float64
+    assert model(torch.randn(2, 6, dtype=torch.float64)).nll.dtype == torch.float64
+
+
 def test_gamma_updates_are_counted_in_low_precision():
     model = make_vae().to(torch.bfloat16).train()
     model.gamma_updates.fill_(256)
