@@ -677,18 +677,21 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
 
     @torch.no_grad()
     def _track_gamma(self, mean_squared_error: torch.Tensor):
-        """gamma* = E||x - mu||^2 / d, where d/dgamma of Eq. (3) vanishes, as a running mean over all processes."""
+        """gamma* = E||x - mu||^2 / d, where d/dgamma of Eq. (3) vanishes, as a running mean over all processes.
+
+        The mean is taken of log gamma*: between ordinary batches that makes no difference, but one batch on which the
+        decoder explodes does not set gamma for the next thousand.
+        """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean_squared_error)
             mean_squared_error /= torch.distributed.get_world_size()
         # The running mean starts at the first error and forgets fast while the error falls fast.
         momentum = (self.gamma_updates / (self.gamma_updates + 10)).clamp(max=self.config.gamma_momentum)
-        gamma = torch.where(self.gamma_updates == 0, mean_squared_error, self.log_gamma.exp())
-        log_gamma = (gamma * momentum + mean_squared_error * (1 - momentum)).log()
+        bounds = math.log(self.config.min_gamma), math.log(self.config.max_gamma or math.inf)
+        log_gamma = momentum * self.log_gamma + (1 - momentum) * mean_squared_error.log().clamp(*bounds)
         # An error that is not finite shows in the loss, which stops the training; it must not poison the state.
         finite = mean_squared_error.isfinite()
-        bounds = math.log(self.config.min_gamma), math.log(self.config.max_gamma or math.inf)
-        self.log_gamma.copy_(torch.where(finite, log_gamma.clamp(*bounds), self.log_gamma))
+        self.log_gamma.copy_(torch.where(finite, log_gamma, self.log_gamma))
         self.gamma_updates += finite
 
 

@@ -10,6 +10,7 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 import difflib
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -247,10 +248,8 @@ def _vae_stage(options: StageOptions, images):
     model = VAEPlusVAEModel(config)
     dataset = images
     if not isinstance(images, IterableDataset):
-        encode = lambda pixels: {"code": autoencoder.encode(pixels)}  # noqa: E731
-        encoded = encode_dataset(images, encode, [autoencoder], options)
-        dataset = EncodedImages(images, encoded)
-        codes = encoded["code"]
+        codes = encode_dataset(images, autoencoder, autoencoder.encode)
+        dataset = EncodedImages(images, {"code": codes})
     else:
         images.set_position(0, 1024)
         codes = autoencoder.encode(to_unit_range(next(iter(images))["pixel_values"]).to(autoencoder.device))
@@ -274,18 +273,26 @@ def _second_stage(options: StageOptions, images):
     latent_dim = vae.config.latent_dim
     model = VAEPlusVAEModel(_second_stage_config(options, vae.config))
 
-    def posterior(pixels):
-        found = vae.encode(pixels if autoencoder is None else autoencoder.encode(pixels))
-        return {"mean": found.mean, "logvar": found.logvar}
+    def statistics(inputs):
+        posterior = vae.encode(inputs)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     dataset = images
     if not isinstance(images, IterableDataset):
-        models = [vae] if autoencoder is None else [autoencoder, vae]
-        dataset = TensorRows(encode_dataset(images, posterior, models, options))
+        if autoencoder is None:
+            rows = encode_dataset(images, vae, statistics)
+        else:  # from the codes that the first VAE was trained on
+            codes = encode_dataset(images, autoencoder, autoencoder.encode)
+            with torch.no_grad():
+                rows = torch.cat([statistics(part.to(vae.device)).cpu() for part in codes.split(4096)])
+        dataset = TensorRows({"posterior": rows})
 
     def prepare(batch, noise, step):
-        q = batch if "mean" in batch else posterior(to_unit_range(batch["pixel_values"]))
-        z = q["mean"] + (0.5 * q["logvar"]).exp() * noise(latent_dim)
+        if "posterior" not in batch:
+            pixels = to_unit_range(batch["pixel_values"])
+            batch = {"posterior": statistics(pixels if autoencoder is None else autoencoder.encode(pixels))}
+        mean, logvar = batch["posterior"].chunk(2, dim=1)
+        z = mean + (0.5 * logvar).exp() * noise(latent_dim)
         return {"inputs": z, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
     return model, dataset, prepare
@@ -304,40 +311,38 @@ def load_frozen(model_class: type, path: str) -> VAEPlusPreTrainedModel:
     Raises:
         ValueError, OSError: as [`VAEPlusPreTrainedModel.from_pretrained`].
     """
-    model = model_class.from_pretrained(path)
-    return model.requires_grad_(False).eval().to(process_state().device)
+    model = model_class.from_pretrained(path).requires_grad_(False).eval()
+    return model.to(process_state().device, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def encode_dataset(images, encode, models: list[VAEPlusPreTrainedModel], options: StageOptions) -> dict:
+def encode_dataset(images, model: VAEPlusPreTrainedModel, encode: Callable) -> torch.Tensor:
     """What `encode` says of every image, in the order of the data set, computed once and kept in the cache.
 
     Args:
         images: a map-style data set of images.
-        encode: pixels in [0, 1] of shape `(batch, C, H, W)` -> dict of tensors of shape `(batch, dim)`.
-        models: the networks that `encode` uses: their weights name the cached file.
+        model: the network that `encode` uses: its weights and the images name the cached file.
+        encode: pixels in [0, 1] of shape `(batch, C, H, W)` -> `(batch, dim)`.
 
     Returns:
-        `dict` of float32 tensors of shape `(len(images), dim)` on the CPU.
+        float32 `torch.Tensor` of shape `(len(images), dim)` on the CPU.
     """
     state, key = process_state(), hashlib.sha256(f"{images.fingerprint} {len(images)}".encode())
-    for model in models:
-        for name, tensor in sorted(model.state_dict().items()):
-            key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(model.state_dict().items()):
+        key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     path = Path(images.path).parent.parent / "encoded" / f"{key.hexdigest()[:32]}.safetensors"
     with state.main_process_first():
         if not path.exists():
             loader = DataLoader(images, batch_size=256, collate_fn=keep_batch)
             parts = []
             for batch in tqdm(loader, desc="encoding", disable=not state.is_main_process):
-                found = encode(to_unit_range(batch["pixel_values"].to(state.device)))
-                parts.append({name: tensor.float().cpu() for name, tensor in found.items()})
-            whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+                pixels = to_unit_range(batch["pixel_values"].to(state.device))
+                parts.append(encode(pixels).float().cpu())
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            save_file(whole, partial)
+            save_file({"rows": torch.cat(parts)}, partial)
             os.replace(partial, path)
-        return load_file(path)
+        return load_file(path)["rows"]
 
 
 class TensorRows(Dataset):

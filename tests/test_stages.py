@@ -145,7 +145,8 @@ def test_the_second_stage_draws_z_afresh_at_each_step_and_only_from_seed_and_ste
     batch = dataset.__getitems__(INDICES)
     arguments = prepare(batch, noise_of(2), 2)
     eps, own = (draw := noise_of(2))(Z_DIM), draw(Z_DIM)
-    torch.testing.assert_close(arguments["inputs"], batch["mean"] + batch["logvar"].exp().sqrt() * eps)
+    mean, logvar = batch["posterior"].chunk(2, dim=1)
+    torch.testing.assert_close(arguments["inputs"], mean + logvar.exp().sqrt() * eps)
     assert torch.equal(arguments["noise"], own)  # the second VAE's own noise is not that of z
     assert torch.equal(prepare(batch, noise_of(2), 2)["inputs"], arguments["inputs"])
     assert not torch.isclose(prepare(batch, noise_of(3), 3)["inputs"], arguments["inputs"]).any()
@@ -159,8 +160,7 @@ def test_the_second_stages_z_follow_the_posterior(options, home):
         autoencoder = VAEPlusAutoencoderModel.from_pretrained(home / "autoencoder").eval()
         pixels = to_unit_range(open_images(options("vae")).__getitems__(INDICES)["pixel_values"])
         q = VAEPlusVAEModel.from_pretrained(home / "vae").eval().encode(autoencoder.encode(pixels))
-    torch.testing.assert_close(batch["mean"], q.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(batch["logvar"], q.logvar, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch["posterior"], torch.cat([q.mean, q.logvar], 1), rtol=1e-4, atol=1e-5)
     z = torch.stack([prepare(batch, noise_of(step), step)["inputs"] for step in range(200)])
     assert kstest(((z - q.mean) / (0.5 * q.logvar).exp()).flatten().numpy(), "norm").pvalue > 0.01
 
@@ -205,9 +205,9 @@ def encoding(options, tmp_path):
 
         def encode(pixels):
             calls.append(len(pixels))
-            return {"code": autoencoder.encode(pixels)}
+            return autoencoder.encode(pixels)
 
-        return encode_dataset(open_images(settings), encode, [autoencoder], settings)["code"]
+        return encode_dataset(open_images(settings), autoencoder, encode)
 
     return run, calls
 
