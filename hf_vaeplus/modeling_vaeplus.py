@@ -122,7 +122,7 @@ class VAEPlusVAEConfig(VAEPlusConfig):
             of `2 * num_blocks` hidden layers.
         affine_skip (`bool`): adds W z + b to the decoder mean (Eq. 5).
         gamma (`"learned" | "analytic" | "fixed"`): the decoder variance is a parameter, or follows its closed-form
-            optimum (the running mean of the squared error per dimension), or stays at `gamma_init`.
+            optimum (the running geometric mean of the squared error per dimension), or stays at `gamma_init`.
         gamma_init (`float`): the variance at the start; `"analytic"` replaces it at the first training step. A learned
             gamma of a second stage wants it well below 1: its inputs have unit variance, and a direction survives
             only while its variance exceeds gamma.

@@ -198,7 +198,7 @@ def test_analytic_gamma_becomes_the_error_of_a_frozen_model():
 
 
 @torch.no_grad()
-def test_analytic_gamma_is_a_running_mean_with_growing_momentum():
+def test_analytic_gamma_is_a_running_geometric_mean_with_growing_momentum():
     model = randomise(make_vae(gamma="analytic", gamma_momentum=0.6)).train()
     model.gamma_updates.zero_()
     expected = None
@@ -206,8 +206,17 @@ def test_analytic_gamma_is_a_running_mean_with_growing_momentum():
         data = 10 ** torch.rand(()) * torch.randn(8, 6)
         error = frozen_error(model, data)
         momentum = min(update / (update + 10), 0.6)
-        expected = error if expected is None else momentum * expected + (1 - momentum) * error
+        expected = error if expected is None else expected**momentum * error ** (1 - momentum)
         torch.testing.assert_close(model(data, noise=torch.zeros(8, 4)).gamma, expected, rtol=1e-4, atol=0)
+
+
+def test_one_exploding_batch_does_not_set_the_analytic_gamma():
+    model = randomise(make_vae(gamma="analytic")).train()
+    ordinary = torch.randn(256, 6)
+    for _ in range(50):
+        before = model(ordinary).gamma
+    assert model(1e6 * ordinary).squared_error > 1e6
+    assert model(ordinary).gamma < 1.6 * before
 
 
 def test_analytic_gamma_stops_at_its_floor_and_carries_no_gradient():
