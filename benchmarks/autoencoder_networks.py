@@ -131,9 +131,8 @@ def validation_error(model, dataset) -> float:
     model.eval()
     errors = []
     for start in range(0, len(dataset), 100):
-        indices = list(range(start, min(start + 100, len(dataset))))
-        images = to_unit_range(dataset.__getitems__(indices)["pixel_values"])
-        errors.append(model(images).loss.item() * len(indices))
+        images = dataset.pixels(start, start + 100)
+        errors.append(model(images).loss.item() * len(images))
     return sum(errors) / len(dataset)
 
 
@@ -156,7 +155,7 @@ def main():
     train = load_images(**source, split="train", random_flip=True)
     validation = load_images(**source, split="validation")
     makers = {n: make for n, make in candidates(args.resolution).items() if n.startswith(tuple(args.only))}
-    example = to_unit_range(train.__getitems__(list(range(args.batch_size)))["pixel_values"])
+    example = train.pixels(0, args.batch_size)
     cost = measure_cost(makers, example)
     rows = []
     for name, make in makers.items():

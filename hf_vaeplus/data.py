@@ -474,6 +474,10 @@ class ImageDataset(Dataset):
         # Stored as NHWC, so that the permuted view is already channels last.
         return {"pixel_values": torch.from_numpy(batch).permute(0, 3, 1, 2), "index": torch.from_numpy(indices)}
 
+    def pixels(self, start, stop):
+        """Items `start` to `stop` (or to the end) as the models see them: float32 `(B, C, H, W)` in [0, 1]."""
+        return to_unit_range(self.__getitems__(range(start, min(stop, len(self))))["pixel_values"])
+
 
 def keep_batch(batch):
     """`collate_fn` for a `DataLoader` over an [`ImageDataset`]: the batch is already made."""

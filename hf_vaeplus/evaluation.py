@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .data import to_unit_range
 from .metrics.latents import active_units, active_units_by_variance, kl_per_dimension
 from .pictures import image_grid, plot_curves
 
@@ -34,7 +33,7 @@ def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> d
     errors = {"autoencoder_squared_error": 0.0, "squared_error": 0.0}
     posteriors = {"vae": [], "second_stage": []}
     for start in tqdm(range(0, count, batch_size), desc="measuring"):
-        pixels = to_unit_range(images.__getitems__(list(range(start, min(start + batch_size, count))))["pixel_values"])
+        pixels = images.pixels(start, min(start + batch_size, count))
         if pipe.autoencoder is not None:
             device = pipe.autoencoder.device
             floor = pipe.autoencoder(pixels.to(device)).reconstruction.float().cpu().clamp(0, 1)
@@ -92,7 +91,7 @@ def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int,
         num_factors: r, where it is known.
     """
     pipe.set_progress_bar_config(disable=True)
-    first = to_unit_range(images.__getitems__(list(range(min(32, len(images)))))["pixel_values"])
+    first = images.pixels(0, 32)
     samples = pipe(64, torch.Generator().manual_seed(seed), output_type="pt").images
     scale = max(1, 64 // images.resolution)  # small images are drawn larger, for people
     image_grid(samples, scale=scale).save(output_dir / "samples.png")

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 
@@ -70,12 +71,8 @@ class StageOptions(TrainingOptions):
             raise ValueError("the second stage needs --vae: the folder of the first VAE that it models.")
         if self.stage == "autoencoder" and (self.autoencoder or self.vae):
             raise ValueError("stage autoencoder trains from images alone: leave out --autoencoder and --vae.")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}.")
         if self.kl_warmup_steps < 0:
             raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
-        if not isinstance(self.model, dict):
-            raise ValueError(f"model must map config fields to values, got {self.model!r}.")
 
 
 def load_preset(name: str | Path) -> dict:
@@ -381,16 +378,17 @@ def _previewer(options: StageOptions, images):
     """What a stage can do so far, as a picture: pairs of image and reconstruction, or samples."""
     if isinstance(images, IterableDataset):
         return None
-    first = to_unit_range(images.__getitems__(list(range(min(32, len(images)))))["pixel_values"])
+    first = images.pixels(0, 32)
+    pipeline_of = cache(partial(build_pipeline, options))  # the frozen stages are read once, not at every picture
     seed = derived_seed(options.seed, 3)
 
     def preview(model) -> Image.Image:
         if options.stage == "autoencoder":
             pixels = first.to(model.device)
             return image_grid(torch.stack([pixels, model(pixels).reconstruction], 1).flatten(0, 1), columns=8)
-        pipe = build_pipeline(options, model)
+        pipe = pipeline_of(model)
         pipe.set_progress_bar_config(disable=True)
-        return image_grid(pipe(64, torch.Generator(model.device).manual_seed(seed), output_type="pt").images)
+        return image_grid(pipe(64, torch.Generator().manual_seed(seed), output_type="pt").images)
 
     return preview
 

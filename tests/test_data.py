@@ -356,6 +356,13 @@ def test_a_batch_is_its_items_stacked(folder, load):
             dataset[outside]
 
 
+def test_pixels_are_the_items_between_as_floats(folder, load):
+    dataset = load(train_data_dir=folder)
+    expected = dataset.__getitems__([2, 3, 4])["pixel_values"] / 255
+    torch.testing.assert_close(dataset.pixels(2, 5), expected, rtol=0, atol=1e-7)
+    assert len(dataset.pixels(NUM_PICTURES - 2, NUM_PICTURES + 30)) == 2  # to the end
+
+
 def test_loader_workers_and_pickling(folder, load):
     dataset = load(train_data_dir=folder, random_flip=True)
     loader = DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=keep_batch)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import perturbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
@@ -105,16 +106,6 @@ def test_other_shapes_are_refused(shape):
 # ----------------------------------------------------------------------------------------------------- the summary
 
 
-def perturbed(model):
-    """A fresh network ignores most of its input: move every weight off its starting point."""
-    source = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if name != "log_gamma":
-                parameter += 0.1 * torch.randn(parameter.shape, generator=source)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def pipe() -> VAEPlusPipeline:
     torch.manual_seed(0)
@@ -123,9 +114,9 @@ def pipe() -> VAEPlusPipeline:
     first = dict(input_shape=(6,), latent_dim=4, reconstruction_space="image", gamma_init=0.3)
     second = dict(input_shape=(4,), latent_dim=3, gamma="learned", gamma_init=0.05)
     return VAEPlusPipeline(
-        perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**first, **small))),
-        perturbed(VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image))),
-        perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**second, **small))),
+        perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**first, **small))).eval(),
+        perturbed(VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image))).eval(),
+        perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**second, **small))).eval(),
     )
 
 

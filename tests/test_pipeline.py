@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
+from helpers import perturbed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributions import MultivariateNormal, Normal
@@ -47,16 +48,6 @@ def make_autoencoder(**options) -> VAEPlusAutoencoderModel:
 def make_vae(**options) -> VAEPlusVAEModel:
     options = dict(input_shape=(CODE_DIM,), latent_dim=Z_DIM, hidden_dim=8, num_blocks=1) | options
     return perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**options)))
-
-
-def perturbed(model):
-    """A fresh network is affine and its images are grey: move every weight but gamma off its starting point."""
-    source = generator(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if name != "log_gamma":
-                parameter += 0.1 * torch.randn(parameter.shape, generator=source)
-    return model
 
 
 def make_pipeline(autoencoder: bool = True, second_stage: bool = True, **options) -> VAEPlusPipeline:

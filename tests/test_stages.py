@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import perturbed
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
@@ -41,16 +42,6 @@ from hf_vaeplus.training import BatchNoise
 CODE_DIM, Z_DIM, BATCH = 6, 4, 5
 AUTOENCODER = {"latent_dim": CODE_DIM, "hidden_channels": [4, 8], "num_blocks": 1}
 MLP = {"hidden_dim": 8, "num_blocks": 1}
-
-
-def perturbed(model):
-    """A fresh network ignores most of its input: move every weight off its starting point."""
-    source = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if name != "log_gamma":
-                parameter += 0.1 * torch.randn(parameter.shape, generator=source)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +181,18 @@ def test_frozen_stages_get_no_gradient_and_pass_it_on(options, home):
     assert not autoencoder.training
     assert all(each.grad is None and not each.requires_grad for each in autoencoder.parameters())
     assert all(each.grad is not None and each.grad.norm() > 0 for each in model.parameters())
+
+
+def test_previews_read_the_frozen_stages_once_and_follow_the_model(options, monkeypatch):
+    settings, reads = options("second_stage"), []
+    model = perturbed(build(settings)[0]).eval()
+    monkeypatch.setattr(stages, "load_frozen", lambda *args: reads.append(args[1]) or load_frozen(*args))
+    preview = stages._previewer(settings, open_images(settings))
+    first, again = preview(model), preview(model)
+    assert sorted(reads) == sorted([settings.autoencoder, settings.vae])
+    assert first.tobytes() == again.tobytes()
+    perturbed(model)
+    assert preview(model).tobytes() != first.tobytes()
 
 
 # -------------------------------------------------------------------------------------------------- codes, once
