@@ -1,0 +1,117 @@
+"""What every reproduction shares: one command line, work that resumes, and numbers that reach the pages by program.
+
+A reproduction is a set of *cells* (one setting, one seed: seconds to an hour each) whose results are small dicts. A
+finished cell is a JSON file in `--output_dir`; the same command again computes what is missing. From all cells come
+`results.json`, a table and a plot; `--publish` copies them to `results/`, `docs/images/` and, between the markers
+`<!-- name -->` and `<!-- /name -->`, into `docs/paper.md`.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from hf_vaeplus.cli import CommandParser, run_command
+from hf_vaeplus.evaluation import provenance
+
+ROOT = Path(__file__).resolve().parents[2]
+SCALES = ("smoke", "cpu", "gpu")
+
+
+class Cells:
+    """Results by name, each computed once and kept as `output_dir/cells/<name>.json`."""
+
+    def __init__(self, output_dir: Path, settings: dict, total: int):
+        self.output_dir, self.results = output_dir, {}
+        self.bar = tqdm(total=total, desc=output_dir.name, unit="cell")
+        (output_dir / "cells").mkdir(parents=True, exist_ok=True)
+        written = output_dir / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if written.exists() and json.loads(written.read_text()) != settings:
+            raise ValueError(
+                f"{output_dir} holds the cells of other settings (see settings.json): choose another --output_dir."
+            )
+        written.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def __call__(self, name: str, compute: Callable[[], dict]) -> dict:
+        """The result `name`: read if it is there, else `compute()`, with where and when it was computed."""
+        path = self.output_dir / "cells" / f"{name}.json"
+        if not path.exists():
+            self.bar.set_postfix_str(name)
+            result = {**compute(), "provenance": provenance()}
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=2) + "\n")
+            os.replace(partial, path)
+        self.results[name] = json.loads(path.read_text())
+        self.bar.update()
+        return self.results[name]
+
+
+def reproduce(
+    name: str,
+    description: str,
+    settings: dict[str, dict],
+    measure: Callable,
+    table: Callable[[dict], str],
+    draw: Callable[[dict, Path], None] | None = None,
+    add_options: Callable | None = None,
+) -> int:
+    """Run one reproduction from the command line; returns the exit code.
+
+    Args:
+        name: of the result: `results/<name>.json`.
+        description: what is reproduced, first lines of `--help`.
+        settings: scale -> settings, JSON values; `num_cells` says how many cells there will be.
+        measure: `(settings, cells, args)`; calls `cells(cell_name, compute)` for every cell.
+        table: cells -> Markdown.
+        draw: `(cells, path)`: writes a PNG.
+        add_options: adds flags to the parser. Those that change results belong into the cell's name or result.
+    """
+    return run_command(lambda: _run(name, description, settings, measure, table, draw, add_options))
+
+
+def _run(name, description, settings, measure, table, draw, add_options):
+    parser = CommandParser(prog=f"{name}.py", description=description)
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: seconds; cpu: two cores; gpu: a GPU")
+    parser.add_argument("--output_dir", default=None, help=f"finished work (default: runs/reproduce/{name}-<scale>)")
+    parser.add_argument("--publish", action="store_true", help="copy numbers, table and plot to results/ and docs/")
+    if add_options:
+        add_options(parser)
+    args = parser.parse_args()
+    output_dir = Path(args.output_dir or f"runs/reproduce/{name}-{args.scale}")
+    args.output_dir = output_dir
+    chosen = settings[args.scale]
+    cells = Cells(output_dir, chosen, chosen["num_cells"])
+    measure(chosen, cells, args)
+    cells.bar.close()
+    results = {**provenance(), "scale": args.scale, "settings": chosen, "cells": cells.results}
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    markdown = table(cells.results)
+    (output_dir / "table.md").write_text(markdown + "\n")
+    if draw:
+        draw(cells.results, output_dir / f"{name}.png")
+    print(f"\n{markdown}\n\nsaved in {output_dir}: results.json table.md{f' {name}.png' if draw else ''}")
+    if args.publish:
+        _publish(name, output_dir, markdown, has_picture=draw is not None)
+
+
+def _publish(name: str, output_dir: Path, markdown: str, has_picture: bool):
+    page = ROOT / "docs" / "paper.md"
+    place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    text, count = place.subn(lambda match: match[1] + markdown + "\n" + match[2], page.read_text())
+    if count != 1:
+        raise ValueError(f"{page} must have one place between <!-- {name} --> and <!-- /{name} -->, found {count}.")
+    shutil.copy(output_dir / "results.json", ROOT / "results" / f"{name}.json")
+    if has_picture:
+        shutil.copy(output_dir / f"{name}.png", ROOT / "docs" / "images" / f"{name}.png")
+    page.write_text(text)
+
+
+def mean_and_spread(values: list[float], digits: int = 2) -> str:
+    """`mean ± (max - min) / 2` of a few seeds, for a table."""
+    mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
