@@ -5,6 +5,7 @@ whose name is a hash of the source's content and of every option that changes a 
 source without that file.
 """
 
+import gzip
 import hashlib
 import io
 import itertools
@@ -13,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import tempfile
 import warnings
 from collections import deque
@@ -151,6 +153,23 @@ class _Pictures(_Source):
         return iter(self.files.items())
 
 
+class _Idx(_Source):
+    """The format of the original MNIST: a header, then uint8 pixels row by row, gzipped or not."""
+
+    def __init__(self, *args, file):
+        super().__init__(*args)
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+        magic, self.count, height, width = struct.unpack(">4i", content[:16].ljust(16, b"\0"))
+        if magic != 0x803 or len(content) != 16 + self.count * height * width:
+            raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
+        self.images = np.frombuffer(content, np.uint8, offset=16).reshape(self.count, height, width)
+        self.identity = {"files": _content_hash({file.name: file})}
+
+    def rows(self):
+        return ((f"image {i} of {self.name}", image) for i, image in enumerate(self.images))
+
+
 class _Table(_Source):
     """Rows of parquet files (`files`) or of a Hub data set (`hub_id` at the commit `sha`), read as a stream."""
 
@@ -274,10 +293,16 @@ def _open_source(
 
 
 def _open_folder(folder, args, split, image_column, max_samples):
-    """A folder of pictures, or of parquet files named after their split."""
+    """A folder of pictures, of parquet files named after their split, or of MNIST's four idx files."""
     if not folder.is_dir():
         raise FileNotFoundError(f"train_data_dir={str(folder)!r} is not a folder; check the path")
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
+    idx = {match[1]: file for file in files if (match := re.match(r"(train|t10k)-images[-.]idx3-ubyte", file.name))}
+    if idx:
+        file = idx.get({"train": "train", "test": "t10k"}.get(split))
+        if file is None:
+            raise ValueError(f"no split {split!r} in train_data_dir={str(folder)!r}; choose train or test")
+        return _Idx(*args, file=file)
     pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     tables = [file for file in files if file.suffix == ".parquet"]
     if bool(pictures) == bool(tables):
@@ -334,7 +359,7 @@ def load_images(
             `num_factors` factors), `"celeba"`, `"mnist"`, or a Hub id. The name `"celeba"` or `"mnist"`
             beside a local source only sets the crop and the number of channels.
         train_data_dir (`str`, *optional*): folder of pictures, searched recursively and taken in the order of their
-            paths, or of parquet files whose names begin with `split`.
+            paths, of parquet files whose names begin with `split`, or of MNIST's idx files (`"train"`, `"test"`).
         train_data_files (`str` or list of `str`, *optional*): paths or glob patterns of parquet files.
         split (`str`): split of a Hub data set or of a folder of parquet files.
         revision (`str`, *optional*): branch, tag or commit of a Hub data set; with a full commit hash

@@ -113,14 +113,18 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     Args:
         input_shape (`tuple[int, ...]`): `(64,)` for a code of 64 numbers, `(channels, height, width)` for pixels.
         latent_dim (`int`): kappa, the number of latent dimensions.
-        network (`"mlp" | "conv" | "affine"`): residual MLP on the flattened input; residual convolutions straight on
-            pixels; the affine model of Theorem 1 (Eq. 3), whose posterior variance does not depend on the input.
-        hidden_dim, num_blocks (`int`): width and residual blocks of two layers each in the MLP; `num_blocks` is also
-            the number of blocks per scale of the convolutional network.
-        patch_size, hidden_channels: as in [`VAEPlusAutoencoderConfig`], for `network="conv"`.
+        network (`"mlp" | "conv" | "aggregate" | "affine"`): residual MLP on the flattened input; residual convolutions
+            straight on pixels; the autoencoder and the MLP of its first VAE joined to one network on pixels, for
+            baselines of the same structure; the affine model of Theorem 1 (Eq. 3), whose posterior variance does not
+            depend on the input.
+        hidden_dim, num_blocks (`int`): width and residual blocks of two layers each in the MLP.
+        encoder_blocks (`int`, *optional*): blocks of the MLP encoder, `num_blocks` if not given.
+        code_dim (`int`): numbers between the convolutions and the MLP of `network="aggregate"`.
+        patch_size, hidden_channels, num_conv_blocks: of the convolutions, as `patch_size`, `hidden_channels` and
+            `num_blocks` in [`VAEPlusAutoencoderConfig`].
         encoder_residual, decoder_residual (`bool`): without them that half of the MLP is a plain feed-forward stack
-            of `2 * num_blocks` hidden layers.
-        affine_skip (`bool`): adds W z + b to the decoder mean (Eq. 5).
+            of `2 + 2 * num_blocks` layers, the first and the last included.
+        affine_skip (`bool`): adds W z + b to the decoder mean (Eq. 5); to the code in `network="aggregate"`.
         gamma (`"learned" | "analytic" | "fixed"`): the decoder variance is a parameter, or follows its closed-form
             optimum (the running geometric mean of the squared error per dimension), or stays at `gamma_init`.
         gamma_init (`float`): the variance at the start; `"analytic"` replaces it at the first training step. A learned
@@ -141,11 +145,14 @@ class VAEPlusVAEConfig(VAEPlusConfig):
 
     input_shape: list[int] | tuple[int, ...] = (64,)
     latent_dim: int = 64
-    network: Literal["mlp", "conv", "affine"] = "mlp"
+    network: Literal["mlp", "conv", "aggregate", "affine"] = "mlp"
     hidden_dim: int = 512
     num_blocks: int = 3
+    encoder_blocks: int | None = None
+    code_dim: int = 64
     patch_size: int = 4
     hidden_channels: list[int] | tuple[int, ...] = (128, 256, 256)
+    num_conv_blocks: int = 1
     encoder_residual: bool = True
     decoder_residual: bool = True
     affine_skip: bool = True
@@ -159,16 +166,18 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.input_shape, self.hidden_channels = tuple(self.input_shape), tuple(self.hidden_channels)
-        self._check_positive("input_shape", "latent_dim", "hidden_dim", "num_blocks", "patch_size", "hidden_channels")
-        self._check_positive("gamma_init", "min_gamma")
+        self._check_positive("input_shape", "latent_dim", "hidden_dim", "num_blocks", "code_dim")
+        self._check_positive("patch_size", "hidden_channels", "num_conv_blocks", "gamma_init", "min_gamma")
+        if self.encoder_blocks is not None:
+            self._check_positive("encoder_blocks")
         if self.max_gamma is not None and not self.max_gamma > self.min_gamma:
             raise ValueError(f"VAEPlusVAEConfig.max_gamma must exceed min_gamma, got {self.max_gamma}.")
         if not 0 <= self.gamma_momentum < 1:
             raise ValueError(f"VAEPlusVAEConfig.gamma_momentum must lie in [0, 1), got {self.gamma_momentum}.")
-        if self.network == "conv":
+        if self.network in ("conv", "aggregate"):
             if len(self.input_shape) != 3 or self.input_shape[1] != self.input_shape[2]:
                 raise ValueError(
-                    f"network='conv' needs input_shape=(channels, size, size), got {self.input_shape}:"
+                    f"network={self.network!r} needs input_shape=(channels, size, size), got {self.input_shape}:"
                     " use network='mlp' for vectors."
                 )
             self._check_grid(self.input_shape[1])
@@ -345,7 +354,7 @@ class ResidualConvBlock(nn.Module):
 class ConvEncoder(nn.Sequential):
     """(batch, channels, size, size) -> (batch, out_dim): folded patches, residual blocks per scale, linear."""
 
-    def __init__(self, config, num_channels: int, image_size: int, out_dim: int):
+    def __init__(self, config, num_channels: int, image_size: int, out_dim: int, num_blocks: int):
         widths = config.hidden_channels
         layers = [
             nn.PixelUnshuffle(config.patch_size),
@@ -354,7 +363,7 @@ class ConvEncoder(nn.Sequential):
         for scale, width in enumerate(widths):
             if scale > 0:
                 layers.append(nn.Conv2d(widths[scale - 1], width, 2, stride=2))
-            layers += [ResidualConvBlock(width) for _ in range(config.num_blocks)]
+            layers += [ResidualConvBlock(width) for _ in range(num_blocks)]
         grid = image_size // config.patch_size // 2 ** (len(widths) - 1)
         super().__init__(*layers, nn.Flatten(), nn.Linear(widths[-1] * grid**2, out_dim))
 
@@ -362,12 +371,12 @@ class ConvEncoder(nn.Sequential):
 class ConvDecoder(nn.Sequential):
     """(batch, in_dim) -> (batch, channels, size, size): the encoder mirrored, pixels unfolded at the end."""
 
-    def __init__(self, config, num_channels: int, image_size: int, in_dim: int):
+    def __init__(self, config, num_channels: int, image_size: int, in_dim: int, num_blocks: int):
         widths = config.hidden_channels
         grid = image_size // config.patch_size // 2 ** (len(widths) - 1)
         layers = [nn.Linear(in_dim, widths[-1] * grid**2), nn.Unflatten(1, (widths[-1], grid, grid))]
         for scale in reversed(range(len(widths))):
-            layers += [ResidualConvBlock(widths[scale]) for _ in range(config.num_blocks)]
+            layers += [ResidualConvBlock(widths[scale]) for _ in range(num_blocks)]
             if scale > 0:
                 layers += [nn.Conv2d(widths[scale], 4 * widths[scale - 1], 1), nn.PixelShuffle(2)]
         layers += [nn.SiLU(), nn.Conv2d(widths[0], num_channels * config.patch_size**2, 3, padding=1)]
@@ -461,8 +470,9 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
 
     def __init__(self, config: VAEPlusAutoencoderConfig):
         super().__init__(config)
-        self.encoder = ConvEncoder(config, config.num_channels, config.image_size, config.latent_dim)
-        self.decoder = ConvDecoder(config, config.num_channels, config.image_size, config.latent_dim)
+        shape = config.num_channels, config.image_size, config.latent_dim, config.num_blocks
+        self.encoder = ConvEncoder(config, *shape)
+        self.decoder = ConvDecoder(config, *shape)
         start_at_zero(self.decoder[-2])
         self.post_init()
 
@@ -515,29 +525,37 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
 
     def __init__(self, config: VAEPlusVAEConfig):
         super().__init__(config)
-        input_dim, latent_dim = config.input_dim, config.latent_dim
+        latent_dim, blocks = config.latent_dim, (config.encoder_blocks or config.num_blocks, config.num_blocks)
+        convolutions = config.network in ("conv", "aggregate")
+        # What the MLP, or the affine map, works on: the inputs themselves or the code of the convolutions.
+        inner_dim = config.code_dim if config.network == "aggregate" else config.input_dim
         if config.network == "affine":
-            self.encoder = nn.Linear(input_dim, latent_dim)  # mu_z = W_z x + b_z
+            self.encoder = nn.Linear(inner_dim, latent_dim)  # mu_z = W_z x + b_z
             self.logvar = nn.Parameter(torch.zeros(latent_dim))  # log s^2, the same for every x
-            self.decoder = nn.Linear(latent_dim, input_dim)  # mu_x = W_x z + b_x
+            self.decoder = nn.Linear(latent_dim, inner_dim)  # mu_x = W_x z + b_x
         elif config.network == "conv":
-            num_channels, image_size, _ = config.input_shape
-            self.encoder = ConvEncoder(config, num_channels, image_size, 2 * latent_dim)
-            self.decoder = ConvDecoder(config, num_channels, image_size, latent_dim)
+            shape = config.input_shape[:2]
+            self.encoder = ConvEncoder(config, *shape, 2 * latent_dim, config.num_conv_blocks)
+            self.decoder = ConvDecoder(config, *shape, latent_dim, config.num_conv_blocks)
         else:
-            shape = dict(hidden_dim=config.hidden_dim, num_blocks=config.num_blocks)
-            self.encoder = MLP(input_dim, out_dim=2 * latent_dim, residual=config.encoder_residual, **shape)
-            self.decoder = MLP(latent_dim, out_dim=input_dim, residual=config.decoder_residual, **shape)
+            self.encoder = MLP(inner_dim, config.hidden_dim, 2 * latent_dim, blocks[0], config.encoder_residual)
+            self.decoder = MLP(latent_dim, config.hidden_dim, inner_dim, blocks[1], config.decoder_residual)
+        self.image_decoder = None
+        if config.network == "aggregate":
+            shape = *config.input_shape[:2], inner_dim, config.num_conv_blocks
+            self.encoder = nn.Sequential(*ConvEncoder(config, *shape), *self.encoder)
+            self.image_decoder = ConvDecoder(config, *shape)
+            start_at_zero(self.image_decoder[-2])
         has_skip = config.affine_skip and config.network != "affine"  # an affine decoder is its own skip
-        self.affine_skip = nn.Linear(latent_dim, input_dim) if has_skip else None
+        self.affine_skip = nn.Linear(latent_dim, inner_dim) if has_skip else None
 
         if config.network != "affine":
             start_at_zero(self.encoder[-1], first_row=latent_dim)
         if has_skip:
-            start_at_zero(self.decoder[-1] if config.network == "mlp" else self.decoder[-2])
+            start_at_zero(self.decoder[-2] if config.network == "conv" else self.decoder[-1])
 
         # Statistics of the inputs, so that the networks see standardised values while losses keep the inputs' units.
-        statistics_shape = (config.input_shape[0], 1, 1) if config.network == "conv" else config.input_shape
+        statistics_shape = (config.input_shape[0], 1, 1) if convolutions else config.input_shape
         self.register_buffer("input_mean", torch.zeros(statistics_shape))
         self.register_buffer("input_std", torch.ones(statistics_shape))
 
@@ -572,7 +590,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         return self.input_mean.dtype  # `self.dtype` may find `log_gamma`, which stays float32
 
     def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor):
-        """Standardise inputs by `mean` and `std` (of one input's shape; per channel `(channels, 1, 1)` for `conv`).
+        """Standardise inputs by `mean` and `std`, of one input's shape (convolutions: `(channels, 1, 1)`).
 
         Raises:
             ValueError: wrong shape, or a standard deviation that is not positive and finite.
@@ -595,7 +613,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         """
         _check_shape("inputs", inputs, self.config.input_shape)
         hidden = (inputs.to(self._weight_dtype) - self.input_mean) / self.input_std
-        if self.config.network != "conv":
+        if self.config.network in ("mlp", "affine"):
             hidden = hidden.flatten(1)
         if self.config.network == "affine":
             mean = _upcast(self.encoder(hidden))
@@ -612,10 +630,12 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         """
         _check_shape("latents", latents, (self.config.latent_dim,))
         latents = latents.to(self._weight_dtype)
-        mean = self.decoder(latents).reshape(-1, *self.config.input_shape)
+        mean = self.decoder(latents)
         if self.affine_skip is not None:
             mean = mean + self.affine_skip(latents).reshape_as(mean)
-        return mean * self.input_std + self.input_mean
+        if self.image_decoder is not None:
+            mean = self.image_decoder(mean)
+        return mean.reshape(-1, *self.config.input_shape) * self.input_std + self.input_mean
 
     def forward(
         self,

@@ -33,6 +33,7 @@ from .modeling_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
+from .modeling_wae import WAEMMDModel
 from .pictures import image_grid
 from .training import TrainingOptions, derived_seed, option, train
 
@@ -45,7 +46,7 @@ class StageOptions(TrainingOptions):
 
     stage: str = option("autoencoder", "which stage to train", choices=STAGES)
     dataset_name: str | None = option(None, "rendered-faces | digits | celeba | mnist | a data set on the Hub")
-    train_data_dir: str | None = option(None, "folder of pictures, or of parquet files named by split")
+    train_data_dir: str | None = option(None, "folder of pictures, parquet files named by split, or MNIST's files")
     train_data_files: str | None = option(None, "parquet files, as a glob pattern")
     split: str = option("train", "split to train on")
     dataset_revision: str | None = option(None, "branch, tag or commit of the data set on the Hub")
@@ -61,6 +62,7 @@ class StageOptions(TrainingOptions):
     autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
     vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
+    mmd_weight: float = option(0.0, "baseline: weight of the MMD penalty of a WAE in place of a VAE's KL term")
     model: dict = field(default_factory=dict, metadata={"help": "fields of the model's config"})
 
     def __post_init__(self):
@@ -71,6 +73,11 @@ class StageOptions(TrainingOptions):
             raise ValueError("the second stage needs --vae: the folder of the first VAE that it models.")
         if self.stage == "autoencoder" and (self.autoencoder or self.vae):
             raise ValueError("stage autoencoder trains from images alone: leave out --autoencoder and --vae.")
+        if self.mmd_weight < 0 or self.mmd_weight and (self.stage != "vae" or self.autoencoder):
+            raise ValueError(
+                f"mmd_weight={self.mmd_weight} is of a WAE straight on pixels: it must not be negative, with stage vae"
+                " and no --autoencoder."
+            )
         if self.kl_warmup_steps < 0:
             raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
 
@@ -128,10 +135,15 @@ def stage_options(stage: str, preset: dict | None = None, **overrides) -> StageO
 
 def run_stage(options: StageOptions) -> VAEPlusPreTrainedModel:
     """Train one stage as [`StageOptions`] says; see [`~hf_vaeplus.training.train`] for what it leaves and raises."""
+    return train(*build_stage(options))
+
+
+def build_stage(options: StageOptions) -> tuple:
+    """The arguments of [`~hf_vaeplus.training.train`] for one stage, in order; the model comes first."""
     torch.manual_seed(derived_seed(options.seed, 2))  # the initial weights
     images = open_images(options)
     build = {"autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage}[options.stage]
-    return train(*build(options, images), options=options, preview=_previewer(options, images))
+    return *build(options, images), options, _previewer(options, images)
 
 
 def process_state() -> PartialState:
@@ -232,11 +244,16 @@ def _autoencoder_stage(options: StageOptions, images):
 def _vae_stage(options: StageOptions, images):
     if options.autoencoder is None:  # a VAE straight on pixels: the baselines, and small images
         shape = dict(input_shape=(images.num_channels, images.resolution, images.resolution), network="conv")
-        model = VAEPlusVAEModel(VAEPlusVAEConfig(**{**shape, **options.model}))
+        model_class = WAEMMDModel if options.mmd_weight else VAEPlusVAEModel
+        model = model_class(VAEPlusVAEConfig(**{**shape, **options.model}))
+        half = torch.full_like(model.input_mean, 0.5)
+        model.set_input_statistics(mean=half, std=half)  # the network sees [-1, 1]
 
         def prepare(batch, noise, step):
-            pixels = to_unit_range(batch["pixel_values"])
-            return {"inputs": pixels, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
+            inputs = {"inputs": to_unit_range(batch["pixel_values"]), "noise": noise(model.config.latent_dim)}
+            if options.mmd_weight:
+                return {**inputs, "mmd_weight": options.mmd_weight}
+            return {**inputs, "kl_weight": _kl_weight(options, step)}
 
         return model, images, prepare
 

@@ -5,7 +5,7 @@ import torch
 from helpers import perturbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 from hf_vaeplus import (
     VAEPlusAutoencoderConfig,
@@ -16,7 +16,12 @@ from hf_vaeplus import (
 )
 from hf_vaeplus.data import load_images, to_unit_range
 from hf_vaeplus.evaluation import summarize
-from hf_vaeplus.metrics.latents import active_units, active_units_by_variance, kl_per_dimension
+from hf_vaeplus.metrics.latents import (
+    PosteriorStatistics,
+    active_units,
+    active_units_by_variance,
+    kl_per_dimension,
+)
 
 SIZES = {"num_samples": st.integers(2, 40), "latent_dim": st.integers(1, 7), "seed": st.integers(0, 2**31)}
 
@@ -103,6 +108,81 @@ def test_other_shapes_are_refused(shape):
         kl_per_dimension(torch.zeros(3, 4), torch.zeros(shape))
 
 
+# ------------------------------------------------------------------------------------------------------- in batches
+
+
+def gathered(means: torch.Tensor, logvars: torch.Tensor, sizes) -> PosteriorStatistics:
+    statistics = PosteriorStatistics(means.shape[1])
+    for batch in zip(means.split(sizes), logvars.split(sizes), strict=True):
+        statistics.update(*batch)
+    return statistics
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), SIZES["latent_dim"], SIZES["seed"])
+@settings(max_examples=40, deadline=None)
+def test_any_split_into_batches_gives_the_figures_of_all_rows(sizes, latent_dim, seed):
+    means, logvars = posteriors(sum(sizes), latent_dim, seed)
+    means = means * torch.tensor([0.03, 1.0])[torch.arange(latent_dim) % 2]  # every other one near the threshold
+    statistics = gathered(means, logvars, sizes)
+    assert statistics.count == len(means)
+    for threshold in (0.01, 0.5):
+        assert statistics.active_units(threshold) == active_units(means, threshold)
+        assert statistics.active_units_by_variance(threshold) == active_units_by_variance(logvars, threshold)
+    torch.testing.assert_close(statistics.kl_per_dimension(), kl_per_dimension(means, logvars))
+    covariance = torch.cov(means.T).reshape(latent_dim, latent_dim) + logvars.exp().mean(0).diag()
+    torch.testing.assert_close(statistics.aggregate_mean(), means.mean(0))
+    torch.testing.assert_close(statistics.aggregate_covariance(), covariance)
+
+
+def test_moments_of_the_aggregate_posterior_are_those_of_the_mixture():
+    means, logvars = posteriors(30, 4, 0)
+    mixture = MixtureSameFamily(Categorical(torch.ones(30)), Independent(Normal(means, (0.5 * logvars).exp()), 1))
+    statistics = gathered(means, logvars, 8)
+    torch.testing.assert_close(statistics.aggregate_mean(), mixture.mean)
+    # The mixture divides the spread of its means by n, the unbiased covariance by n - 1.
+    torch.testing.assert_close(statistics.aggregate_covariance().diagonal() - means.var(0) / 30, mixture.variance)
+
+
+def test_moments_of_known_posteriors():
+    statistics = gathered(torch.tensor([[1.0, 2.0], [1.0, -2.0]]), torch.zeros(2, 2), 1)
+    assert statistics.aggregate_mean().tolist() == [1.0, 0.0]
+    assert statistics.aggregate_covariance().tolist() == [[1.0, 0.0], [0.0, 9.0]]
+
+
+def test_an_aggregate_that_fills_the_prior_has_its_moments_and_a_narrow_one_has_not():
+    means, _ = posteriors(20_000, 3, 0)  # standard deviation 3
+    for spread, expected in ((0.8, 1.0), (0.1, 0.37)):  # 0.8^2 + 0.36 = 1
+        statistics = gathered(means * (spread / 3), torch.full_like(means, 0.36).log(), 5_000)
+        torch.testing.assert_close(
+            statistics.aggregate_covariance(), expected * torch.eye(3, dtype=torch.float64), rtol=0, atol=0.02
+        )
+
+
+def test_a_refused_batch_leaves_the_statistics_as_they_were():
+    means, logvars = posteriors(6, 3, 0)
+    statistics = gathered(means, logvars, 3)
+    for bad_means, bad_logvars, match in (
+        (means, logvars[:2], "one shape"),
+        (means[:, :2], logvars[:, :2], r"\(num_rows >= 1, 3\)"),
+        (means, logvars + torch.nan, "finite"),
+        (means, logvars + 1000, "finite"),
+        (means + torch.inf, logvars, "finite"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            statistics.update(bad_means, bad_logvars)
+    assert statistics.count == 6
+    torch.testing.assert_close(statistics.kl_per_dimension(), kl_per_dimension(means, logvars))
+    torch.testing.assert_close(statistics.aggregate_mean(), means.mean(0))
+    assert statistics.active_units_by_variance() == active_units_by_variance(logvars)
+
+
+def test_too_few_posteriors_are_refused():
+    single = gathered(*posteriors(1, 3, 0), 1)
+    for call in (single.active_units, single.aggregate_covariance, PosteriorStatistics(3).kl_per_dimension):
+        with pytest.raises(ValueError, match="call update first"):
+            call()
+
+
 # ----------------------------------------------------------------------------------------------------- the summary
 
 
@@ -164,7 +244,7 @@ def test_summary_does_not_depend_on_the_batch_size(pipe, images):
 
 
 def test_summary_leaves_out_the_stages_that_a_pipeline_lacks(images):
-    config = VAEPlusVAEConfig(input_shape=(1, 32, 32), network="conv", hidden_channels=(4, 8), num_blocks=1)
+    config = VAEPlusVAEConfig(input_shape=(1, 32, 32), network="conv", hidden_channels=(4, 8))
     summary = summarize(VAEPlusPipeline(VAEPlusVAEModel(config).eval()), images)
     assert set(summary) == {"num_images", "squared_error", "vae"}
 
