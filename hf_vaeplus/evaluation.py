@@ -5,12 +5,18 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from .features import FeatureExtractor, distance_name
+from .metrics.frechet import frechet_distance
+from .metrics.kernel import kernel_distance
 from .metrics.latents import active_units, active_units_by_variance, kl_per_dimension
+from .metrics.ndb import NDB
+from .metrics.running import RunningMoments
 from .pictures import image_grid, plot_curves
 
 
@@ -61,6 +67,57 @@ def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> d
                 "kl_per_dimension": kl.tolist(),
             }
     return summary
+
+
+class Judge:
+    """How far sets of images are from a reference set, in one protocol for all of them.
+
+    Args:
+        extractor ([`~hf_vaeplus.features.FeatureExtractor`]): of the Frechet and the kernel distance.
+        reference (iterable of uint8 `torch.Tensor` of shape `(batch, C, H, W)`): real images.
+        bins (sequence of [`~hf_vaeplus.metrics.ndb.NDB`]): fitted on training images.
+        gather: joins the rows of all processes: `accelerator.gather_for_metrics` where each sees a share of a batch.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        reference: Iterable[torch.Tensor],
+        bins: Sequence[NDB] = (),
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+    ):
+        self.extractor, self.bins, self.gather = extractor, bins, gather
+        self._features = torch.cat([gather(extractor(batch)) for batch in reference])
+        self._moments = RunningMoments(self._features.shape[1])
+        self._moments.update(self._features)
+
+    def __call__(self, images: Iterable[torch.Tensor]) -> dict:
+        """Distances of `images`, batches as in the reference.
+
+        Returns:
+            `dict` with `distance` (the name of what follows), `frechet`, `kernel` (mean, standard deviation; `None`
+            with fewer than 1,000 images), `num_images`, `num_reference`, and `ndb`: K -> `ndb_over_k` and `js`.
+        """
+        features, counts = [], [0] * len(self.bins)
+        for batch in images:
+            features.append(self.gather(self.extractor(batch)))
+            for number, ndb in enumerate(self.bins):
+                counts[number] = counts[number] + self.gather(ndb.assign(batch)).bincount(minlength=len(ndb.counts))
+        features = torch.cat(features)
+        moments = RunningMoments(features.shape[1])
+        moments.update(features)
+        compared = [ndb.compare(count) for ndb, count in zip(self.bins, counts, strict=True)]
+        enough = min(len(features), len(self._features)) >= 1_000
+        return {
+            "distance": distance_name(self.extractor),
+            "frechet": frechet_distance(self._moments, moments),
+            "kernel": kernel_distance(self._features, features) if enough else None,
+            "num_images": len(features),
+            "num_reference": len(self._features),
+            "ndb": {
+                str(len(each["proportions"])): {name: each[name] for name in ("ndb_over_k", "js")} for each in compared
+            },
+        }
 
 
 def provenance() -> dict:

@@ -1,0 +1,246 @@
+"""Tables 3 and 4, Figure 2: distances and bins of reconstructions and samples, VAE+ beside its baselines.
+
+    python examples/reproduce/table3_table4_figure2.py --scale cpu --train_data_dir celeba --features extractor.onnx
+
+cpu: CelebA at 64 x 64, 20,000 faces to train on, 10,000 others to compare with; two hours and a half on one core.
+All three models have the same structure and as many steps: VAE+ in three stages, VAE and WAE-MMD end to end.
+"""
+
+import json
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from common import mean_and_spread, reproduce
+from sklearn.mixture import GaussianMixture
+from torch.nn.functional import interpolate
+from tqdm.auto import tqdm
+
+from hf_vaeplus import VAEPlusPipeline
+from hf_vaeplus.data import to_uint8
+from hf_vaeplus.evaluation import Judge, summarize
+from hf_vaeplus.features import open_extractor
+from hf_vaeplus.metrics.ndb import NDB
+from hf_vaeplus.modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel
+from hf_vaeplus.pictures import image_grid
+from hf_vaeplus.stages import encode_dataset, load_frozen, load_preset, open_images, run_stage, stage_options
+from hf_vaeplus.training import derived_seed
+
+BASELINES = {"vae": {"max_grad_norm": 20_000.0}, "wae-mmd": {"mmd_weight": 500.0, "max_grad_norm": 300.0}}
+BATCH = 250
+SETTINGS = {
+    "smoke": {"preset": "tiny", "num_train": 160, "num_test": 80, "bins": [4, 8], "seeds": 1, "num_cells": 19},
+    "cpu": {
+        "preset": "celeba-cpu",
+        "num_train": 20_000,
+        "num_test": 10_000,
+        "bins": [100, 200, 300],
+        "seeds": 3,
+        "num_cells": 23,
+    },
+    "gpu": {
+        "preset": "celeba-gpu",
+        "num_train": 20_000,
+        "num_test": 10_000,
+        "bins": [100, 200, 300],
+        "seeds": 3,
+        "num_cells": 23,
+    },
+}
+
+
+def measure(settings, cells, args):
+    preset = load_preset(Path(__file__).with_name(f"{settings['preset']}.yaml"))
+    source = {"train_data_dir": args.train_data_dir, "resume_from_checkpoint": "latest"}
+    folder = {name: str(args.output_dir / name) for name in ("autoencoder", "first_vae", *BASELINES)}
+
+    def train(name, stage, preset=preset, **overrides):
+        options = stage_options(stage, preset, **{**source, "output_dir": str(args.output_dir / name), **overrides})
+        started = time.perf_counter()
+        run_stage(options)
+        stats = json.loads((args.output_dir / name / "stats.jsonl").read_text().splitlines()[-1])
+        return {"last_line_of_the_log": stats, "seconds_of_this_call": round(time.perf_counter() - started)}
+
+    seeds = range(settings["seeds"])
+    cells("train-autoencoder", lambda: train("autoencoder", "autoencoder"))
+    later = {"autoencoder": folder["autoencoder"]}
+    cells("train-first_vae", lambda: train("first_vae", "vae", **later))
+    later["vae"] = folder["first_vae"]
+    for seed in seeds:
+        cells(f"train-second_stage-{seed}", lambda s=seed: train(f"second_stage-{s}", "second_stage", seed=s, **later))
+    for name, options in BASELINES.items():
+        cells(f"train-{name}", lambda n=name, o=options: train(n, "vae", baseline(preset), **o))
+
+    options = stage_options("autoencoder", preset, **source)
+    options.max_train_samples, options.random_flip = settings["num_train"] + settings["num_test"], False
+    first_test = settings["num_train"]
+    images = cache(lambda: open_images(options))
+
+    def real(first, last, change=lambda pixels: pixels):
+        for start in tqdm(range(first, last, BATCH), desc="real", leave=False):
+            yield change(images().__getitems__(range(start, min(start + BATCH, last)))["pixel_values"])
+
+    def held_out(change=lambda pixels: pixels):
+        return real(first_test, first_test + settings["num_test"], change)
+
+    @cache
+    def judge():
+        mirrored = torch.rand(first_test, generator=torch.Generator().manual_seed(0)) < 0.5
+        training = torch.cat([*real(0, first_test)])
+        training[mirrored] = training[mirrored].flip(-1)
+        bins = []
+        for num_bins in tqdm(settings["bins"], desc="k-means"):
+            path = args.output_dir / f"bins-{num_bins}.safetensors"
+            if not path.exists():
+                NDB.fit(training, num_bins).save(path)
+            bins.append(NDB.load(path))
+        return Judge(open_extractor(args.features), held_out(), bins)
+
+    def set_of(name, batches):
+        return cells(f"set-{name}", lambda: {**judge()(batches()), "extractor": args.features_description})
+
+    args.features_description = open_extractor(args.features).description()
+    set_of("real", lambda: real(0, settings["num_test"]))
+    set_of("downsample", lambda: held_out(downsample))
+
+    @cache
+    def pipeline(name, seed=0):
+        autoencoder = load_frozen(VAEPlusAutoencoderModel, folder["autoencoder"])
+        vae = load_frozen(VAEPlusVAEModel, folder["first_vae" if name.startswith("vaeplus") else name])
+        second = load_frozen(VAEPlusVAEModel, args.output_dir / f"second_stage-{seed}") if name == "vaeplus" else None
+        pipe = VAEPlusPipeline(vae, autoencoder if name.startswith("vaeplus") else None, second)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def reconstructions(pipe):
+        return held_out(lambda pixels: to_uint8(pipe.reconstruct(pixels, output_type="pt", batch_size=BATCH)))
+
+    def samples(name, seed=0):
+        pipe = pipeline(name, seed)
+        for start in tqdm(range(0, settings["num_test"], BATCH), desc=name, leave=False):
+            generator = torch.Generator().manual_seed(derived_seed(seed, 4, start))
+            count = min(BATCH, settings["num_test"] - start)
+            batch = pipe(count, generator, batch_size=BATCH, output_type="pt").images
+            if start == 0 and seed == 0:
+                image_grid(batch[:32], columns=8).save(args.output_dir / f"samples-{name}.png")
+            yield to_uint8(batch)
+
+    for name in ("vaeplus", *BASELINES):
+        set_of(f"{name}-reconstructed", lambda n=name: reconstructions(pipeline(n)))
+        cells(f"summary-{name}", lambda n=name: summarize(pipeline(n), Held(images(), first_test), 2_000, BATCH))
+    for seed in seeds:
+        set_of(f"vaeplus-sampled-{seed}", lambda s=seed: samples("vaeplus", s))
+    for name in ("vaeplus-prior", *BASELINES):
+        set_of(f"{name}-sampled", lambda n=name: samples(n))
+
+    def mixture(num_components):
+        autoencoder = load_frozen(VAEPlusAutoencoderModel, folder["autoencoder"])
+        options.max_train_samples = settings["num_train"]
+        codes = encode_dataset(open_images(options), autoencoder, autoencoder.encode)
+        model = GaussianMixture(num_components, random_state=0).fit(codes.double().numpy())
+        drawn = torch.from_numpy(model.sample(settings["num_test"])[0]).float()
+        drawn = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))]
+        with torch.no_grad():
+            for start, part in zip(range(0, len(drawn), BATCH), drawn.split(BATCH), strict=True):
+                batch = autoencoder.decode(part).clamp(0, 1)
+                if start == 0:
+                    image_grid(batch[:32], columns=8).save(args.output_dir / f"samples-mixture-{num_components}.png")
+                yield to_uint8(batch)
+
+    for num_components in (1, 10):
+        set_of(f"mixture-{num_components}-sampled", lambda n=num_components: mixture(n))
+
+
+def baseline(preset: dict) -> dict:
+    """The preset of one network with the structure of autoencoder and first VAE, trained as the autoencoder is."""
+    autoencoder, vae = preset["autoencoder"], preset["vae"]
+    model = {
+        **{name: vae["model"][name] for name in ("latent_dim", "hidden_dim", "num_blocks")},
+        "network": "aggregate",
+        "affine_skip": False,
+        "code_dim": autoencoder["model"]["latent_dim"],
+        "hidden_channels": autoencoder["model"]["hidden_channels"],
+        "num_conv_blocks": autoencoder["model"]["num_blocks"],
+    }
+    training = {name: value for name, value in autoencoder.items() if name not in ("model", "max_grad_norm")}
+    return {"common": preset["common"], "vae": {**training, "model": model}}
+
+
+def downsample(pixels: torch.Tensor) -> torch.Tensor:
+    """Half the size by averaging, and back bilinearly: uint8 to uint8, rounded once, at the end."""
+    half = interpolate(pixels.float() / 255, scale_factor=0.5, mode="area")
+    return to_uint8(interpolate(half, scale_factor=2, mode="bilinear").clamp(0, 1))
+
+
+class Held:
+    """The held-out images, as `summarize` asks for them."""
+
+    def __init__(self, images, first):
+        self.images, self.first = images, first
+
+    def __len__(self):
+        return len(self.images) - self.first
+
+    def pixels(self, start, stop):
+        return self.images.pixels(self.first + start, self.first + stop)
+
+
+ROWS = {
+    "Downsample": ("downsample", "downsample"),
+    "WAE-MMD": ("wae-mmd-reconstructed", "wae-mmd-sampled"),
+    "VAE": ("vae-reconstructed", "vae-sampled"),
+    "VAE+": ("vaeplus-reconstructed", "vaeplus-sampled"),
+    "VAE+ without its second stage": ("vaeplus-reconstructed", "vaeplus-prior-sampled"),
+    "autoencoder, Gaussian mixture of 10": ("vaeplus-reconstructed", "mixture-10-sampled"),
+    "autoencoder, one Gaussian": ("vaeplus-reconstructed", "mixture-1-sampled"),
+    "other real images": (None, "real"),
+}
+
+
+def table(cells):
+    unit = cells["set-downsample"]["frechet"]
+    bins = list(cells["set-downsample"]["ndb"])
+    lines = [
+        f"{cells['set-downsample']['distance']}, {cells['set-real']['num_images']} images against"
+        f" {cells['set-real']['num_reference']}, in units of Downsample's {unit:.3f}:",
+        "",
+        "| | reconstruction | generation | generation / reconstruction |"
+        + "".join(f" NDB/{k} |" for k in bins)
+        + f" JS at {bins[-1]} |",
+        "|---" * (5 + len(bins)) + "|",
+    ]
+    for title, (reconstructed, sampled) in ROWS.items():
+        found = [cell for name, cell in cells.items() if name.startswith(f"set-{sampled}")]
+        distances = [cell["frechet"] / unit for cell in found]
+        row = ["", "", ""]
+        if reconstructed:
+            error = cells[f"set-{reconstructed}"]["frechet"] / unit
+            row = [f"{error:.2f}", "", mean_and_spread([each / error for each in distances], 3)]
+        row[1] = mean_and_spread(distances)
+        row += [mean_and_spread([cell["ndb"][k]["ndb_over_k"] for cell in found]) for k in bins]
+        row += [mean_and_spread([cell["ndb"][bins[-1]]["js"] for cell in found], 3)]
+        lines.append(f"| {title} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def draw(cells, path):
+    shown = {"vaeplus": "VAE+", "vae": "VAE", "wae-mmd": "WAE-MMD", "mixture-10": "autoencoder, mixture of 10"}
+    figure, axes = plt.subplots(2, 2, figsize=(10.5, 5.8), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, shown.items(), strict=True):
+        axis.imshow(plt.imread(path.parent / f"samples-{name}.png"))
+        axis.set_title(title)
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def add_options(parser):
+    parser.add_argument("--train_data_dir", default=None, help="folder with CelebA as parquet files (not for smoke)")
+    parser.add_argument("--features", default="pixels:16", help="an .onnx file, fid:WEIGHTS, or pixels:SIZE")
+
+
+if __name__ == "__main__":
+    sys.exit(reproduce("table3_table4_figure2", __doc__, SETTINGS, measure, table, draw, add_options))
