@@ -272,8 +272,26 @@ class VAEPlusPipeline(DiffusionPipeline):
 
             log p(x) >= E log mean_k N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x),    z_k ~ q(z | x)
 
+        Args:
+            images, num_importance_samples, generator, batch_size: as in `log_importance_weights`.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`: nats per image, densities of pixels in [0, 1] (they can be positive).
+
+        Raises:
+            TypeError, ValueError: as `log_importance_weights`.
+        """
+        log_weights = self.log_importance_weights(images, num_importance_samples, generator, batch_size)
+        return (log_weights.logsumexp(0) - math.log(num_importance_samples)).float()
+
+    @torch.no_grad()
+    def log_importance_weights(
+        self, images: Images, num_importance_samples: int = 64, generator: Generators = None, batch_size: int = 64
+    ) -> torch.Tensor:
+        """log N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x) at z_k ~ q(z | x): what bounds of log p(x) reduce.
+
         p is the model of the first VAE, with prior N(0, I): the second stage is not used. Noise is drawn image after
-        image, so the estimate does not depend on `batch_size`.
+        image, so the weights do not depend on `batch_size`.
 
         Args:
             images: see the class.
@@ -282,23 +300,23 @@ class VAEPlusPipeline(DiffusionPipeline):
             batch_size (`int`): images decoded at a time.
 
         Returns:
-            `torch.Tensor` of shape `(n,)`: nats per image, densities of pixels in [0, 1] (they can be positive).
+            `torch.Tensor` of shape `(K, n)`: nats, float64. The mean over K estimates the ELBO (Eq. 2).
 
         Raises:
             TypeError, ValueError: as `encode`; also a VAE whose gamma was measured on codes instead of images.
         """
         if self.autoencoder is not None and self.vae.config.reconstruction_space != "image":
             raise ValueError(
-                "log_likelihood needs the decoder variance of images, but this VAE's gamma was measured on codes:"
+                "likelihoods need the decoder variance of images, but this VAE's gamma was measured on codes:"
                 " train it with reconstruction_space='image'."
             )
         images = _to_tensor(images, self.image_shape)
         _check_count("num_importance_samples", num_importance_samples)
         _check_generators(generator, len(images))
         generators = generator if isinstance(generator, list) else [generator] * len(images)
-        log_gamma = _log_gamma(self.vae)
+        log_gamma = _log_gamma(self.vae).cpu().double()
         noise_shape = (num_importance_samples, self.vae.config.latent_dim)
-        log_likelihoods = []
+        all_log_weights = []
         for rows in self._batches(len(images), batch_size):
             targets = self._to_float(images[rows])
             posterior = self._encode_batch(images[rows])
@@ -307,17 +325,16 @@ class VAEPlusPipeline(DiffusionPipeline):
             for eps in torch.stack(noise, dim=1).split(max(1, batch_size // len(targets))):
                 z = posterior.sample(eps)  # (samples, images, latent_dim)
                 means = self._decode_batch(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-                squared_error = (targets - means).square().flatten(2).sum(2)
+                squared_error = (targets - means).square().flatten(2).sum(2).cpu().double()
                 # log N(x | mean(z), gamma I), the data term of Eq. (3) with its constants
                 num_dims = targets[0].numel()
                 log_p_x = -0.5 * (squared_error / log_gamma.exp() + num_dims * (log_gamma + math.log(2 * math.pi)))
                 # log N(z | 0, I) - log q(z | x) with z = mean + sigma eps: the 2 pi's cancel
                 log_ratio = 0.5 * (eps.square() + posterior.logvar - z.square()).sum(2)
-                log_weights.append((log_p_x + log_ratio).cpu())
-            log_weights = torch.cat(log_weights).double()
-            log_likelihoods.append(log_weights.logsumexp(0) - math.log(num_importance_samples))
+                log_weights.append(log_p_x + log_ratio.cpu())
+            all_log_weights.append(torch.cat(log_weights))
         self.maybe_free_model_hooks()
-        return torch.cat(log_likelihoods).float()
+        return torch.cat(all_log_weights, dim=1)
 
     def _batches(self, num_images: int, batch_size: int) -> Iterable[slice]:
         _check_count("batch_size", batch_size)
