@@ -1,10 +1,12 @@
 """Pixels of every source, the cache on disk, and streams that resume."""
 
+import gzip
 import io
 import multiprocessing
 import os
 import pickle
 import signal
+import struct
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -537,3 +539,33 @@ def test_missing_paths(tmp_path, load):
 def test_stream_arguments_are_checked(options):
     with pytest.raises(ValueError, match="expected seed >= 0 and shuffle_buffer >= 1"):
         stream_images("digits", **options)
+
+
+def _write_idx(path, images, magic=0x803):
+    content = struct.pack(">4i", magic, *images.shape) + images.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("suffix", ["-idx3-ubyte.gz", ".idx3-ubyte"])
+def test_idx_files(tmp_path, suffix):
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    _write_idx(tmp_path / f"train-images{suffix}", images)
+    _write_idx(tmp_path / f"t10k-images{suffix}", images[:2])
+    source = dict(train_data_dir=tmp_path, resolution=28, cache_dir=tmp_path / "cache", progress=False)
+    assert np.array_equal(load_images("mnist", **source).images[..., 0], images)
+    assert np.array_equal(load_images("mnist", split="test", **source).images[..., 0], images[:2])
+    with pytest.raises(ValueError, match="choose train or test"):
+        load_images("mnist", split="validation", **source)
+
+
+def test_damaged_idx_files_are_refused(tmp_path):
+    images = np.zeros((5, 28, 28), np.uint8)
+    source = dict(train_data_dir=tmp_path, resolution=28, cache_dir=tmp_path / "cache", progress=False)
+    path = tmp_path / "train-images-idx3-ubyte"
+    _write_idx(path, images, magic=0x801)
+    with pytest.raises(ValueError, match="idx3-ubyte"):
+        load_images("mnist", **source)
+    _write_idx(path, images)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="download it again"):
+        load_images("mnist", **source)

@@ -47,7 +47,7 @@ def test_equals_the_loops(num_x, num_y, dim, prior_variance, scales, seed):
 
 # Values of `WAE_MMD.loss_function` of clementchadebec/benchmark_VAE (pythae) at commit 6419e215, on these tensors in
 # float64. There the width is named by a standard deviation, kernel_bandwidth**2 = prior_variance, the scales are the
-# same by default, and both sets must have one size; it squares a norm, whose gradient is NaN on its diagonal.
+# same by default, and both sets must have one size.
 @pytest.mark.parametrize("bandwidth, golden", [(1.0, 0.6205193230941743), (0.7, 0.7027555747775915)])
 def test_equals_pythae(bandwidth, golden):
     i = torch.arange(60, dtype=torch.float64).reshape(12, 5)

@@ -1,0 +1,172 @@
+"""Table 1: reconstruction error, likelihood and active units on MNIST as kappa grows, with and without skips.
+
+    python examples/reproduce/table1.py --scale cpu --train_data_dir mnist
+
+cpu: feed-forward encoder of 6 layers, residual decoder of 3 blocks of 2 layers plus affine skip, 512 units, gamma
+analytic, 3 seeds; TIME. Without skips the decoder is the plain feed-forward stack of the same depth. Squared
+errors and likelihoods are those of the 10,000 test images, on pixels in [0, 1].
+"""
+
+import json
+import sys
+
+import matplotlib.pyplot as plt
+import torch
+from common import mean_and_spread, reproduce
+from tqdm.auto import tqdm
+
+from hf_vaeplus import VAEPlusPipeline
+from hf_vaeplus.data import load_images
+from hf_vaeplus.metrics.latents import PosteriorStatistics
+from hf_vaeplus.metrics.likelihood import elbo, importance_weighted
+from hf_vaeplus.metrics.reconstruction import squared_error
+from hf_vaeplus.stages import run_stage, stage_options
+
+PAPER = {  # kappa -> reconstruction error, NLL, active units
+    50: (4.98, -315, 10),
+    100: (3.42, -580, 15),
+    200: (2.74, -718, 20),
+    400: (2.57, -743, 22),
+    784: (2.78, -806, 22),
+}
+MNIST = {"dataset_name": "mnist", "resolution": 28}
+CPU = {
+    "kappas": [50, 100, 200, 400, 784],
+    "seeds": 3,
+    "plain_seeds": 1,
+    "num_cells": 20,
+    "num_likelihood": 2_000,
+    "num_importance_samples": 64,
+    "options": {
+        **MNIST,
+        "max_train_steps": 4_000,
+        "train_batch_size": 256,
+        "mixed_precision": "bf16",
+        "use_ema": True,
+    },
+    "model": {"hidden_dim": 512},
+}
+SETTINGS = {
+    "smoke": {
+        **CPU,
+        "kappas": [4, 8],
+        "seeds": 1,
+        "num_cells": 4,
+        "num_likelihood": 50,
+        "num_importance_samples": 4,
+        "options": {"dataset_name": "digits", "resolution": 8, "num_channels": 1, "max_train_steps": 30},
+        "model": {"hidden_dim": 32},
+    },
+    "cpu": CPU,
+    "gpu": {
+        **CPU,
+        "num_likelihood": 10_000,
+        "options": {**CPU["options"], "max_train_steps": 100_000, "learning_rate": 3.0e-4},
+        "model": {"hidden_dim": 1024},
+    },
+}
+SKIPS = {
+    "skips": {"decoder_residual": True, "affine_skip": True},
+    "plain": {"decoder_residual": False, "affine_skip": False},
+}
+
+
+def measure(settings, cells, args):
+    for name, skips in SKIPS.items():
+        for kappa in settings["kappas"]:
+            for seed in range(settings["seeds" if name == "skips" else "plain_seeds"]):
+                cell = f"{name}-{kappa}-{seed}"
+                model = {"network": "mlp", "encoder_residual": False, "encoder_blocks": 2, "num_blocks": 3}
+                model = {**model, **settings["model"], **skips, "latent_dim": kappa}
+                options = {**settings["options"], "train_data_dir": args.train_data_dir, "model": model}
+                cells(cell, lambda o=options, s=seed, c=cell: run(o, s, args.output_dir / c, settings))
+
+
+def run(options, seed, folder, settings) -> dict:
+    """Train one VAE and measure it on the test images."""
+    options = stage_options(
+        "vae", {"vae": options}, seed=seed, output_dir=str(folder), resume_from_checkpoint="latest"
+    )
+    model = run_stage(options)
+    last = json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])
+    source = dict(train_data_dir=options.train_data_dir, resolution=options.resolution, num_channels=1)
+    split = "test" if options.dataset_name == "mnist" else "train"
+    images = load_images(options.dataset_name, **source, split=split, cache_dir=options.cache_dir)
+    pipe = VAEPlusPipeline(model.cpu())
+    pipe.set_progress_bar_config(disable=True)
+    statistics, at_mean, at_sample = PosteriorStatistics(model.config.latent_dim), [], []
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, len(images), 500):
+        pixels = images.pixels(start, start + 500)
+        posterior = pipe.encode(pixels, 500)
+        statistics.update(posterior.mean, posterior.logvar)
+        at_mean.append(squared_error(pipe.decode(posterior.mean, batch_size=500), pixels))
+        at_sample.append(squared_error(pipe.decode(posterior.sample(generator=generator), batch_size=500), pixels))
+    bounds = []
+    for start in tqdm(range(0, settings["num_likelihood"], 250), desc="likelihood", leave=False):
+        pixels = images.pixels(start, min(start + 250, settings["num_likelihood"]))
+        weights = pipe.log_importance_weights(pixels, settings["num_importance_samples"], generator, 500)
+        bounds.append(torch.stack([elbo(weights), importance_weighted(weights)]))
+    negative_elbo, nll = (-torch.cat(bounds, 1).mean(1)).tolist()
+    return {
+        "squared_error": float(torch.cat(at_mean).mean()),
+        "squared_error_of_samples": float(torch.cat(at_sample).mean()),
+        "nll": nll,
+        "negative_elbo": negative_elbo,
+        "kl": float(statistics.kl_per_dimension().sum()),
+        "active_units": statistics.active_units(),
+        "active_units_by_variance": statistics.active_units_by_variance(),
+        "gamma": float(model.decoder_log_variance.detach().exp()),
+        "train_squared_error_of_samples": last["squared_error"],
+    }
+
+
+def groups(cells):
+    """(skips or plain, kappa) -> cells of all seeds."""
+    found = {}
+    for name, cell in cells.items():
+        kind, kappa, _ = name.split("-")
+        found.setdefault((kind, int(kappa)), []).append(cell)
+    return found
+
+
+def table(cells):
+    lines = [
+        "| | kappa | squared error (paper) | NLL (paper) | -ELBO | active by variance (paper) | by Burda's count |",
+        "|---" * 7 + "|",
+    ]
+    for (kind, kappa), runs in groups(cells).items():
+        error, nll, units = PAPER.get(kappa, ("", "", "")) if kind == "skips" else ("", "", 0)
+        row = [
+            f"{mean_and_spread([run['squared_error'] for run in runs])} ({error})",
+            f"{mean_and_spread([run['nll'] for run in runs], 0)} ({nll})",
+            mean_and_spread([run["negative_elbo"] for run in runs], 0),
+            f"{mean_and_spread([run['active_units_by_variance'] for run in runs], 1)} ({units})",
+            mean_and_spread([run["active_units"] for run in runs], 1),
+        ]
+        lines.append(f"| {'with skips' if kind == 'skips' else 'without'} | {kappa} | " + " | ".join(row) + " |")
+    return "\n".join(lines).replace(" ()", "")
+
+
+def draw(cells, path):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    names = ("squared_error", "nll", "active_units_by_variance")
+    titles = ("squared error, test", "NLL, test (nats)", "active units by variance")
+    for number, (axis, name, title) in enumerate(zip(axes, names, titles, strict=True)):
+        for kind, label in (("skips", "with skips"), ("plain", "without")):
+            points = [(kappa, cell[name]) for (k, kappa), runs in groups(cells).items() if k == kind for cell in runs]
+            axis.plot(*zip(*points, strict=True), "o", ms=4, label=label)
+        axis.plot(list(PAPER), [row[number] for row in PAPER.values()], "k--", lw=1, label="paper")
+        axis.set(title=title, xlabel="kappa", xscale="log")
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def add_options(parser):
+    parser.add_argument("--train_data_dir", default=None, help="folder with MNIST's four idx files (not for smoke)")
+
+
+if __name__ == "__main__":
+    sys.exit(reproduce("table1", __doc__, SETTINGS, measure, table, draw, add_options))
