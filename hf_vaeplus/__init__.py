@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from .modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
 from .modeling_vaeplus import (
     GaussianPosterior,
     VAEPlusAutoencoderConfig,
@@ -14,12 +15,15 @@ from .modeling_vaeplus import (
 for _config, _model in (
     (VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel),
     (VAEPlusVAEConfig, VAEPlusVAEModel),
+    (PenalizedAutoencoderConfig, PenalizedAutoencoderModel),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "GaussianPosterior",
+    "PenalizedAutoencoderConfig",
+    "PenalizedAutoencoderModel",
     "VAEPlusAutoencoderConfig",
     "VAEPlusAutoencoderModel",
     "VAEPlusPipeline",

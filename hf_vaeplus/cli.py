@@ -6,6 +6,7 @@ diverged (the last good state is saved); 130 interrupted.
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -73,7 +74,7 @@ def _dispatch(argv):
         epilog="Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_quickstart, _add_train, _add_sample, _add_reconstruct, _add_interpolate):
+    for add in (_add_quickstart, _add_train, _add_evaluate, _add_sample, _add_reconstruct, _add_interpolate):
         add(commands)
     args = parser.parse_args(argv)
     args.run(args)
@@ -258,6 +259,114 @@ def _table(summary: dict, seconds: float) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+_DATA_OPTIONS = (
+    "dataset_name",
+    "train_data_dir",
+    "train_data_files",
+    "dataset_revision",
+    "image_column",
+    "crop",
+    "num_factors",
+    "cache_dir",
+)
+
+
+def _add_evaluate(commands):
+    from .stages import StageOptions
+
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a saved pipeline on a data set",
+        description="Measure reconstructions and samples of a pipeline: distances to real images, bins (NDB),\n"
+        "errors, posteriors and likelihoods. Prints a table and writes all of it, with the protocol, as JSON.\n"
+        "Images are read at the size that the pipeline was trained on. On several processes:\n"
+        "accelerate launch -m hf_vaeplus.cli evaluate ...",
+        epilog="examples:\n"
+        "  vaeplus evaluate vaeplus-quickstart/pipeline --dataset_name rendered-faces --num_images 2000\n"
+        "  vaeplus evaluate runs/celeba64/pipeline --train_data_dir celeba --split 'train[20000:]'"
+        " --ndb_split 'train[:20000]' --ndb 100 200 300 --sampler second_stage prior mixture --features net.onnx",
+    )
+    _add_pipeline(parser, "results.json")
+    parser.set_defaults(output="results.json")
+    fields = dataclasses.fields(StageOptions)
+    add_stage_options(parser, leave_out=tuple(entry.name for entry in fields if entry.name not in _DATA_OPTIONS))
+    parser.add_argument("--split", default="train", help="split to measure on, or a slice of it (default: train)")
+    parser.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
+    parser.add_argument(
+        "--num_images", type=int, default=10_000, help="images of every set, real ones too (default: 10000)"
+    )
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        default=["pixels:16"],
+        metavar="SPEC",
+        help="what distances are measured on: pixels, pixels:SIZE, FILE.onnx, fid:WEIGHTS (default: pixels:16)",
+    )
+    parser.add_argument(
+        "--sampler",
+        nargs="+",
+        default=[],
+        help="second_stage: the whole pipeline; prior: without its second stage; mixture, gaussian: 10 Gaussians or 1"
+        " fitted to the codes of training images (default: the pipeline as it is)",
+    )
+    parser.add_argument("--ndb", nargs="+", type=int, default=[], metavar="K", help="numbers of bins: 100 200 300")
+    parser.add_argument(
+        "--ndb_split", default=None, help="training images, for bins and for fitted Gaussians (default: train)"
+    )
+    parser.add_argument("--ndb_images", type=int, default=20_000, help="only so many of them (default: 20000)")
+    parser.add_argument(
+        "--num_importance_samples", type=int, default=0, help="per image, for likelihoods (default: 0, none)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args):
+    from .evaluation import evaluate, provenance, results_table
+    from .features import open_extractor
+    from .stages import StageOptions, open_images, process_state
+
+    output = Path(args.output)
+    if output.is_dir():
+        raise IsADirectoryError(f"--output must name a file such as results.json, got the folder {output}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _writable(output, output.parent)
+    args.device = args.device or str(process_state().device)  # of this process, where there are several
+    pipe = _load_pipeline(args)
+    try:
+        extractors = [open_extractor(spec, args.device) for spec in args.features]
+    except ImportError as error:  # of a package that is not needed otherwise
+        raise ValueError(str(error)) from error
+    channels, size, _ = pipe.image_shape
+    source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
+    source |= {name: value for name, value in _given(args).items() if name in _DATA_OPTIONS}
+    options = StageOptions(split=args.split, **source)
+    training_images = None
+    if args.ndb_split or args.ndb or {"mixture", "gaussian"} & set(args.sampler):
+        training_images = open_images(dataclasses.replace(options, split=args.ndb_split or "train"))
+    results = evaluate(
+        pipe,
+        open_images(options),
+        extractors,
+        args.sampler,
+        num_images=args.num_images,
+        training_images=training_images,
+        num_training_images=args.ndb_images,
+        num_bins=args.ndb,
+        num_importance_samples=args.num_importance_samples,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    if not process_state().is_main_process:
+        return
+    text = json.dumps({**provenance(), "pipeline": args.pipeline, **results}, indent=2)
+    output.write_text(text + "\n")
+    print(text if args.json else f"\n{results_table(results)}\n\nsaved in {output}")
 
 
 # ----------------------------------------------------------------------------------------------------- inference

@@ -244,6 +244,8 @@ def _open_source(
     max_samples=None,
 ):
     """Check the options and return (source, max_samples, fingerprint); `load_images` documents them."""
+    if "[" in split:
+        raise ValueError(f"a stream takes no slice of a split, got split={split!r}; name the split, or do not stream")
     preset = PRESETS.get(dataset_name, {})
     given = {"train_data_dir": train_data_dir, "train_data_files": train_data_files}
     if not (preset and (train_data_dir or train_data_files)):
@@ -361,7 +363,8 @@ def load_images(
         train_data_dir (`str`, *optional*): folder of pictures, searched recursively and taken in the order of their
             paths, of parquet files whose names begin with `split`, or of MNIST's idx files (`"train"`, `"test"`).
         train_data_files (`str` or list of `str`, *optional*): paths or glob patterns of parquet files.
-        split (`str`): split of a Hub data set or of a folder of parquet files.
+        split (`str`): split of a Hub data set or of a folder of parquet files. Of any source a slice can be taken, as
+            in `datasets`: `"train[20000:]"`, `"train[:20000]"`, `"train[-500:]"`. All slices share one cache.
         revision (`str`, *optional*): branch, tag or commit of a Hub data set; with a full commit hash
             a cached set opens offline.
         image_column (`str`): column of pictures in a Hub data set or parquet files.
@@ -370,23 +373,24 @@ def load_images(
             CelebA, else the largest square.
         num_channels (`int`, *optional*): 1 (grey) or 3 (RGB); by default 1 for MNIST, else 3.
         num_factors (`int`): number of varying factors of `"rendered-faces"`.
-        max_samples (`int`, *optional*): keep at most that many of the first images (`"rendered-faces"`:
-            draw that many, by default 20,000).
-        random_flip (`bool`): append the mirror image of every image.
+        max_samples (`int`, *optional*): keep at most that many of the first images, before a slice is taken
+            (`"rendered-faces"`: draw that many, by default 20,000).
+        random_flip (`bool`): append the mirror image of every image, after a slice is taken.
         cache_dir (`str`, *optional*): parent of the cache; by default `$VAEPLUS_CACHE`, else `~/.cache/hf_vaeplus`.
         progress (`bool`): show a progress bar while decoding.
     Returns:
         [`ImageDataset`].
     Raises:
-        ValueError: for no or several sources, an option out of range, an unknown split or column, no images, or a
-            picture that cannot be read.
+        ValueError: for no or several sources, an option out of range, an unknown split or column, a malformed or
+            empty slice, no images, or a picture that cannot be read.
         FileNotFoundError: for a path that does not exist.
     """
+    whole_split, limits = _parse_split(split)
     source, max_samples, fingerprint = _open_source(
         dataset_name,
         train_data_dir=train_data_dir,
         train_data_files=train_data_files,
-        split=split,
+        split=whole_split,
         revision=revision,
         image_column=image_column,
         resolution=resolution,
@@ -402,7 +406,30 @@ def load_images(
         with FileLock(cache_dir / f"{fingerprint}.lock"):  # the system frees it when its holder is killed
             if _cached_shape(folder) is None:  # no other process built it meanwhile
                 _build_cache(folder, source, max_samples, progress)
-    return ImageDataset(folder / "images.bin", _cached_shape(folder), source.name, fingerprint, random_flip)
+    shape = _cached_shape(folder)
+    rows = _sliced(shape[0], limits, split)
+    if len(rows) < shape[0]:
+        fingerprint = hashlib.sha256(f"{fingerprint} {rows.start}:{rows.stop}".encode()).hexdigest()[:32]
+    return ImageDataset(folder / "images.bin", shape, source.name, fingerprint, random_flip, split, rows)
+
+
+def _parse_split(split):
+    """`"train[20000:]"` to `("train", (20000, None))`: the name and the limits of its slice."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
+    if match is None:
+        raise ValueError(
+            f"split={split!r} is neither a name nor a name with a slice of whole numbers; write train, train[20000:],"
+            " train[:20000] or train[100:200]"
+        )
+    return match[1], tuple(None if limit is None else int(limit) for limit in match.groups()[1:])
+
+
+def _sliced(count, limits, split):
+    """The rows of `count` that a slice names; a limit beyond them is a mistake and not cut off silently."""
+    rows = range(*slice(*limits).indices(count))
+    if not rows or any(limit is not None and abs(limit) > count for limit in limits):
+        raise ValueError(f"split={split!r} must name some of the {count:,} images; choose limits from 0 to {count}")
+    return rows
 
 
 def _cached_shape(folder):
@@ -463,23 +490,28 @@ class ImageDataset(Dataset):
     `collate_fn=keep_batch`, since `__getitems__` already returns a batch.
 
     Attributes:
-        images (`np.memmap` of shape `(N, H, W, C)`, uint8): the cached images, read-only.
+        images (`np.memmap` of shape `(N, H, W, C)`, uint8): the cached images of the slice, read-only.
         resolution, num_channels (`int`): H = W, and C.
         name (`str`): data set or folder; fingerprint (`str`): hash of the source's content and the options.
+        split (`str`): as it was asked for; rows (`range`): those of the cache that it names, all by default.
     """
 
-    def __init__(self, path, shape, name, fingerprint, random_flip=False):
+    def __init__(self, path, shape, name, fingerprint, random_flip=False, split="train", rows=None):
         self.path, self.shape, self.name, self.fingerprint = Path(path), tuple(shape), name, fingerprint
-        self.random_flip = random_flip
+        self.random_flip, self.split = random_flip, split
+        self.rows = range(self.shape[0]) if rows is None else rows
         self.resolution, self.num_channels = self.shape[1], self.shape[3]
-        self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)
+        self._open()
+
+    def _open(self):
+        self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)[self.rows.start : self.rows.stop]
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "images"}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)
+        self._open()
 
     def __len__(self):
         return len(self.images) * (2 if self.random_flip else 1)

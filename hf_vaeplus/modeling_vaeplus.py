@@ -125,6 +125,9 @@ class VAEPlusVAEConfig(VAEPlusConfig):
         encoder_residual, decoder_residual (`bool`): without them that half of the MLP is a plain feed-forward stack
             of `2 + 2 * num_blocks` layers, the first and the last included.
         affine_skip (`bool`): adds W z + b to the decoder mean (Eq. 5); to the code in `network="aggregate"`.
+        latent_init_scale (`float`): factor on the initial weights of the two layers that latents enter the decoder by,
+            its first and the affine skip. Well below 1, dimensions that are not needed start nearly silent: with many
+            more dimensions than factors that saves the time to silence them.
         gamma (`"learned" | "analytic" | "fixed"`): the decoder variance is a parameter, or follows its closed-form
             optimum (the running geometric mean of the squared error per dimension), or stays at `gamma_init`.
         gamma_init (`float`): the variance at the start; `"analytic"` replaces it at the first training step. A learned
@@ -156,6 +159,7 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     encoder_residual: bool = True
     decoder_residual: bool = True
     affine_skip: bool = True
+    latent_init_scale: float | int = 1.0
     gamma: Literal["learned", "analytic", "fixed"] = "analytic"
     gamma_init: float | int = 1.0
     gamma_momentum: float | int = 0.99
@@ -167,7 +171,8 @@ class VAEPlusVAEConfig(VAEPlusConfig):
         super().__post_init__(**kwargs)
         self.input_shape, self.hidden_channels = tuple(self.input_shape), tuple(self.hidden_channels)
         self._check_positive("input_shape", "latent_dim", "hidden_dim", "num_blocks", "code_dim")
-        self._check_positive("patch_size", "hidden_channels", "num_conv_blocks", "gamma_init", "min_gamma")
+        self._check_positive("patch_size", "hidden_channels", "num_conv_blocks")
+        self._check_positive("latent_init_scale", "gamma_init", "min_gamma")
         if self.encoder_blocks is not None:
             self._check_positive("encoder_blocks")
         if self.max_gamma is not None and not self.max_gamma > self.min_gamma:
@@ -429,6 +434,7 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         | module | weight | bias |
         |---|---|---|
         | Linear, Conv2d | N(0, 1/fan_in) | 0 |
+        | VAE: first layer of the decoder, affine skip | N(0, latent_init_scale^2/fan_in) | 0 |
         | LayerNorm | 1 | 0 |
         | `outer` of a residual block | 0 | 0 |
         | last layer of the autoencoder's decoder | 0 | 0 |
@@ -437,7 +443,8 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         """
         if isinstance(module, nn.Linear | nn.Conv2d):
             if not getattr(module.weight, "_is_hf_initialized", False):  # not loaded from a checkpoint
-                init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                scale = getattr(module, "init_scale", 1.0)
+                init.normal_(module.weight, std=scale * module.weight[0].numel() ** -0.5)
                 module.weight[getattr(module, "num_random_rows", len(module.weight)) :] = 0
             init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -551,7 +558,9 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
 
         if config.network != "affine":
             start_at_zero(self.encoder[-1], first_row=latent_dim)
+            self.decoder[0].init_scale = config.latent_init_scale
         if has_skip:
+            self.affine_skip.init_scale = config.latent_init_scale
             start_at_zero(self.decoder[-2] if config.network == "conv" else self.decoder[-1])
 
         # Statistics of the inputs, so that the networks see standardised values while losses keep the inputs' units.

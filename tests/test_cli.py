@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +28,9 @@ from hf_vaeplus import (
 )
 from hf_vaeplus.cli import main, parse_stage_options, run_command
 
-COMMANDS = ("quickstart", "train", "sample", "reconstruct", "interpolate")
+COMMANDS = ("quickstart", "train", "evaluate", "sample", "reconstruct", "interpolate")
 TRAIN_STAGE = Path(__file__).parents[1] / "examples" / "train_stage.py"
+EVALUATE = Path(__file__).parents[1] / "examples" / "evaluate.py"
 SIZE = 32
 TINY = {
     "common": {
@@ -71,7 +73,12 @@ def home(tmp_path_factory) -> Path:
     (home / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (home / "broken.yaml").write_text("vae: [1,")
     (home / "notes.txt").write_text("not a picture")
-    for changes in ({}, {"resolution": 36}, {"max_samples": 1}):  # decoded already: no progress bar before a mistake
+    for changes in (
+        {},
+        {"resolution": 36},
+        {"max_samples": 1},
+        {"num_channels": 3},
+    ):  # decoded already: no progress bar before a mistake
         digits = dict(resolution=SIZE, num_channels=1, max_samples=40) | changes
         stages.load_images("digits", **digits, cache_dir=home / "cache", progress=False)
     return home
@@ -112,10 +119,10 @@ def test_help_names_every_command_and_where_to_begin():
 def test_help_of_a_command_shows_an_example_that_it_accepts(command, home, monkeypatch):
     code, output, _ = run(command, "--help")
     assert code == 0
-    examples = [line.split() for line in output.splitlines() if line.startswith(f"  vaeplus {command}")]
+    examples = [shlex.split(line) for line in output.splitlines() if line.startswith(f"  vaeplus {command}")]
     assert examples
     seen = []
-    for name in ("_train", "_sample", "_reconstruct", "_interpolate"):
+    for name in ("_train", "_evaluate", "_sample", "_reconstruct", "_interpolate"):
         monkeypatch.setattr(f"hf_vaeplus.cli.{name}", lambda *args: seen.append(args))
     for example in examples:
         assert run(*example[1:])[0] == 0, example
@@ -126,6 +133,7 @@ def test_help_of_a_command_shows_an_example_that_it_accepts(command, home, monke
 
 PIPE = "home/pipeline"
 TRAIN = "train --config home/tiny.yaml --output_dir out"
+EVAL = f"evaluate {PIPE} --dataset_name digits --max_images 40"
 MISTAKES = {
     # argparse's own
     "no command": ("", "COMMAND"),
@@ -184,6 +192,27 @@ MISTAKES = {
     "an unknown schedule": (f"{TRAIN} --lr_scheduler cosin", "cosin"),
     "too many factors": ("quickstart --num_factors 99", "1 to 16 factors"),
     "no factors": ("quickstart --num_factors 0", "1 to 16 factors"),
+    # evaluation
+    "no data": (f"evaluate {PIPE}", "exactly one of.*got none"),
+    "two sources to measure on": (f"{EVAL} --train_data_dir home", "exactly one of"),
+    "an unknown split": (f"{EVAL} --split test", "no splits.*'test'"),
+    "a malformed slice": (f"{EVAL} --split train[10%:]", "nor a name with a slice of whole numbers"),
+    "an empty slice": (f"{EVAL} --split train[40:]", r"'train\[40:\]' must name some of the 40 images"),
+    "a slice of missing images": (f"{EVAL} --ndb_split train[:41]", "must name some of the 40 images"),
+    "an unknown sampler": (f"{EVAL} --sampler mixtures", "second_stage, prior, mixture, gaussian, got 'mixtures'"),
+    "too many bins": (f"{EVAL} --ndb 41", r"need as many training images, got 40 for num_bins=\[41\]"),
+    "one bin": (f"{EVAL} --ndb 1", r"at least 2.*num_bins=\[1\]"),
+    "a number of bins that is none": (f"{EVAL} --ndb many", "--ndb.*'many'"),
+    "one image to measure on": (f"{EVAL} --num_images 1", "num_images must be at least 2"),
+    "no image in a batch": (f"{EVAL} --batch_size 0", "batch_size at least 1"),
+    "a negative seed of an evaluation": (f"{EVAL} --seed -1", r"seed in \[0, 2\*\*63\), .*and -1"),
+    "unknown features": (f"{EVAL} --features inception", "pixels, pixels:SIZE, fid:WEIGHTS or a file"),
+    "missing features": (f"{EVAL} --features home/net.onnx", "no file 'home/net.onnx'"),
+    "features of larger images": (f"{EVAL} --features pixels:99", "pixels:99 averages pixels, got smaller"),
+    "the same features twice": (f"{EVAL} --features pixels:8 pixels:8", "different names"),
+    "a folder for the results": (f"{EVAL} --output home", "must name a file such as results.json"),
+    "results below a file": (f"{EVAL} --output home/notes.txt/a.json", "notes.txt"),
+    "a crop of drawings": (f"evaluate {PIPE} --dataset_name rendered-faces --crop 9", "takes no crop"),
     "a negative seed of a run": ("quickstart --seed -1", "seed must not be negative"),
 }
 
@@ -377,6 +406,49 @@ def test_the_report_on_a_stream_does_not_decode_the_whole_source(monkeypatch):
     assert counts == [2_000, 2_000, 30]
 
 
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+EVALUATION = f"{EVAL} --split train[:24] --num_images 12 --ndb_split train[24:] --ndb 2 3 --num_importance_samples 2"
+
+
+def test_evaluate_prints_a_table_and_writes_the_same_numbers(working_folder):
+    code, output, _ = run(*EVALUATION.split(), "--sampler", "prior", "gaussian", "--features", "pixels:4", "pixels")
+    assert code == 0
+    results = json.loads((working_folder / "results.json").read_text())
+    protocol = results["protocol"]
+    assert results["pipeline"] == PIPE and results["versions"]["torch"] == torch.__version__
+    assert (protocol["images"], protocol["split"], protocol["num_images"]) == ("digits", "train[:24]", 12)
+    assert (protocol["num_channels"], protocol["resolution"]) == (3, SIZE)  # of the pipeline
+    assert (protocol["training_split"], protocol["num_training_images"]) == ("train[24:]", 16)
+    assert list(results["sets"]) == ["real", "downsample", "autoencoder", "reconstruction", "prior", "gaussian"]
+    assert list(results["sets"]["gaussian"]["ndb"]) == ["2", "3"]
+    for each in results["sets"].values():
+        for distance in each["distances"].values():
+            assert f"{distance['frechet']:.4g}" in output
+    assert f"{results['likelihood']['nll']:.2f} nats" in output and "saved in results.json" in output
+
+
+def test_evaluate_prints_json_and_depends_on_the_seed(working_folder):
+    code, output, _ = run(*EVALUATION.split(), "--json", "--output", "new/first.json")
+    first = json.loads(output)
+    assert code == 0 and first == json.loads((working_folder / "new/first.json").read_text())
+    assert list(first["sets"])[-1] == "second_stage"
+    again, other = (json.loads(run(*EVALUATION.split(), "--json", "--seed", seed)[1]) for seed in "01")
+    assert again["sets"] == first["sets"] and again["likelihood"] == first["likelihood"]
+    assert other["sets"]["real"] == first["sets"]["real"] and other["squared_error"] == first["squared_error"]
+    for name in ("sets", "likelihood", "vae"):
+        assert other[name] != first[name]
+
+
+def test_features_that_need_a_missing_package_are_one_sentence(monkeypatch):
+    def missing(spec, device):
+        raise ImportError("needs onnxruntime: run `pip install`")
+
+    monkeypatch.setattr("hf_vaeplus.features.open_extractor", missing)
+    code, _, errors = run(*EVAL.split(), "--features", "net.onnx")
+    assert code == 2 and errors == "vaeplus: error: needs onnxruntime: run `pip install`\n"
+
+
 # ------------------------------------------------------------------------------------------------------ inference
 
 
@@ -475,11 +547,11 @@ def test_a_mistake_in_a_process_of_its_own():
     assert found.stderr.startswith("vaeplus: error: /nowhere is not") and found.stderr.count("\n") == 1
 
 
-def example(monkeypatch, *argv: str) -> int:
-    """Exit code of train_stage.py, run in this process."""
-    monkeypatch.setattr(sys, "argv", [str(TRAIN_STAGE), *argv])
+def example(monkeypatch, *argv: str, script: Path = TRAIN_STAGE) -> int:
+    """Exit code of an example, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(script), *argv])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(TRAIN_STAGE), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     return stop.value.code
 
 
@@ -502,6 +574,15 @@ def test_the_examples_help_shows_its_commands(monkeypatch, capsys):
     assert example(monkeypatch, "--help") == 0
     output = capsys.readouterr().out
     assert all(f"train_stage.py --stage {stage}" in output for stage in stages.STAGES)
+
+
+def test_the_example_of_evaluation_takes_the_options_of_the_command(working_folder, monkeypatch, capsys):
+    argv = [*shlex.split(EVALUATION)[1:], "--output", "from_example.json"]
+    assert example(monkeypatch, *argv, script=EVALUATE) == 0
+    assert (working_folder / "from_example.json").is_file()
+    capsys.readouterr()
+    assert example(monkeypatch, "/nowhere", script=EVALUATE) == 2
+    assert capsys.readouterr().err.startswith("vaeplus: error: /nowhere is not a saved pipeline")
 
 
 def test_a_mistake_in_the_example_gives_one_sentence(monkeypatch, capsys):

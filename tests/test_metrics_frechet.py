@@ -136,6 +136,13 @@ def test_kernel_distance_of_known_rows():
     assert kernel_distance(x, y, num_subsets=4, subset_size=2) == (98.0, 0.0)
 
 
+def test_mean_and_deviation_are_those_of_the_subsets():
+    x, y = features(40, 3, 0), features(40, 3, 1)
+    mean, deviation = kernel_distance(x, y, num_subsets=2, subset_size=10)  # of two: their middle and half distance
+    first, none = kernel_distance(x, y, num_subsets=1, subset_size=10)
+    assert abs(first - mean) == pytest.approx(deviation, rel=1e-9) and deviation > none == 0
+
+
 def test_kernel_distance_is_unbiased():
     source = torch.Generator().manual_seed(0)
     x, y = torch.randn(20_000, 3, generator=source), torch.randn(20_000, 3, generator=source)

@@ -77,6 +77,24 @@ def test_ndb_of_large_images_uses_a_seeded_sixth_of_their_pixels():
     assert sorted(pairs) == sorted(zip(*expected, strict=True))
 
 
+def test_whitening_is_that_of_the_reference_as_numpy_counts_it():
+    rows = faces(30, 0).flatten(1).double().numpy()
+    ndb, plain = (NDB.fit(faces(30, 0), 4, whiten=whiten) for whiten in (True, False))
+    torch.testing.assert_close(ndb.mean, torch.from_numpy(rows.mean(0)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ndb.scale, torch.from_numpy(rows.std(0) + 1e-6), rtol=1e-12, atol=0)
+    assert plain.mean.eq(0).all() and plain.scale.eq(1).all()
+
+
+def test_an_image_belongs_to_the_nearest_centre():
+    source = torch.Generator().manual_seed(0)
+    centres, images, mean, scale = (
+        torch.rand(shape, generator=source, dtype=torch.float64) for shape in ((9, 6), (1500, 6), (6,), (6,))
+    )
+    ndb = NDB(centres, mean, scale + 0.1, torch.tensor([0, 2, 5]), torch.ones(9, dtype=torch.long))
+    differences = ((images[:, None] - centres) / (scale + 0.1))[:, :, [0, 2, 5]]
+    assert ndb.assign(images).equal(differences.norm(dim=2).argmin(1))
+
+
 def test_the_other_pixels_play_no_part():
     reference = faces(60, 0, dim=1002)
     ndb = NDB.fit(reference, 4, n_init=2)

@@ -905,3 +905,13 @@ def test_noise_of_another_shape_is_refused():
 def test_empty_and_infinite_fields_are_refused(overrides):
     with pytest.raises(ValueError, match=next(iter(overrides))):
         VAEPlusVAEConfig(**TINY_VAE | overrides)
+
+
+def test_latent_init_scale_scales_what_latents_meet_first_and_nothing_else():
+    models = []
+    for scale in (1.0, 0.1):
+        torch.manual_seed(0)
+        models.append(VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(6,), latent_dim=4, latent_init_scale=scale)))
+    for (name, one), (_, tenth) in zip(*(model.named_parameters() for model in models), strict=True):
+        factor = 0.1 if name in ("decoder.0.weight", "affine_skip.weight") else 1.0
+        torch.testing.assert_close(tenth, factor * one, msg=name)
