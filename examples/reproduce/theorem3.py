@@ -138,8 +138,10 @@ def schedule(progress: float) -> tuple[float, float]:
 
 
 def best_of_starts(config: PenalizedAutoencoderConfig, inputs: torch.Tensor, starts: int, steps: int):
-    """Full-batch Adam from `starts` random starts at once, under a smoothing of h that falls to 1e-14: the
-    homotopy of Section 5, which begins at another value between 1 and 1e-3 for every start. The output of least energy, Eq. (6)."""
+    """The output of least energy, Eq. (6), of full-batch Adam from `starts` random starts at once.
+
+    The smoothing of h falls to 1e-14 from a value between 1 and 1e-3, another for every start: Section 5's homotopy.
+    """
     torch.manual_seed(0)
     models = [PenalizedAutoencoderModel(config).to(inputs) for _ in range(starts)]
     parameters, _ = stack_module_state(models)
@@ -277,29 +279,30 @@ def draw(cells: dict, path: Path):
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for number, (heading, problem) in enumerate(by_problem(cells).items()):
+    affine = {name: cell for name, cell in cells.items() if "energy_balanced" in cell}
+    for number, (heading, problem) in enumerate(by_problem(affine).items()):
         for column, kind in enumerate(("power", "log")):
             chosen = sorted((value, cell) for (of, value), cell in problem.items() if of == kind)
             values = [value for value, _ in chosen]
-            style = dict(color=f"C{number}", marker="osD^v"[number], markersize=6, fillstyle="none")
+            style = dict(color=f"C{number}", marker="osD^"[number], markersize=6, fillstyle="none")
             unexplained = [max(cell["unexplained_found"], FLOOR) for _, cell in chosen]
             axes[0, column].plot(values, unexplained, linestyle="none", label=heading, **style)
             excess = [cell["active_found"] - cell["r"] for _, cell in chosen]
             axes[1, column].plot(values, excess, linestyle=":", **style)
-            derived = [(value, cell.get("unexplained_optimum")) for value, cell in chosen]
+            derived = [(value, cell["unexplained_optimum"]) for value, cell in chosen]
             derived = [(value, max(share, FLOOR)) for value, share in derived if share is not None]
             if derived:
                 axes[0, column].plot(*zip(*derived, strict=True), color=f"C{number}", linewidth=0.8)
     axes[0, 0].set(yscale="log", ylabel="variance not explained\n(markers: found; lines: derived optimum)")
     axes[0, 0].set_title("h(u) = u^p: gradient at 0 unbounded for p < 1, slope in |z| for p ≤ 1/2", fontsize=9)
     axes[0, 1].set_title("h(u) = log(u + ε): gradient at 0 is 1/ε", fontsize=9)
-    axes[0, 0].legend(fontsize=7, loc="center left")
     axes[1, 0].set(xlabel="p", ylabel="active rows beyond r")
     axes[1, 1].set(xlabel="ε", xscale="log")
     for axis in (axes[0, 0], axes[1, 0]):
         axis.axvline(0.5, color="grey", linestyle="--", linewidth=0.8)
     for axis in axes[1]:
         axis.axhline(0, color="grey", linewidth=0.8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=100)
 
 
