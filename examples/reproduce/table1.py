@@ -39,12 +39,14 @@ CPU = {
     "num_importance_samples": 64,
     "options": {
         **MNIST,
-        "max_train_steps": 4_000,
-        "train_batch_size": 256,
+        "max_train_steps": 8_000,
+        "train_batch_size": 128,
+        "learning_rate": 2.0e-3,
+        "max_grad_norm": 5_000.0,  # only a guard against spikes
         "mixed_precision": "bf16",
         "use_ema": True,
     },
-    "model": {"hidden_dim": 512},
+    "model": {"hidden_dim": 512, "latent_init_scale": 0.1},
 }
 SETTINGS = {
     "smoke": {
@@ -62,7 +64,7 @@ SETTINGS = {
         **CPU,
         "num_likelihood": 10_000,
         "options": {**CPU["options"], "max_train_steps": 100_000, "learning_rate": 3.0e-4},
-        "model": {"hidden_dim": 1024},
+        "model": {"hidden_dim": 1024, "latent_init_scale": 0.1},
     },
 }
 SKIPS = {
@@ -72,12 +74,12 @@ SKIPS = {
 
 
 def measure(settings, cells, args):
-    for name, skips in SKIPS.items():
-        for kappa in settings["kappas"]:
-            for seed in range(settings["seeds" if name == "skips" else "plain_seeds"]):
+    for seed in range(settings["seeds"]):
+        for name in SKIPS if seed < settings["plain_seeds"] else ["skips"]:
+            for kappa in settings["kappas"]:
                 cell = f"{name}-{kappa}-{seed}"
                 model = {"network": "mlp", "encoder_residual": False, "encoder_blocks": 2, "num_blocks": 3}
-                model = {**model, **settings["model"], **skips, "latent_dim": kappa}
+                model = {**model, **settings["model"], **SKIPS[name], "latent_dim": kappa}
                 options = {**settings["options"], "train_data_dir": args.train_data_dir, "model": model}
                 cells(cell, lambda o=options, s=seed, c=cell: run(o, s, args.output_dir / c, settings))
 
