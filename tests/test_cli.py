@@ -412,7 +412,7 @@ EVALUATION = f"{EVAL} --split train[:24] --num_images 12 --ndb_split train[24:] 
 
 
 def test_evaluate_prints_a_table_and_writes_the_same_numbers(working_folder):
-    code, output, _ = run(*EVALUATION.split(), "--sampler", "prior", "gaussian", "--features", "pixels:4", "pixels")
+    code, output, _ = run(*EVALUATION.split(), "--sampler", "prior", "gaussian", "--features", "pixels:4", "pixels:8")
     assert code == 0
     results = json.loads((working_folder / "results.json").read_text())
     protocol = results["protocol"]

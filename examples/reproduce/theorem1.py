@@ -162,7 +162,8 @@ def descend(value_and_gradient, points: torch.Tensor, memory: int = 12, toleranc
         trial_energy, trial_gradient = value_and_gradient(trial)
         demanded = 1e-4 * length * (direction * gradient).sum(1)  # Armijo; negative
         lower = moving & (demanded < 0) & (trial_energy <= energy + demanded)
-        step, change = lower[:, None] * (trial - points), lower[:, None] * (trial_gradient - gradient)
+        step = torch.where(lower[:, None], trial - points, 0)
+        change = torch.where(lower[:, None], trial_gradient - gradient, 0)
         curvature = (step * change).sum(1)
         curved = curvature > 0
         pairs.append((step, change, torch.where(curved, 1 / curvature, 0)))
