@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from .data import keep_batch, load_images, stream_images, to_unit_range
+from .modeling_baselines import WAEMMDModel
 from .modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
@@ -33,7 +34,6 @@ from .modeling_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from .modeling_wae import WAEMMDModel
 from .pictures import image_grid
 from .training import TrainingOptions, derived_seed, option, train
 

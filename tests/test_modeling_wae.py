@@ -6,13 +6,13 @@ from helpers import perturbed
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.metrics.mmd import imq_mmd
+from hf_vaeplus.modeling_baselines import WAEMMDModel
 from hf_vaeplus.modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from hf_vaeplus.modeling_wae import WAEMMDModel
 
 TINY = dict(
     input_shape=(3, 32, 32), latent_dim=4, network="aggregate", code_dim=6, hidden_channels=(4, 8), hidden_dim=16

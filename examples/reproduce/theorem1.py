@@ -127,12 +127,12 @@ def random_starts(energy: AffineEnergy, num_starts: int, seed: int) -> torch.Ten
     return energy.flatten(start, num_starts).to(energy.mean)
 
 
-def descend(value_and_gradient, points: torch.Tensor, memory: int = 12, tolerance: float = 1e-7):
+def descend(value_and_gradient, points: torch.Tensor, memory: int = 20, tolerance: float = 1e-5):
     """L-BFGS from all points at once: one evaluation of all a round, but each with its own history and step.
 
-    A point whose step does not lower its energy enough (Armijo) stays and tries half the length in the next round;
-    after 20 failures it forgets its history and tries the bare gradient. It rests when its largest gradient is below
-    `tolerance`, or after 20 more failures: then rounding is all that is left.
+    A point whose step does not lower its energy enough (Armijo, and more than rounding) stays and tries half the
+    length in the next round; after 20 failures it forgets its history and tries the bare gradient. It rests when its
+    largest gradient is below `tolerance`, or after 20 more failures: then rounding is all that is left.
 
     Args:
         value_and_gradient (callable): points `(starts, n)` -> energies `(starts,)` and gradients `(starts, n)`.
@@ -160,8 +160,8 @@ def descend(value_and_gradient, points: torch.Tensor, memory: int = 12, toleranc
 
         trial = points + length[:, None] * direction
         trial_energy, trial_gradient = value_and_gradient(trial)
-        demanded = 1e-4 * length * (direction * gradient).sum(1)  # Armijo; negative
-        lower = moving & (demanded < 0) & (trial_energy <= energy + demanded)
+        demanded = 1e-4 * length * (direction * gradient).sum(1) - 1e-15 * energy.abs()
+        lower = moving & (trial_energy < energy + demanded)
         step = torch.where(lower[:, None], trial - points, 0)
         change = torch.where(lower[:, None], trial_gradient - gradient, 0)
         curvature = (step * change).sum(1)
@@ -182,38 +182,188 @@ def descend(value_and_gradient, points: torch.Tensor, memory: int = 12, toleranc
     return points, torch.stack(energies)
 
 
+def conditional_point(energy: AffineEnergy, loadings: torch.Tensor) -> torch.Tensor:
+    """W_x = `loadings` (d, kappa) and the best of all other parameters for it, as a point `(num_parameters,)`.
+
+    With P = I + W_x^T W_x / gamma: W_z = P^-1 W_x^T / gamma, s_j^2 = 1 / P_jj, and the biases that centre the data.
+    """
+    gamma = energy.vae.log_gamma.exp()
+    precision = torch.eye(loadings.shape[1]).to(loadings) + loadings.T @ loadings / gamma
+    encoder = torch.linalg.solve(precision, loadings.T / gamma)
+    parameters = {
+        "vae.logvar": -precision.diagonal().log(),
+        "vae.encoder.weight": encoder,
+        "vae.encoder.bias": -encoder @ energy.mean,
+        "vae.decoder.weight": loadings,
+        "vae.decoder.bias": energy.mean,
+    }
+    return energy.flatten({name: value[None] for name, value in parameters.items()}, 1)[0]
+
+
+def optimal_loadings(eigenvalues, directions, latent_dim: int, gamma: float) -> torch.Tensor:
+    """W_x (d, kappa) of one global minimum: U (Lambda - gamma I)^(1/2), with zero columns where lambda_j <= gamma."""
+    return directions[:, :latent_dim] * (eigenvalues[:latent_dim] - gamma).clamp(min=0).sqrt()
+
+
+def pass_loadings(loadings: torch.Tensor, active: int, idle: int, eigenvalue: float, gamma: float) -> torch.Tensor:
+    """Halfway between a minimum and its copy in which the units `active` and `idle` have changed places.
+
+    Both units carry the direction with equal columns of squared norm gamma c / 2. The part of the energy that depends
+    on c is log(1 + c / 2) + (eigenvalue / gamma) / (1 + c) / 2, and is stationary at the c below.
+    """
+    ratio = eigenvalue / gamma
+    c = 0.5 * (ratio / 2 - 2 + math.sqrt((ratio / 2 - 2) ** 2 + 4 * (ratio - 1)))
+    column = loadings[:, active] / loadings[:, active].norm() * math.sqrt(gamma * c / 2)
+    between = loadings.clone()
+    between[:, [active, idle]] = column[:, None]
+    return between
+
+
+def descend_from_random_starts(size, gamma: float, num_starts: int, device: str) -> tuple[AffineEnergy, torch.Tensor, dict]:
+    """The energy, the end points `(starts, num_parameters)`, and what is counted at them."""
+    input_dim, latent_dim, rank = size
+    mean, covariance, eigenvalues, _ = data_of_rank(input_dim, rank)
+    energy = AffineEnergy(latent_dim, gamma, mean.to(device), covariance.to(device))
+    both = vmap(grad_and_value(energy.at, has_aux=True))
+
+    def value_and_gradient(points):
+        gradient, (value, _) = both(points)
+        return value, gradient
+
+    began = time.process_time()
+    points, energies = descend(value_and_gradient, random_starts(energy, num_starts, seed=0))
+    optimum = ppca_energy(eigenvalues, latent_dim, energy.vae.log_gamma.exp().item())
+    gaps = energies - optimum
+    relative = gaps[-1] / max(1, abs(optimum))
+    used = energy.unflatten(points)["vae.decoder.weight"].norm(dim=1) > 1e-2 * gamma**0.5  # columns of W_x
+    rounds = sorted({round(1.15**power) for power in range(100)} & set(range(len(gaps))))
+    return energy, points, {
+        "optimum": optimum,
+        "fraction_at_optimum": (relative.abs() < REACHED).double().mean().item(),
+        "worst_relative_gap": relative.abs().max().item(),
+        "active_units": sorted(set(used.sum(1).tolist())),
+        "expected_active_units": int((eigenvalues[:latent_dim] > gamma).sum()),
+        "supports": len(set(map(tuple, used.tolist()))),
+        "squared_error": vmap(energy.at)(points)[1].median().item(),
+        "rounds": rounds,
+        "median_gap": gaps[rounds].median(1).values.tolist(),
+        "worst_gap": gaps[rounds].amax(1).tolist(),
+        "cpu_seconds": time.process_time() - began,
+    }  # fmt: skip
+
+
+def curvatures(energy: AffineEnergy, point: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues of the Hessian, smallest first, `(num_parameters,)`."""
+    return torch.linalg.eigvalsh(hessian(lambda point: energy.at(point)[0])(point))
+
+
+def one_size(size, settings: dict, device: str) -> dict:
+    """Random starts at one (d, kappa, r); the curvature where they end; the pass between two minima."""
+    input_dim, latent_dim, rank = size
+    energy, points, result = descend_from_random_starts(size, settings["gamma"], settings["num_starts"], device)
+    spectra = torch.stack([curvatures(energy, point) for point in points[: settings["num_hessians"]]])
+    num_flat = latent_dim * (input_dim - rank)  # rows of W_z are free where the data have no variance
+    gamma = energy.vae.log_gamma.exp().item()
+    _, _, eigenvalues, directions = data_of_rank(input_dim, rank)
+    loadings = optimal_loadings(eigenvalues, directions, latent_dim, gamma).to(device)
+    between = pass_loadings(loadings, rank - 1, rank, eigenvalues[rank - 1].item(), gamma)
+    between = conditional_point(energy, between)
+    return result | {
+        "size": size,
+        "num_starts": len(points),
+        "possible_supports": math.comb(latent_dim, rank),
+        "lowest_curvature": spectra.min().item(),
+        "flat_directions": sorted(set((spectra.abs() < 1e-6).sum(1).tolist())),
+        "expected_flat_directions": num_flat,
+        "lowest_other_curvature": spectra[:, num_flat].min().item(),
+        "pass_height": energy.at(between)[0].item() - result["optimum"],
+        "pass_gradient": grad_and_value(energy.at, has_aux=True)(between)[0].abs().max().item(),
+        "pass_descents": int((curvatures(energy, between) < -1e-6).sum()),
+    }
+
+
+def measure(settings, cells, args):
+    device = "cuda" if args.scale == "gpu" and torch.cuda.is_available() else "cpu"
+    for size in settings["sizes"]:
+        cells("d{}-kappa{}-r{}".format(*size), lambda size=size: one_size(size, settings, device))
+    for gamma in settings["gammas"]:
+        cells(
+            f"gamma-{gamma:g}",
+            lambda gamma=gamma: {"gamma": gamma, "size": settings["descent_size"]}
+            | descend_from_random_starts(settings["descent_size"], gamma, settings["descent_starts"], device)[2],
+        )
+
+
+def split(cells: dict) -> tuple[list[dict], list[dict]]:
+    """Cells of the sizes, and those on the way to gamma -> 0."""
+    return [c for n, c in cells.items() if n[0] == "d"], [c for n, c in cells.items() if n[0] == "g"]
+
+
+def table(cells: dict) -> str:
+    sizes, descent = split(cells)
+    lines = [
+        f"| d, kappa, r | starts at the optimum (of {sizes[0]['num_starts']}) | worst relative gap | active units |"
+        " sets of active units met / C(kappa, r) | if all were equally likely | lowest curvature (flat ones aside) |"
+        " pass to another set, nats |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in sizes:
+        possible = cell["possible_supports"]
+        equal = possible * (1 - (1 - 1 / possible) ** cell["num_starts"])
+        lines.append(
+            f"| {', '.join(map(str, cell['size']))} | {cell['fraction_at_optimum']:.1%} |"
+            f" {cell['worst_relative_gap']:.0e} | {numbers(cell['active_units'])} | {cell['supports']} / {possible} |"
+            f" {equal:.0f} | {cell['lowest_other_curvature']:.3f} | {cell['pass_height']:.3f} |"
+        )
+    lines += [
+        "",
+        "As gamma -> 0 (d, kappa, r = {}, {}, {}):".format(*descent[0]["size"]),
+        "",
+        "| gamma | starts at the optimum | active units (eigenvalues above gamma) | energy | expected squared error |",
+        "|---|---|---|---|---|",
+    ]
+    for cell in descent:
+        lines.append(
+            f"| {cell['gamma']:g} | {cell['fraction_at_optimum']:.0%} | {numbers(cell['active_units'])}"
+            f" ({cell['expected_active_units']}) | {cell['optimum']:.2f} | {cell['squared_error']:.2e} |"
+        )
+    return "\n".join(lines)
+
+
+def numbers(values: list[int]) -> str:
+    return " or ".join(map(str, values))
+
+
+def draw(cells: dict, path: Path):
+    from matplotlib.figure import Figure
+
+    sizes, descent = split(cells)
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    falling, supports, balance = figure.subplots(1, 3)
+    for color, cell in enumerate(sizes):
+        label = "d={}, kappa={}, r={}".format(*cell["size"])
+        falling.loglog(cell["rounds"], [max(gap, 1e-14) for gap in cell["median_gap"]], color=f"C{color}", label=label)
+        falling.loglog(cell["rounds"], [max(gap, 1e-14) for gap in cell["worst_gap"]], color=f"C{color}", ls=":")
+    falling.set(xlabel="round of L-BFGS", ylabel="nats above the optimum", title="all starts (dotted: the worst)")
+    falling.legend(fontsize=8)
+
+    places = range(len(sizes))
+    supports.bar([p - 0.2 for p in places], [c["possible_supports"] for c in sizes], 0.4, label="C(kappa, r)", color="0.8")
+    supports.bar([p + 0.2 for p in places], [c["supports"] for c in sizes], 0.4, label="met", color="C0")
+    supports.set(title=f"sets of active units ({sizes[0]['num_starts']} starts)", yscale="log", xlabel="d, kappa, r")
+    supports.set_xticks(places, [", ".join(map(str, cell["size"])) for cell in sizes])
+    supports.legend(fontsize=8)
+
+    gammas = [cell["gamma"] for cell in descent]
+    balance.loglog(gammas, [cell["squared_error"] for cell in descent], "o-", label="squared error")
+    balance.set(xlabel="gamma", title="balance as gamma -> 0: r = {2} of {1}".format(*descent[0]["size"]))
+    balance.invert_xaxis()
+    units = balance.twinx()
+    units.plot(gammas, [cell["active_units"][-1] for cell in descent], "s--", color="C1", label="active units")
+    units.set(ylim=(-0.2, descent[0]["size"][1]))
+    figure.legend(*[sum(parts, []) for parts in zip(balance.get_legend_handles_labels(), units.get_legend_handles_labels(), strict=True)], loc="center right", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 if __name__ == "__main__":
-    for (d, k, r), n in [((6, 3, 2), 200), ((10, 5, 3), 20), ((20, 10, 4), 50)]:
-        for gamma in (1.5, 0.1, 1e-3, 1e-5):
-            mean, cov, ev, _ = data_of_rank(d, r)
-            e = AffineEnergy(k, gamma, mean, cov)
-            opt = ppca_energy(ev, k, e.vae.log_gamma.exp().item())
-            gv = vmap(grad_and_value(e.at, has_aux=True))
-
-            def vg(p):
-                g, (f, _) = gv(p)
-                return f.detach(), g.detach()
-
-            t = time.time()
-            p, h = descend(vg, random_starts(e, n, 0))
-            gap = (h[-1] - opt) / max(1, abs(opt))
-            W = e.unflatten(p)["vae.decoder.weight"]
-            sup = {tuple((w.norm(dim=0) > 1e-3).tolist()) for w in W}
-            print(
-                (d, k, r),
-                gamma,
-                "iters",
-                len(h),
-                "gap",
-                gap.min().item(),
-                gap.max().item(),
-                (gap < 1e-6).float().mean().item(),
-                "sup",
-                len(sup),
-                "t",
-                round(time.time() - t, 1),
-                round(time.process_time(), 1),
-                "g",
-                vg(p)[1].abs().max().item(),
-                flush=True,
-            )
+    raise SystemExit(reproduce("theorem1", __doc__.split("\n")[0], SETTINGS, measure, table, draw))
