@@ -342,6 +342,9 @@ class MLP(nn.Sequential):
         blocks = [block(hidden_dim) for _ in range(num_blocks)]
         entry = [nn.Linear(in_dim, hidden_dim)] + ([] if residual else [nn.SiLU()])
         super().__init__(*entry, *blocks, nn.Linear(hidden_dim, out_dim))
+        if not residual:  # no shortcut and no norm hold the signal up: every layer has to give back what SiLU takes
+            for layer in [layer for block in blocks for layer in (block.inner, block.outer)] + [self[-1]]:
+                layer.init_scale = 1.676  # E[silu(x)^2] = 0.356 for standard normal x
 
 
 class ResidualConvBlock(nn.Module):
@@ -434,6 +437,7 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         | module | weight | bias |
         |---|---|---|
         | Linear, Conv2d | N(0, 1/fan_in) | 0 |
+        | Linear after SiLU in a plain MLP | N(0, 1.676^2/fan_in) | 0 |
         | VAE: first layer of the decoder, affine skip | N(0, latent_init_scale^2/fan_in) | 0 |
         | LayerNorm | 1 | 0 |
         | `outer` of a residual block | 0 | 0 |

@@ -915,3 +915,15 @@ def test_latent_init_scale_scales_what_latents_meet_first_and_nothing_else():
     for (name, one), (_, tenth) in zip(*(model.named_parameters() for model in models), strict=True):
         factor = 0.1 if name in ("decoder.0.weight", "affine_skip.weight") else 1.0
         torch.testing.assert_close(tenth, factor * one, msg=name)
+
+
+def test_a_plain_mlp_keeps_the_size_of_its_signal_at_the_start():
+    torch.manual_seed(0)
+    config = VAEPlusVAEConfig(
+        input_shape=(64,), latent_dim=64, hidden_dim=256, num_blocks=4, encoder_residual=False, decoder_residual=False
+    )
+    model = VAEPlusVAEModel(config)
+    hidden = torch.randn(512, 64)
+    for layer in model.encoder[:-1]:
+        hidden = layer(hidden)
+    assert 0.8 < hidden.square().mean() / 0.356 < 1.25  # after nine layers still that of the SiLU of a standard normal

@@ -22,11 +22,11 @@ from torch.func import functional_call, grad_and_value, hessian, vmap
 from hf_vaeplus import VAEPlusVAEConfig, VAEPlusVAEModel
 from hf_vaeplus.modeling_vaeplus import gaussian_nll
 
-# `sizes` and `descent_size` are (d, kappa, r): numbers in one sample, latent dimensions, rank of the data's covariance.
+# `sizes` and `descent_size` are (d, kappa, r): numbers in a sample, latent dimensions, rank of the data's covariance.
 # `gammas` is the way down to gamma -> 0 at `descent_size`: 10 exceeds every eigenvalue, 1.5 some, the others none.
 SETTINGS = {
     "smoke": dict(
-        sizes=[(4, 3, 2), (6, 4, 2)], gamma=0.1, num_starts=20, descent_size=(4, 3, 2), gammas=[10.0, 1e-3],
+        sizes=[(4, 3, 2), (6, 4, 2)], gamma=0.1, num_starts=20, descent_size=(4, 3, 2), gammas=[10.0, 1e-2],
         descent_starts=5, num_hessians=2, num_cells=4,
     ),
     "cpu": dict(
@@ -219,7 +219,7 @@ def pass_loadings(loadings: torch.Tensor, active: int, idle: int, eigenvalue: fl
     return between
 
 
-def descend_from_random_starts(size, gamma: float, num_starts: int, device: str) -> tuple[AffineEnergy, torch.Tensor, dict]:
+def run_starts(size, gamma: float, num_starts: int, device: str) -> tuple[AffineEnergy, torch.Tensor, dict]:
     """The energy, the end points `(starts, num_parameters)`, and what is counted at them."""
     input_dim, latent_dim, rank = size
     mean, covariance, eigenvalues, _ = data_of_rank(input_dim, rank)
@@ -260,7 +260,7 @@ def curvatures(energy: AffineEnergy, point: torch.Tensor) -> torch.Tensor:
 def one_size(size, settings: dict, device: str) -> dict:
     """Random starts at one (d, kappa, r); the curvature where they end; the pass between two minima."""
     input_dim, latent_dim, rank = size
-    energy, points, result = descend_from_random_starts(size, settings["gamma"], settings["num_starts"], device)
+    energy, points, result = run_starts(size, settings["gamma"], settings["num_starts"], device)
     spectra = torch.stack([curvatures(energy, point) for point in points[: settings["num_hessians"]]])
     num_flat = latent_dim * (input_dim - rank)  # rows of W_z are free where the data have no variance
     gamma = energy.vae.log_gamma.exp().item()
@@ -290,7 +290,7 @@ def measure(settings, cells, args):
         cells(
             f"gamma-{gamma:g}",
             lambda gamma=gamma: {"gamma": gamma, "size": settings["descent_size"]}
-            | descend_from_random_starts(settings["descent_size"], gamma, settings["descent_starts"], device)[2],
+            | run_starts(settings["descent_size"], gamma, settings["descent_starts"], device)[2],
         )
 
 
@@ -347,21 +347,23 @@ def draw(cells: dict, path: Path):
     falling.set(xlabel="round of L-BFGS", ylabel="nats above the optimum", title="all starts (dotted: the worst)")
     falling.legend(fontsize=8)
 
-    places = range(len(sizes))
-    supports.bar([p - 0.2 for p in places], [c["possible_supports"] for c in sizes], 0.4, label="C(kappa, r)", color="0.8")
-    supports.bar([p + 0.2 for p in places], [c["supports"] for c in sizes], 0.4, label="met", color="C0")
+    places = torch.arange(len(sizes))
+    for shift, key, label in ((-0.2, "possible_supports", "C(kappa, r)"), (0.2, "supports", "met")):
+        bars = supports.bar(places + shift, [cell[key] for cell in sizes], 0.4, label=label)
+        supports.bar_label(bars)
     supports.set(title=f"sets of active units ({sizes[0]['num_starts']} starts)", yscale="log", xlabel="d, kappa, r")
     supports.set_xticks(places, [", ".join(map(str, cell["size"])) for cell in sizes])
     supports.legend(fontsize=8)
 
     gammas = [cell["gamma"] for cell in descent]
     balance.loglog(gammas, [cell["squared_error"] for cell in descent], "o-", label="squared error")
-    balance.set(xlabel="gamma", title="balance as gamma -> 0: r = {2} of {1}".format(*descent[0]["size"]))
+    balance.loglog([], [], "s--", color="C1", label="active units (right)")
+    balance.set(xlabel="gamma", title="d={}, kappa={}, r={} as gamma -> 0".format(*descent[0]["size"]))
     balance.invert_xaxis()
+    balance.legend(fontsize=8, loc="center right")
     units = balance.twinx()
-    units.plot(gammas, [cell["active_units"][-1] for cell in descent], "s--", color="C1", label="active units")
-    units.set(ylim=(-0.2, descent[0]["size"][1]))
-    figure.legend(*[sum(parts, []) for parts in zip(balance.get_legend_handles_labels(), units.get_legend_handles_labels(), strict=True)], loc="center right", fontsize=8)
+    units.plot(gammas, [cell["active_units"][-1] for cell in descent], "s--", color="C1")
+    units.set(ylim=(-0.2, descent[0]["size"][1] + 0.2))
     figure.savefig(path, dpi=110)
 
 
