@@ -924,6 +924,6 @@ def test_a_plain_mlp_keeps_the_size_of_its_signal_at_the_start():
     )
     model = VAEPlusVAEModel(config)
     hidden = torch.randn(512, 64)
-    for layer in model.encoder[:-1]:
+    for layer in list(model.encoder)[:-1]:
         hidden = layer(hidden)
     assert 0.8 < hidden.square().mean() / 0.356 < 1.25  # after nine layers still that of the SiLU of a standard normal
