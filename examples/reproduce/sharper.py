@@ -40,13 +40,23 @@ CPU = {
     "preset": "celeba-cpu",
     "num_train": 20_000,
     "num_test": 10_000,
-    "steps": 1_500,
+    "num_pairs": 8_000,
+    "steps": 800,
     "batch": 64,
-    "num_cells": 12,
+    "num_cells": 13,
     "width": 64,
 }
 SETTINGS = {
-    "smoke": {**CPU, "preset": "tiny", "num_train": 160, "num_test": 80, "steps": 3, "batch": 8, "width": 8},
+    "smoke": {
+        **CPU,
+        "preset": "tiny",
+        "num_train": 160,
+        "num_test": 80,
+        "num_pairs": 160,
+        "steps": 3,
+        "batch": 8,
+        "width": 8,
+    },
     "cpu": CPU,
     "gpu": {**CPU, "preset": "celeba-gpu", "steps": 20_000, "width": 256},
 }
@@ -83,7 +93,7 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """
     total = 0.0
     for _ in range(3):
-        patches = [F.unfold(each, 8, stride=4) for each in (x, y)]
+        patches = [F.unfold(each, 8, stride=8) for each in (x, y)]
         total = total + (patches[0] - patches[1]).square().sum(1).add(1e-6).sqrt().mean()
         total = total + 2 * (_energies(x) - _energies(y)).square().sum(1).add(1e-6).sqrt().mean()
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
@@ -102,17 +112,20 @@ def _energies(x: torch.Tensor) -> torch.Tensor:
     return (F.avg_pool2d(torch.cat(bands, 1).square(), 4, stride=2) + 1e-5).sqrt()
 
 
-def train_finisher(means, images, count, settings, noise_channels, path) -> dict:
+def train_finisher(means, images, settings, noise_channels, path) -> dict:
     """Train on pairs of decoder mean and image; the energy score where there is noise, the distance where not."""
     torch.manual_seed(0)
+    count = settings["num_pairs"]
+    pairs = [images.pixels(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    all_means = torch.cat([means(part) for part in tqdm(pairs, desc="decoder means", leave=False)])
+    all_images = torch.cat(pairs)
     net = Finisher(images.num_channels, settings["width"], noise_channels).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, settings["steps"])
     generator, started, losses = torch.Generator().manual_seed(0), time.perf_counter(), []
     for _ in tqdm(range(settings["steps"]), desc=path.stem, leave=False):
-        rows = torch.randint(count, (settings["batch"],), generator=generator).tolist()
-        target = images.__getitems__(rows)["pixel_values"].float() / 255
-        mean = means(target)
+        rows = torch.randint(count, (settings["batch"],), generator=generator)
+        target, mean = all_images[rows], all_means[rows]
         with torch.autocast("cpu", torch.bfloat16):
             first = net(mean, generator)
             second = net(mean, generator) if noise_channels else None
@@ -124,7 +137,7 @@ def train_finisher(means, images, count, settings, noise_channels, path) -> dict
         schedule.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    save_file(net.state_dict(), path)
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, path)
     last = losses[-max(1, len(losses) // 10) :]
     return {"loss": sum(last) / len(last), "seconds": round(time.perf_counter() - started)}
 
@@ -187,7 +200,7 @@ def measure(settings, cells, args):
     ways = {"decoder mean": lambda batch, _: batch, "spectrum": spectrum, "residual": residual}
     for name, noise_channels in (("texture", 0), ("energy", 4)):
         path = args.output_dir / f"{name}.safetensors"
-        fit = (means, images, num_train, settings, noise_channels, path)
+        fit = (means, images, settings, noise_channels, path)
         cells(f"train-{name}", lambda fit=fit: train_finisher(*fit))
         ways[name] = lambda batch, g, n=name, c=noise_channels: finished(batch, g, n, c)
 
