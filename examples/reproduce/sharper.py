@@ -21,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from common import mean_and_spread, reproduce
 from safetensors.torch import load_file, save_file
-from table3_table4_figure2 import downsample
 from torch import nn
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.data import to_uint8
-from hf_vaeplus.evaluation import Judge
+from hf_vaeplus.evaluation import Judge, downsample
 from hf_vaeplus.features import open_extractor
 from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import ResidualConvBlock, VAEPlusAutoencoderModel, VAEPlusVAEModel

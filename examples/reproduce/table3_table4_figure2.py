@@ -16,12 +16,11 @@ import matplotlib.pyplot as plt
 import torch
 from common import mean_and_spread, reproduce
 from sklearn.mixture import GaussianMixture
-from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.data import to_uint8
-from hf_vaeplus.evaluation import Judge, summarize
+from hf_vaeplus.evaluation import Judge, downsample, summarize
 from hf_vaeplus.features import open_extractor
 from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel
@@ -167,12 +166,6 @@ def baseline(preset: dict) -> dict:
     }
     training = {name: value for name, value in autoencoder.items() if name not in ("model", "max_grad_norm")}
     return {"common": preset["common"], "vae": {**training, "model": model}}
-
-
-def downsample(pixels: torch.Tensor) -> torch.Tensor:
-    """Half the size by averaging, and back bilinearly: uint8 to uint8, rounded once, at the end."""
-    half = interpolate(pixels.float() / 255, scale_factor=0.5, mode="area")
-    return to_uint8(interpolate(half, scale_factor=2, mode="bilinear").clamp(0, 1))
 
 
 class Held:

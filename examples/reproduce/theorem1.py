@@ -159,6 +159,9 @@ def descend(value_and_gradient, points: torch.Tensor, memory: int = 20, toleranc
         for (step, change, inverse), weight in zip(pairs, weights, strict=True):
             direction = direction + (weight - (inverse * (change * direction).sum(1))[:, None]) * step
 
+        # No parameter moves further than 1 at once: log s^2 must not be thrown below -30, where the class clamps it.
+        direction = direction / direction.abs().amax(1, keepdim=True).clamp(min=1)
+
         trial = points + length[:, None] * direction
         trial_energy, trial_gradient = value_and_gradient(trial)
         demanded = 1e-4 * length * (direction * gradient).sum(1) - 1e-15 * energy.abs()
