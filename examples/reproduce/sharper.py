@@ -162,13 +162,17 @@ def measure(settings, cells, args):
         for start in range(num_train, num_train + num_test, BATCH):
             yield images.__getitems__(range(start, min(start + BATCH, num_train + num_test)))["pixel_values"]
 
+    @cache
     def reconstructed():
-        return (means(batch.float() / 255) for batch in held_out())
+        return [means(batch.float() / 255) for batch in tqdm(held_out(), desc="reconstructions", leave=False)]
 
+    @cache
     def sampled():
-        for start in range(0, num_test, BATCH):
+        batches = []
+        for start in tqdm(range(0, num_test, BATCH), desc="samples", leave=False):
             generator = torch.Generator().manual_seed(derived_seed(0, 4, start))
-            yield pipe(min(BATCH, num_test - start), generator, batch_size=BATCH, output_type="pt").images
+            batches.append(pipe(min(BATCH, num_test - start), generator, batch_size=BATCH, output_type="pt").images)
+        return batches
 
     @cache
     def spectra():
@@ -197,11 +201,9 @@ def measure(settings, cells, args):
         return net(batch, generator)
 
     ways = {"decoder mean": lambda batch, _: batch, "spectrum": spectrum, "residual": residual}
-    for name, noise_channels in (("texture", 0), ("energy", 4)):
-        path = args.output_dir / f"{name}.safetensors"
-        fit = (means, images, settings, noise_channels, path)
-        cells(f"train-{name}", lambda fit=fit: train_finisher(*fit))
-        ways[name] = lambda batch, g, n=name, c=noise_channels: finished(batch, g, n, c)
+    noise_channels = {"texture": 0, "energy": 4}
+    for name, channels in noise_channels.items():
+        ways[name] = lambda batch, g, n=name, c=channels: finished(batch, g, n, c)
 
     @cache
     def judge():
@@ -218,6 +220,9 @@ def measure(settings, cells, args):
 
     cells("downsample", lambda: judge()(downsample(batch) for batch in held_out()))
     for name, way in ways.items():
+        if name in noise_channels:
+            fit = (means, images, settings, noise_channels[name], args.output_dir / f"{name}.safetensors")
+            cells(f"train-{name}", lambda fit=fit: train_finisher(*fit))
         for kind, batches in (("reconstructed", reconstructed), ("sampled", sampled)):
             cell = f"{name}-{kind}"
             cells(cell, lambda c=cell, w=way, b=batches: judge()(tqdm(changed(c, w, b()), desc=c, leave=False)))
