@@ -296,8 +296,10 @@ def measure(settings, cells, args):
     for gamma in settings["gammas"]:
         cells(
             f"gamma-{gamma:g}",
-            lambda gamma=gamma: {"gamma": gamma, "size": settings["descent_size"]}
-            | run_starts(settings["descent_size"], gamma, settings["descent_starts"], device)[2],
+            lambda gamma=gamma: (
+                {"gamma": gamma, "size": settings["descent_size"]}
+                | run_starts(settings["descent_size"], gamma, settings["descent_starts"], device)[2]
+            ),
         )
 
 
