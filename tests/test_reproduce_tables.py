@@ -69,6 +69,9 @@ def test_a_finished_command_computes_nothing_again_and_other_settings_are_refuse
     written = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     assert run("table1", folder).returncode == 0
     assert written == {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
+    (folder / "cells" / "plain-8-0.json").rename(folder / "cells" / "put-away")
+    assert run("table1", folder, "--so_far").returncode == 0
+    assert set(json.loads((folder / "results.json").read_text())["cells"]) == set(cells) - {"plain-8-0"}
     (folder / "settings.json").write_text("{}")
     process = run("table1", folder)
     assert process.returncode == 2 and "choose another --output_dir" in process.stderr

@@ -123,7 +123,7 @@ def test_theorem_1_smoke(tmp_path):
         assert cell["pass_gradient"] < 1e-10 and cell["pass_descents"] == 1 and cell["pass_height"] > 0.1
     assert cells["gamma-10"]["active_units"] == [0] and cells["gamma-0.01"]["active_units"] == [2]
     assert cells["gamma-0.01"]["squared_error"] == pytest.approx(2 * 0.01, rel=1e-3)
-    assert "| 4, 3, 2 | 100.0% |" in table
+    assert "| 4, 3, 2 | 20 |" in table
 
 
 # ----------------------------------------------------------------------------------------------------- Theorem 2

@@ -50,6 +50,13 @@ class Cells:
         self.bar.update()
         return self.results[name]
 
+    def read_all(self):
+        """Take what is finished, oldest first, and compute nothing."""
+        paths = sorted((self.output_dir / "cells").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        if not paths:
+            raise ValueError(f"{self.output_dir} holds no finished cell: run without --so_far first.")
+        self.results = {path.stem: json.loads(path.read_text()) for path in paths}
+
 
 def reproduce(
     name: str,
@@ -78,6 +85,7 @@ def _run(name, description, settings, measure, table, draw, add_options):
     parser = CommandParser(prog=f"{name}.py", description=description)
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: seconds; cpu: two cores; gpu: a GPU")
     parser.add_argument("--output_dir", default=None, help=f"finished work (default: runs/reproduce/{name}-<scale>)")
+    parser.add_argument("--so_far", action="store_true", help="compute nothing: table and plot of the finished cells")
     parser.add_argument("--publish", action="store_true", help="copy numbers, table and plot to results/ and docs/")
     if add_options:
         add_options(parser)
@@ -86,7 +94,10 @@ def _run(name, description, settings, measure, table, draw, add_options):
     args.output_dir = output_dir
     chosen = settings[args.scale]
     cells = Cells(output_dir, chosen, chosen["num_cells"])
-    measure(chosen, cells, args)
+    if args.so_far:
+        cells.read_all()
+    else:
+        measure(chosen, cells, args)
     cells.bar.close()
     results = {**provenance(), "scale": args.scale, "settings": chosen, "cells": cells.results}
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")

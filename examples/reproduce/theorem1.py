@@ -1,8 +1,10 @@
 """Theorem 1: every local minimum of the affine VAE is a global one, and regularization is balanced as gamma -> 0.
 
-    python examples/reproduce/theorem1.py --scale cpu
+    python examples/reproduce/theorem1.py --scale cpu        # 4 minutes on one core; --scale smoke: seconds
 
-EXPECTED
+Result: all 600 random starts at three sizes end at the optimum of probabilistic PCA (worst relative distance 1e-9), in
+every one of the C(kappa, r) sets of r active units, or in as many as 200 equal draws would meet; 120 starts on the way
+to gamma = 1e-4 likewise, with r active units and an expected squared error of r gamma.
 
 The energy of Eq. (3), in closed form and float64 from the parameters of the real class (`network="affine"`,
 `gamma="fixed"`), is minimised from random starts, of which none is dropped, restarted or continued. The data have mean
@@ -243,7 +245,7 @@ def run_starts(size, gamma: float, num_starts: int, device: str) -> tuple[Affine
     gaps = energies - optimum
     relative = gaps[-1] / max(1, abs(optimum))
     used = energy.unflatten(points)["vae.decoder.weight"].norm(dim=1) > 1e-2 * gamma**0.5  # columns of W_x
-    rounds = sorted({round(1.15**power) for power in range(100)} & set(range(len(gaps))))
+    rounds = sorted({round(1.15**power) for power in range(100)} & set(range(len(gaps))) | {len(gaps) - 1})
     return energy, points, {
         "optimum": optimum,
         "fraction_at_optimum": (relative.abs() < REACHED).double().mean().item(),
@@ -311,7 +313,7 @@ def split(cells: dict) -> tuple[list[dict], list[dict]]:
 def table(cells: dict) -> str:
     sizes, descent = split(cells)
     lines = [
-        f"| d, kappa, r | starts at the optimum (of {sizes[0]['num_starts']}) | worst relative gap | active units |"
+        f"| d, kappa, r | of {sizes[0]['num_starts']} starts at the optimum | worst relative gap | active units |"
         " sets of active units met / C(kappa, r) | if all were equally likely | lowest curvature (flat ones aside) |"
         " pass to another set, nats |",
         "|---|---|---|---|---|---|---|---|",
@@ -320,7 +322,7 @@ def table(cells: dict) -> str:
         possible = cell["possible_supports"]
         equal = possible * (1 - (1 - 1 / possible) ** cell["num_starts"])
         lines.append(
-            f"| {', '.join(map(str, cell['size']))} | {cell['fraction_at_optimum']:.1%} |"
+            f"| {', '.join(map(str, cell['size']))} | {round(cell['fraction_at_optimum'] * cell['num_starts'])} |"
             f" {cell['worst_relative_gap']:.0e} | {numbers(cell['active_units'])} | {cell['supports']} / {possible} |"
             f" {equal:.0f} | {cell['lowest_other_curvature']:.3f} | {cell['pass_height']:.3f} |"
         )
@@ -369,7 +371,7 @@ def draw(cells: dict, path: Path):
     balance.loglog([], [], "s--", color="C1", label="active units (right)")
     balance.set(xlabel="gamma", title="d={}, kappa={}, r={} as gamma -> 0".format(*descent[0]["size"]))
     balance.invert_xaxis()
-    balance.legend(fontsize=8, loc="center right")
+    balance.legend(fontsize=8, loc="upper right")
     units = balance.twinx()
     units.plot(gammas, [cell["active_units"][-1] for cell in descent], "s--", color="C1")
     units.set(ylim=(-0.2, descent[0]["size"][1] + 0.2))
