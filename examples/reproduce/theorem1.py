@@ -37,8 +37,8 @@ SETTINGS = {
     ),
     "gpu": dict(
         sizes=[(6, 3, 2), (10, 5, 3), (20, 10, 4), (50, 20, 5), (100, 40, 8)], gamma=0.1, num_starts=2000,
-        descent_size=(20, 10, 4), gammas=[10.0, 1.5, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6], descent_starts=200,
-        num_hessians=20, num_cells=13,
+        descent_size=(20, 10, 4), gammas=[10.0, 1.5, 0.1, 1e-2, 1e-3, 1e-4], descent_starts=200, num_hessians=20,
+        num_cells=11,
     ),
 }  # fmt: skip
 MAX_ROUNDS = 20_000
@@ -165,7 +165,7 @@ def descend(value_and_gradient, points: torch.Tensor, memory: int = 20, toleranc
 
         trial = points + length[:, None] * direction
         trial_energy, trial_gradient = value_and_gradient(trial)
-        demanded = 1e-4 * length * (direction * gradient).sum(1) - 1e-14 * energy.abs()
+        demanded = 1e-4 * length * (direction * gradient).sum(1).clamp(max=0) - 1e-14 * energy.abs()
         lower = moving & (trial_energy < energy + demanded)
         step = torch.where(lower[:, None], trial - points, 0)
         change = torch.where(lower[:, None], trial_gradient - gradient, 0)

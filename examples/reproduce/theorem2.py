@@ -2,7 +2,7 @@
 
     python examples/reproduce/theorem2.py --scale cpu        # 4 minutes on one core; --scale smoke: seconds
 
-Result: the gradients vanish as stated: the heads' exactly, the first decoder layer's in expectation over the noise, and
+Result: the gradients vanish as stated: the heads' exactly, the first decoder layer's in expectation over noise, and
 all of them only if the biases of the heads are zero too. With every latent silent the point is a saddle at each depth
 tried, flatter the deeper the decoder: lowest curvature -1.9 with 3 hidden layers, -0.3 with 17. Without the skip 1,500
 steps of Adam leave it for -23 nats with 6 active units (3 layers) and -15 with 2 (17 layers); with the skip and W_x
