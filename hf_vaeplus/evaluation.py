@@ -554,14 +554,17 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def provenance() -> dict:
-    """What a number needs to be believed: the command, the commit, the date, the machine and the versions."""
+    """What a number needs to be believed: the command, the commit, the date, the machine and the versions.
+
+    Absolute paths in the command are cut to their last part: where a folder lay on a machine concerns nobody.
+    """
     import diffusers
     import transformers
 
     here = Path(__file__).parent
     git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv),
         "commit": git.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
