@@ -46,7 +46,7 @@ CPU = {
         "mixed_precision": "bf16",
         "use_ema": True,
     },
-    "model": {"hidden_dim": 512, "latent_init_scale": 0.1},
+    "model": {"hidden_dim": 512},
 }
 SETTINGS = {
     "smoke": {
@@ -64,7 +64,7 @@ SETTINGS = {
         **CPU,
         "num_likelihood": 10_000,
         "options": {**CPU["options"], "max_train_steps": 100_000, "learning_rate": 3.0e-4},
-        "model": {"hidden_dim": 1024, "latent_init_scale": 0.1},
+        "model": {"hidden_dim": 1024},
     },
 }
 SKIPS = {
@@ -79,7 +79,9 @@ def measure(settings, cells, args):
             for kappa in settings["kappas"]:
                 cell = f"{name}-{kappa}-{seed}"
                 model = {"network": "mlp", "encoder_residual": False, "encoder_blocks": 2, "num_blocks": 3}
-                model = {**model, **settings["model"], **SKIPS[name], "latent_dim": kappa}
+                # Beyond 200 dimensions each latent alone would start too silent to be found.
+                scale = 0.1 if kappa <= 200 else 0.1 * (kappa / 100) ** 0.5
+                model |= {**settings["model"], **SKIPS[name], "latent_dim": kappa, "latent_init_scale": scale}
                 options = {**settings["options"], "train_data_dir": args.train_data_dir, "model": model}
                 cells(cell, lambda o=options, s=seed, c=cell: run(o, s, args.output_dir / c, settings))
 
