@@ -3,7 +3,7 @@
     python examples/reproduce/table1.py --scale cpu --train_data_dir mnist
 
 cpu: feed-forward encoder of 6 layers, residual decoder of 3 blocks of 2 layers plus affine skip, 512 units, gamma
-analytic, 3 seeds; 4 minutes a cell on one core. Without skips the decoder is the plain stack of the same depth. Squared
+analytic, 3 seeds; 4 minutes a cell on one core. Without skips: a plain decoder of the same depth. Squared
 errors are those of the 10,000 test images, on pixels in [0, 1]; likelihoods of the first 2,000.
 """
 
