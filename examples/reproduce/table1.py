@@ -131,7 +131,7 @@ def groups(cells):
     for name, cell in cells.items():
         kind, kappa, _ = name.split("-")
         found.setdefault((kind, int(kappa)), []).append(cell)
-    return found
+    return dict(sorted(found.items(), key=lambda item: (item[0][0] == "plain", item[0][1])))
 
 
 def table(cells):
@@ -159,7 +159,8 @@ def draw(cells, path):
     for number, (axis, name, title) in enumerate(zip(axes, names, titles, strict=True)):
         for kind, label in (("skips", "with skips"), ("plain", "without")):
             points = [(kappa, cell[name]) for (k, kappa), runs in groups(cells).items() if k == kind for cell in runs]
-            axis.plot(*zip(*points, strict=True), "o", ms=4, label=label)
+            if points:
+                axis.plot(*zip(*points, strict=True), "o", ms=4, label=label)
         axis.plot(list(PAPER), [row[number] for row in PAPER.values()], "k--", lw=1, label="paper")
         axis.set(title=title, xlabel="kappa", xscale="log")
     axes[0].set_yscale("log")
