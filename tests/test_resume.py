@@ -51,14 +51,14 @@ def hold():
     (folder / f"held-{rank}").touch()
     time.sleep(600)
 
-def disturbed_train(model, dataset, prepare, **arguments):
+def disturbed_train(model, dataset, prepare, *others):
     def disturbed_prepare(batch, noise, at):
         if point == "step" and at == step:
             hold()
         if point == "nan" and at == step and rank == "1":
             batch["code"] = batch["code"] * float("nan")
         return prepare(batch, noise, at)
-    return train(model, dataset, disturbed_prepare, **arguments)
+    return train(model, dataset, disturbed_prepare, *others)
 
 def disturbed_save(tensors, path):
     if point == "save" and f".checkpoint-{step}." in str(path):
