@@ -76,13 +76,13 @@ SKIPS = {
 def measure(settings, cells, args):
     for seed in range(settings["seeds"]):
         for name in SKIPS if seed < settings["plain_seeds"] else ["skips"]:
-            for kappa in settings["kappas"]:
+            for kappa in args.kappas or settings["kappas"]:
                 cell = f"{name}-{kappa}-{seed}"
                 model = {"network": "mlp", "encoder_residual": False, "encoder_blocks": 2, "num_blocks": 3}
-                # Beyond 200 dimensions each latent alone would start too silent to be found.
-                scale = 0.1 if kappa <= 200 else 0.1 * (kappa / 100) ** 0.5
-                model |= {**settings["model"], **SKIPS[name], "latent_dim": kappa, "latent_init_scale": scale}
+                model |= {**settings["model"], **SKIPS[name], "latent_dim": kappa, "latent_init_scale": 0.1}
                 options = {**settings["options"], "train_data_dir": args.train_data_dir, "model": model}
+                if kappa > 200:  # at 2e-3 the many latents' noise throws the fit back, and most of them are lost
+                    options["learning_rate"] = 1.0e-3
                 cells(cell, lambda o=options, s=seed, c=cell: run(o, s, args.output_dir / c, settings))
 
 
@@ -171,6 +171,7 @@ def draw(cells, path):
 
 def add_options(parser):
     parser.add_argument("--train_data_dir", default=None, help="folder with MNIST's four idx files (not for smoke)")
+    parser.add_argument("--kappas", type=int, nargs="+", help="only these (default: all of the scale)")
 
 
 if __name__ == "__main__":
