@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -553,6 +554,15 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+@cache
+def _commit() -> str | None:
+    """Of the code, at the first call: a long process must not name what was committed while it ran."""
+    git = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return git.stdout.strip() or None
+
+
 def provenance() -> dict:
     """What a number needs to be believed: the command, the commit, the date, the machine and the versions.
 
@@ -561,11 +571,9 @@ def provenance() -> dict:
     import diffusers
     import transformers
 
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
         "command": " ".join(os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv),
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, diffusers)},

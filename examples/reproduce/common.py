@@ -26,6 +26,7 @@ class Cells:
     """Results by name, each computed once and kept as `output_dir/cells/<name>.json`."""
 
     def __init__(self, output_dir: Path, settings: dict, total: int):
+        provenance()  # now: the commit of the code that was loaded
         self.output_dir, self.results = output_dir, {}
         self.bar = tqdm(total=total, desc=output_dir.name, unit="cell")
         (output_dir / "cells").mkdir(parents=True, exist_ok=True)
