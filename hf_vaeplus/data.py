@@ -244,8 +244,6 @@ def _open_source(
     max_samples=None,
 ):
     """Check the options and return (source, max_samples, fingerprint); `load_images` documents them."""
-    if "[" in split:
-        raise ValueError(f"a stream takes no slice of a split, got split={split!r}; name the split, or do not stream")
     preset = PRESETS.get(dataset_name, {})
     given = {"train_data_dir": train_data_dir, "train_data_files": train_data_files}
     if not (preset and (train_data_dir or train_data_files)):
@@ -552,6 +550,9 @@ def stream_images(dataset_name=None, *, random_flip=False, seed=0, shuffle_buffe
     """
     if seed < 0 or shuffle_buffer < 1:
         raise ValueError(f"expected seed >= 0 and shuffle_buffer >= 1, got {seed} and {shuffle_buffer}")
+    split = source_options.get("split", "train")
+    if "[" in split:
+        raise ValueError(f"a stream takes no slice of a split, got split={split!r}; name the split, or do not stream")
     source, max_samples, fingerprint = _open_source(dataset_name, **source_options)
     return ImageStream(source, max_samples, fingerprint, random_flip, seed, shuffle_buffer)
 

@@ -536,7 +536,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
 
     def __init__(self, config: VAEPlusVAEConfig):
         super().__init__(config)
-        latent_dim, blocks = config.latent_dim, (config.encoder_blocks or config.num_blocks, config.num_blocks)
+        latent_dim, encoder_blocks = config.latent_dim, config.encoder_blocks or config.num_blocks
         convolutions = config.network in ("conv", "aggregate")
         # What the MLP, or the affine map, works on: the inputs themselves or the code of the convolutions.
         inner_dim = config.code_dim if config.network == "aggregate" else config.input_dim
@@ -549,8 +549,8 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             self.encoder = ConvEncoder(config, *shape, 2 * latent_dim, config.num_conv_blocks)
             self.decoder = ConvDecoder(config, *shape, latent_dim, config.num_conv_blocks)
         else:
-            self.encoder = MLP(inner_dim, config.hidden_dim, 2 * latent_dim, blocks[0], config.encoder_residual)
-            self.decoder = MLP(latent_dim, config.hidden_dim, inner_dim, blocks[1], config.decoder_residual)
+            self.encoder = MLP(inner_dim, config.hidden_dim, 2 * latent_dim, encoder_blocks, config.encoder_residual)
+            self.decoder = MLP(latent_dim, config.hidden_dim, inner_dim, config.num_blocks, config.decoder_residual)
         self.image_decoder = None
         if config.network == "aggregate":
             shape = *config.input_shape[:2], inner_dim, config.num_conv_blocks

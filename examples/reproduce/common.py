@@ -10,16 +10,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from hf_vaeplus.cli import CommandParser, run_command
 from hf_vaeplus.evaluation import provenance
+from hf_vaeplus.metrics.latents import PosteriorStatistics
+from hf_vaeplus.metrics.reconstruction import squared_error
+from hf_vaeplus.stages import open_images
+from hf_vaeplus.training import derived_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ("smoke", "cpu", "gpu")
+BATCH = 250  # images at a time, in all that is not training
 
 
 class Cells:
@@ -127,3 +134,42 @@ def mean_and_spread(values: list[float], digits: int = 2) -> str:
     """`mean ± (max - min) / 2` of a few seeds, for a table."""
     mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
     return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def held_out(options, num_train: int, num_test: int) -> tuple:
+    """The images that `options` name, none of them mirrored: the first `num_train`, and the `num_test` after them."""
+    options = replace(options, max_train_samples=num_train + num_test, random_flip=False)
+    return tuple(open_images(replace(options, split=f"train[{rows}]")) for rows in (f":{num_train}", f"{num_train}:"))
+
+
+def uint8_batches(images, count: int | None = None) -> Iterator[torch.Tensor]:
+    """The first `count` images, or all, with a progress bar: uint8 of shape `(batch, C, H, W)`."""
+    count = len(images) if count is None else count
+    for start in tqdm(range(0, count, BATCH), desc="real", leave=False):
+        yield images.__getitems__(range(start, min(start + BATCH, count)))["pixel_values"]
+
+
+def sample_batches(pipe, count: int, seed: int) -> Iterator[torch.Tensor]:
+    """Samples of a pipeline before they are rounded, with a progress bar: float32 in [0, 1]."""
+    for start in tqdm(range(0, count, BATCH), desc="samples", leave=False):
+        generator = torch.Generator().manual_seed(derived_seed(seed, 4, start))
+        yield pipe(min(BATCH, count - start), generator, batch_size=BATCH, output_type="pt").images
+
+
+def measure_posteriors(pipe, images, generator: torch.Generator, batch_size: int) -> tuple[dict, torch.Tensor]:
+    """What posterior and posterior mean of the first VAE say of `images`, and one posterior sample of each image."""
+    statistics, errors, latents = PosteriorStatistics(pipe.vae.config.latent_dim), [], []
+    for start in tqdm(range(0, len(images), batch_size), desc="measuring", leave=False):
+        pixels = images.pixels(start, start + batch_size)
+        posterior = pipe.encode(pixels, batch_size)
+        statistics.update(posterior.mean, posterior.logvar)
+        errors.append(squared_error(pipe.decode(posterior.mean, batch_size=batch_size), pixels))
+        latents.append(posterior.sample(generator=generator))
+    measured = {
+        "squared_error": float(torch.cat(errors).mean()),
+        "kl": float(statistics.kl_per_dimension().sum()),
+        "active_units": statistics.active_units(),
+        "active_units_by_variance": statistics.active_units_by_variance(),
+        "gamma": float(pipe.vae.decoder_log_variance.detach().exp()),
+    }
+    return measured, torch.cat(latents)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import mean_and_spread, reproduce
+from common import BATCH, held_out, mean_and_spread, reproduce, sample_batches, uint8_batches
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,10 +31,8 @@ from hf_vaeplus.features import open_extractor
 from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import ResidualConvBlock, VAEPlusAutoencoderModel, VAEPlusVAEModel
 from hf_vaeplus.pictures import image_grid
-from hf_vaeplus.stages import load_frozen, load_preset, open_images, stage_options
-from hf_vaeplus.training import derived_seed
+from hf_vaeplus.stages import load_frozen, load_preset, stage_options
 
-BATCH = 250
 CPU = {
     "preset": "celeba-cpu",
     "num_train": 20_000,
@@ -144,9 +142,7 @@ def train_finisher(means, images, settings, noise_channels, path) -> dict:
 def measure(settings, cells, args):
     preset = load_preset(Path(__file__).with_name(f"{settings['preset']}.yaml"))
     options = stage_options("autoencoder", preset, train_data_dir=args.train_data_dir)
-    num_train, num_test = settings["num_train"], settings["num_test"]
-    options.max_train_samples, options.random_flip = num_train + num_test, False
-    images = open_images(options)
+    train_images, test_images = held_out(options, settings["num_train"], settings["num_test"])
     models = Path(args.models)
     autoencoder = load_frozen(VAEPlusAutoencoderModel, models / "autoencoder")
     vae = load_frozen(VAEPlusVAEModel, models / "first_vae")
@@ -158,28 +154,20 @@ def measure(settings, cells, args):
         """Decoder means of the whole model for real images: what the finishing steps are fitted on."""
         return pipe.decode(pipe.encode(pixels, BATCH).mean, batch_size=BATCH)
 
-    def held_out():
-        for start in range(num_train, num_train + num_test, BATCH):
-            yield images.__getitems__(range(start, min(start + BATCH, num_train + num_test)))["pixel_values"]
-
     @cache
     def reconstructed():
-        return [means(batch.float() / 255) for batch in tqdm(held_out(), desc="reconstructions", leave=False)]
+        return [means(batch.float() / 255) for batch in uint8_batches(test_images)]
 
     @cache
     def sampled():
-        batches = []
-        for start in tqdm(range(0, num_test, BATCH), desc="samples", leave=False):
-            generator = torch.Generator().manual_seed(derived_seed(0, 4, start))
-            batches.append(pipe(min(BATCH, num_test - start), generator, batch_size=BATCH, output_type="pt").images)
-        return batches
+        return [*sample_batches(pipe, settings["num_test"], seed=0)]
 
     @cache
     def spectra():
         """Mean power over training images of x, mu and x - mu: each (channels, height, width // 2 + 1)."""
         sums = [0.0, 0.0, 0.0]
-        for start in tqdm(range(0, min(num_train, 5_000), BATCH), desc="spectra", leave=False):
-            x = images.pixels(start, start + BATCH)
+        for start in tqdm(range(0, min(len(train_images), 5_000), BATCH), desc="spectra", leave=False):
+            x = train_images.pixels(start, start + BATCH)
             mean = means(x)
             for number, each in enumerate((x, mean, x - mean)):
                 sums[number] = sums[number] + torch.fft.rfft2(each.double()).abs().square().mean(0)
@@ -194,21 +182,21 @@ def measure(settings, cells, args):
         noise = torch.fft.rfft2(torch.randn(batch.shape, generator=generator, dtype=torch.float64))
         return batch + torch.fft.irfft2(noise * gain, s=batch.shape[2:]).float()
 
-    @torch.no_grad()
-    def finished(batch, generator, name, noise_channels):
-        net = Finisher(images.num_channels, settings["width"], noise_channels)
+    @cache
+    def finisher(name):
+        net = Finisher(train_images.num_channels, settings["width"], noise_channels[name])
         net.load_state_dict(load_file(args.output_dir / f"{name}.safetensors"))
-        return net(batch, generator)
+        return net.requires_grad_(False)
 
     ways = {"decoder mean": lambda batch, _: batch, "spectrum": spectrum, "residual": residual}
     noise_channels = {"texture": 0, "energy": 4}
-    for name, channels in noise_channels.items():
-        ways[name] = lambda batch, g, n=name, c=channels: finished(batch, g, n, c)
+    for name in noise_channels:
+        ways[name] = lambda batch, generator, n=name: finisher(n)(batch, generator)
 
     @cache
     def judge():
         bins = [NDB.load(path) for path in sorted(models.glob("bins-*.safetensors"))]
-        return Judge(open_extractor(args.features), held_out(), bins)
+        return Judge(open_extractor(args.features), uint8_batches(test_images), bins)
 
     def changed(name, way, batches):
         generator = torch.Generator().manual_seed(0)
@@ -218,10 +206,10 @@ def measure(settings, cells, args):
                 image_grid(batch[:32], columns=8).save(args.output_dir / f"{name}.png")
             yield to_uint8(batch)
 
-    cells("downsample", lambda: judge()(downsample(batch) for batch in held_out()))
+    cells("downsample", lambda: judge()(map(downsample, uint8_batches(test_images))))
     for name, way in ways.items():
         if name in noise_channels:
-            fit = (means, images, settings, noise_channels[name], args.output_dir / f"{name}.safetensors")
+            fit = (means, train_images, settings, noise_channels[name], args.output_dir / f"{name}.safetensors")
             cells(f"train-{name}", lambda fit=fit: train_finisher(*fit))
         for kind, batches in (("reconstructed", reconstructed), ("sampled", sampled)):
             cell = f"{name}-{kind}"

@@ -12,12 +12,11 @@ import sys
 
 import matplotlib.pyplot as plt
 import torch
-from common import mean_and_spread, reproduce
+from common import mean_and_spread, measure_posteriors, reproduce
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.data import load_images
-from hf_vaeplus.metrics.latents import PosteriorStatistics
 from hf_vaeplus.metrics.likelihood import elbo, importance_weighted
 from hf_vaeplus.metrics.reconstruction import squared_error
 from hf_vaeplus.stages import run_stage, stage_options
@@ -98,14 +97,9 @@ def run(options, seed, folder, settings) -> dict:
     images = load_images(options.dataset_name, **source, split=split, cache_dir=options.cache_dir)
     pipe = VAEPlusPipeline(model.cpu())
     pipe.set_progress_bar_config(disable=True)
-    statistics, at_mean, at_sample = PosteriorStatistics(model.config.latent_dim), [], []
     generator = torch.Generator().manual_seed(seed)
-    for start in range(0, len(images), 500):
-        pixels = images.pixels(start, start + 500)
-        posterior = pipe.encode(pixels, 500)
-        statistics.update(posterior.mean, posterior.logvar)
-        at_mean.append(squared_error(pipe.decode(posterior.mean, batch_size=500), pixels))
-        at_sample.append(squared_error(pipe.decode(posterior.sample(generator=generator), batch_size=500), pixels))
+    measured, latents = measure_posteriors(pipe, images, generator, batch_size=500)
+    of_samples = squared_error(pipe.decode(latents, batch_size=500), images.pixels(0, len(images)))
     bounds = []
     for start in tqdm(range(0, settings["num_likelihood"], 250), desc="likelihood", leave=False):
         pixels = images.pixels(start, min(start + 250, settings["num_likelihood"]))
@@ -113,14 +107,10 @@ def run(options, seed, folder, settings) -> dict:
         bounds.append(torch.stack([elbo(weights), importance_weighted(weights)]))
     negative_elbo, nll = (-torch.cat(bounds, 1).mean(1)).tolist()
     return {
-        "squared_error": float(torch.cat(at_mean).mean()),
-        "squared_error_of_samples": float(torch.cat(at_sample).mean()),
+        **measured,
+        "squared_error_of_samples": float(of_samples.mean()),
         "nll": nll,
         "negative_elbo": negative_elbo,
-        "kl": float(statistics.kl_per_dimension().sum()),
-        "active_units": statistics.active_units(),
-        "active_units_by_variance": statistics.active_units_by_variance(),
-        "gamma": float(model.decoder_log_variance.detach().exp()),
         "train_squared_error_of_samples": last["squared_error"],
     }
 

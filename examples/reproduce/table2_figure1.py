@@ -13,15 +13,12 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
-from common import mean_and_spread, reproduce
-from tqdm.auto import tqdm
+from common import BATCH, held_out, mean_and_spread, measure_posteriors, reproduce
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.metrics.latents import PosteriorStatistics
 from hf_vaeplus.metrics.mmd import imq_mmd
-from hf_vaeplus.metrics.reconstruction import squared_error
 from hf_vaeplus.modeling_vaeplus import VAEPlusVAEModel
-from hf_vaeplus.stages import build_stage, open_images, stage_options
+from hf_vaeplus.stages import build_stage, stage_options
 from hf_vaeplus.training import train
 
 CELEBA = {"dataset_name": "celeba", "random_flip": True}
@@ -103,32 +100,18 @@ def train_and_watch(options):
     return VAEPlusVAEModel.from_pretrained(options.output_dir).eval(), norms
 
 
-@torch.no_grad()
 def judge(model, options, settings) -> dict:
     """What is said of the trained model, measured on the images after those it was trained on."""
     pipe = VAEPlusPipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    first = settings["num_train"]
-    options.max_train_samples, options.random_flip = first + settings["num_test"], False
-    images = open_images(options)
-    statistics, errors, latents = PosteriorStatistics(model.config.latent_dim), [], []
+    _, images = held_out(options, settings["num_train"], settings["num_test"])
     generator = torch.Generator().manual_seed(0)
-    for start in tqdm(range(first, len(images), 250), desc="measuring", leave=False):
-        pixels = images.pixels(start, start + 250)
-        posterior = pipe.encode(pixels, 250)
-        statistics.update(posterior.mean, posterior.logvar)
-        errors.append(squared_error(pipe.decode(posterior.mean, batch_size=250), pixels))
-        latents.append(posterior.sample(generator=generator))
-    latents = torch.cat(latents)
+    measured, latents = measure_posteriors(pipe, images, generator, BATCH)
     prior = torch.randn(latents.shape, generator=generator)
     return {
-        "gamma": float(model.decoder_log_variance.exp()),
-        "squared_error": float(torch.cat(errors).mean()),
+        **measured,
         "mmd": float(imq_mmd(latents, prior)),
         "mmd_of_two_priors": float(imq_mmd(prior, torch.randn(latents.shape, generator=generator))),
-        "kl": float(statistics.kl_per_dimension().sum()),
-        "active_units": statistics.active_units(),
-        "active_units_by_variance": statistics.active_units_by_variance(),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from common import mean_and_spread, reproduce
+from common import BATCH, held_out, mean_and_spread, reproduce, sample_batches, uint8_batches
 from sklearn.mixture import GaussianMixture
 from tqdm.auto import tqdm
 
@@ -25,11 +25,9 @@ from hf_vaeplus.features import open_extractor
 from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel
 from hf_vaeplus.pictures import image_grid
-from hf_vaeplus.stages import encode_dataset, load_frozen, load_preset, open_images, run_stage, stage_options
-from hf_vaeplus.training import derived_seed
+from hf_vaeplus.stages import encode_dataset, load_frozen, load_preset, run_stage, stage_options
 
 BASELINES = {"vae": {"max_grad_norm": 20_000.0}, "wae-mmd": {"mmd_weight": 500.0, "max_grad_norm": 300.0}}
-BATCH = 250
 SETTINGS = {
     "smoke": {"preset": "tiny", "num_train": 160, "num_test": 80, "bins": [4, 8], "seeds": 1, "num_cells": 19},
     "cpu": {
@@ -74,21 +72,13 @@ def measure(settings, cells, args):
         cells(f"train-{name}", lambda n=name, o=options: train(n, "vae", baseline(preset), **o))
 
     options = stage_options("autoencoder", preset, **source)
-    options.max_train_samples, options.random_flip = settings["num_train"] + settings["num_test"], False
-    first_test = settings["num_train"]
-    images = cache(lambda: open_images(options))
-
-    def real(first, last, change=lambda pixels: pixels):
-        for start in tqdm(range(first, last, BATCH), desc="real", leave=False):
-            yield change(images().__getitems__(range(start, min(start + BATCH, last)))["pixel_values"])
-
-    def held_out(change=lambda pixels: pixels):
-        return real(first_test, first_test + settings["num_test"], change)
+    train_images, test_images = held_out(options, settings["num_train"], settings["num_test"])
+    extractor = open_extractor(args.features)
 
     @cache
     def judge():
-        mirrored = torch.rand(first_test, generator=torch.Generator().manual_seed(0)) < 0.5
-        training = torch.cat([*real(0, first_test)])
+        mirrored = torch.rand(len(train_images), generator=torch.Generator().manual_seed(0)) < 0.5
+        training = torch.cat([*uint8_batches(train_images)])
         training[mirrored] = training[mirrored].flip(-1)
         bins = []
         for num_bins in tqdm(settings["bins"], desc="k-means"):
@@ -96,14 +86,13 @@ def measure(settings, cells, args):
             if not path.exists():
                 NDB.fit(training, num_bins, n_init=3).save(path)  # the published 10 starts take half an hour here
             bins.append(NDB.load(path))
-        return Judge(open_extractor(args.features), held_out(), bins)
+        return Judge(extractor, uint8_batches(test_images), bins)
 
     def set_of(name, batches):
-        return cells(f"set-{name}", lambda: {**judge()(batches()), "extractor": args.features_description})
+        return cells(f"set-{name}", lambda: {**judge()(batches()), "extractor": extractor.description()})
 
-    args.features_description = open_extractor(args.features).description()
-    set_of("real", lambda: real(0, settings["num_test"]))
-    set_of("downsample", lambda: held_out(downsample))
+    set_of("real", lambda: uint8_batches(train_images, settings["num_test"]))
+    set_of("downsample", lambda: map(downsample, uint8_batches(test_images)))
 
     @cache
     def pipeline(name, seed=0):
@@ -115,21 +104,18 @@ def measure(settings, cells, args):
         return pipe
 
     def reconstructions(pipe):
-        return held_out(lambda pixels: to_uint8(pipe.reconstruct(pixels, output_type="pt", batch_size=BATCH)))
+        for pixels in uint8_batches(test_images):
+            yield to_uint8(pipe.reconstruct(pixels, output_type="pt", batch_size=BATCH))
 
     def samples(name, seed=0):
-        pipe = pipeline(name, seed)
-        for start in tqdm(range(0, settings["num_test"], BATCH), desc=name, leave=False):
-            generator = torch.Generator().manual_seed(derived_seed(seed, 4, start))
-            count = min(BATCH, settings["num_test"] - start)
-            batch = pipe(count, generator, batch_size=BATCH, output_type="pt").images
-            if start == 0 and seed == 0:
+        for number, batch in enumerate(sample_batches(pipeline(name, seed), settings["num_test"], seed)):
+            if number == 0 and seed == 0:
                 image_grid(batch[:32], columns=8).save(args.output_dir / f"samples-{name}.png")
             yield to_uint8(batch)
 
     for name in ("vaeplus", *BASELINES):
         set_of(f"{name}-reconstructed", lambda n=name: reconstructions(pipeline(n)))
-        cells(f"summary-{name}", lambda n=name: summarize(pipeline(n), Held(images(), first_test), 2_000, BATCH))
+        cells(f"summary-{name}", lambda n=name: summarize(pipeline(n), test_images, 2_000, BATCH))
     for seed in seeds:
         set_of(f"vaeplus-sampled-{seed}", lambda s=seed: samples("vaeplus", s))
     for name in ("vaeplus-prior", *BASELINES):
@@ -137,15 +123,14 @@ def measure(settings, cells, args):
 
     def mixture(num_components):
         autoencoder = load_frozen(VAEPlusAutoencoderModel, folder["autoencoder"])
-        options.max_train_samples = settings["num_train"]
-        codes = encode_dataset(open_images(options), autoencoder, autoencoder.encode)
+        codes = encode_dataset(train_images, autoencoder, autoencoder.encode)
         model = GaussianMixture(num_components, random_state=0).fit(codes.double().numpy())
         drawn = torch.from_numpy(model.sample(settings["num_test"])[0]).float()
         drawn = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))]
         with torch.no_grad():
-            for start, part in zip(range(0, len(drawn), BATCH), drawn.split(BATCH), strict=True):
+            for number, part in enumerate(drawn.split(BATCH)):
                 batch = autoencoder.decode(part).clamp(0, 1)
-                if start == 0:
+                if number == 0:
                     image_grid(batch[:32], columns=8).save(args.output_dir / f"samples-mixture-{num_components}.png")
                 yield to_uint8(batch)
 
@@ -166,19 +151,6 @@ def baseline(preset: dict) -> dict:
     }
     training = {name: value for name, value in autoencoder.items() if name not in ("model", "max_grad_norm")}
     return {"common": preset["common"], "vae": {**training, "model": model}}
-
-
-class Held:
-    """The held-out images, as `summarize` asks for them."""
-
-    def __init__(self, images, first):
-        self.images, self.first = images, first
-
-    def __len__(self):
-        return len(self.images) - self.first
-
-    def pixels(self, start, stop):
-        return self.images.pixels(self.first + start, self.first + stop)
 
 
 ROWS = {
