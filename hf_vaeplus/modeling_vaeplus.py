@@ -139,6 +139,7 @@ class VAEPlusVAEConfig(VAEPlusConfig):
             closed-form optimum of an untrained network is a collapse.
         reconstruction_space (`"input" | "image"`): where the data term is measured: on the inputs themselves, or on
             images through the `target_decoder` given to `forward` (Section 4). gamma is a variance in that space.
+        matched_moments (`bool`): the weights hold the map of [`VAEPlusVAEModel.match_moments`], which sets this.
 
     Raises:
         ValueError: an unknown, non-positive or inconsistent field.
@@ -166,6 +167,7 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     min_gamma: float | int = 1e-8
     max_gamma: float | int | None = None
     reconstruction_space: Literal["input", "image"] = "input"
+    matched_moments: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -579,7 +581,15 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             self.register_buffer("log_gamma", log_gamma)
         if config.gamma == "analytic":
             self.register_buffer("gamma_updates", torch.zeros((), dtype=torch.long))
+        if config.matched_moments:
+            self._register_sample_map(config.input_dim)
         self.post_init()
+
+    def _register_sample_map(self, dim: int):
+        """`sample` is sample_scale @ mean + sample_noise @ noise + sample_shift."""
+        for name in ("sample_scale", "sample_noise"):
+            self.register_buffer(name, torch.zeros(dim, dim))
+        self.register_buffer("sample_shift", torch.zeros(dim))
 
     def _init_own_weights(self):
         init.constant_(self.log_gamma, math.log(self.config.gamma_init))
@@ -589,6 +599,10 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         init.ones_(self.input_std)
         if self.config.network == "affine":
             init.zeros_(self.logvar)
+        if self.config.matched_moments:
+            init.eye_(self.sample_scale)
+            init.zeros_(self.sample_noise)
+            init.zeros_(self.sample_shift)
 
     @property
     def decoder_log_variance(self) -> torch.Tensor:
@@ -649,6 +663,91 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         if self.image_decoder is not None:
             mean = self.image_decoder(mean)
         return mean.reshape(-1, *self.config.input_shape) * self.input_std + self.input_mean
+
+    def sample(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Inputs that the model makes up: N(decode(u), gamma I) or, after `match_moments`, its affine map of them.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, latent_dim)`): u, standard normal.
+            noise (`torch.Tensor` of shape `(batch, *input_shape)`): standard normal, independent of the latents.
+
+        Returns:
+            float32 `torch.Tensor` of shape `(batch, *input_shape)`.
+
+        Raises:
+            ValueError: wrong shapes, or integers instead of floats.
+        """
+        _check_shape("noise", noise, self.config.input_shape)
+        mean = _upcast(self.decode(latents))
+        if not self.config.matched_moments:
+            return mean + (0.5 * self.decoder_log_variance).exp() * noise
+        scale, noise_scale, shift = map(_upcast, (self.sample_scale, self.sample_noise, self.sample_shift))
+        return mean @ scale.T + noise @ noise_scale.T + shift
+
+    @torch.no_grad()
+    def match_moments(
+        self,
+        mean: torch.Tensor,
+        covariance: torch.Tensor,
+        generator: torch.Generator | None = None,
+        num_samples: int = 50_000,
+        min_explained: float = 0.1,
+    ) -> torch.Tensor:
+        """After training, give the samples of a second stage the mean and the covariance of what it models, q(z).
+
+        With C = `covariance` and C^-1/2 Cov[decode(u)] C^-1/2 = V diag(rho) V^T, rho_i is the share of the variance
+        along direction i that the decoder mean explains. Where that is at least `min_explained`, the mean is stretched
+        by rho_i^-1/2 and takes no noise; elsewhere it stays, and noise of variance 1 - rho_i fills it up. On faces,
+        the less noise the better (docs/paper.md): noise leaves the manifold of the data, a stretched mean does not.
+
+        Args:
+            mean (`torch.Tensor` of shape `(dim,)`), covariance (`torch.Tensor` of shape `(dim, dim)`): of q(z).
+                Variances below 1e-12 of the largest count as that.
+            generator (`torch.Generator`, *optional*): on the CPU, draws the u by which Cov[decode(u)] is measured.
+            num_samples (`int`): how many of them; more than `dim`.
+            min_explained (`float`): in (0, 1]; the stretch is at most its inverse square root.
+
+        Returns:
+            `torch.Tensor` of shape `(dim,)`: rho in rising order, float64 on the CPU.
+
+        Raises:
+            ValueError: inputs that are no vectors, wrong shapes, numbers out of range, or moments that are not those
+                of a distribution.
+        """
+        dim = self.config.input_dim
+        if self.config.input_shape != (dim,):
+            raise ValueError(f"match_moments is for VAEs of vectors, not of inputs {self.config.input_shape}.")
+        for name, value, shape in (("mean", mean, (dim,)), ("covariance", covariance, (dim, dim))):
+            if value.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
+        if num_samples <= dim:
+            raise ValueError(f"num_samples must exceed the {dim} dimensions, got {num_samples}.")
+        if not 0 < min_explained <= 1:
+            raise ValueError(f"min_explained must lie in (0, 1], got {min_explained}.")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("mean and covariance must be finite: the latents that they are of are not.")
+        variances, axes = torch.linalg.eigh(covariance.double().cpu())
+        if not variances[-1] > 0 or variances[0] < -1e-6 * variances[-1]:
+            low, high = float(variances[0]), float(variances[-1])
+            raise ValueError(f"a covariance has positive eigenvalues, but this has some from {low:.3g} to {high:.3g}.")
+        variances = variances.clamp(min=1e-12 * float(variances[-1]))
+        root, inverse_root = (axes * variances.sqrt()) @ axes.T, (axes / variances.sqrt()) @ axes.T
+        device = self.input_mean.device
+        drawn = torch.randn(num_samples, self.config.latent_dim, generator=generator).split(1_000)
+        means = torch.cat([self.decode(latents.to(device)).double().cpu() for latents in drawn])
+        explained, directions = torch.linalg.eigh(inverse_root @ torch.cov(means.T).reshape(dim, dim) @ inverse_root)
+        explained = explained.clamp(min=0)
+        stretched = explained >= min_explained
+        stretch = torch.where(stretched, explained.clamp(min=min_explained).rsqrt(), 1)
+        missing = torch.where(stretched, 0, 1 - explained).sqrt()
+        scale = root @ (directions * stretch) @ directions.T @ inverse_root
+        if not self.config.matched_moments:
+            self._register_sample_map(dim)
+            self.config.matched_moments = True
+        self.sample_scale = scale.to(self.input_mean)
+        self.sample_noise = (root @ (directions * missing)).to(self.input_mean)
+        self.sample_shift = (mean.double().cpu() - scale @ means.mean(0)).to(self.input_mean)
+        return explained
 
     def forward(
         self,

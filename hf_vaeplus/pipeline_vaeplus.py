@@ -3,7 +3,7 @@
 From "On the Regularization Balance in Autoencoder-Based Generative Models" (VAE+), Section 4. This file imports
 nothing of the package: an exported Hub repository carries it alone, without what stands between `package-only` marks.
 
-    sampling  u -> `second_stage` + noise of its variance -> z -> `vae` -> code -> `autoencoder` -> image
+    sampling  u -> `second_stage` -> z -> `vae` -> code -> `autoencoder` -> image
     encoding  image -> `autoencoder` -> code -> `vae` -> posterior over z
 
 Without an autoencoder the VAE works on pixels; without a second stage z is drawn from N(0, I). Inference only: what
@@ -135,7 +135,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Sample images (Section 4): u ~ N(0, I), z ~ N(decode(u), gamma_2 I), image = mean of the decoders at z.
+        """Sample images (Section 4): u ~ N(0, I), z = second_stage.sample(u), image = mean of the decoders at z.
 
         All noise is drawn before the first batch, so a sample does not depend on `batch_size`; with one generator per
         image it does not depend on the other images either.
@@ -176,13 +176,12 @@ class VAEPlusPipeline(DiffusionPipeline):
         latents = temperature * latents
         if self.second_stage is not None:
             eps = temperature * randn_tensor((num_images, latent_dim), **noise)
-            eps = (0.5 * _log_gamma(self.second_stage)).exp() * eps
         images = []
         for rows in batches:
             z = latents[rows]
             if self.second_stage is not None:
                 with _weights_in_place(self.second_stage):
-                    z = self.second_stage.decode(z).float() + eps[rows]
+                    z = self.second_stage.sample(z, eps[rows])
             images.append(self._decode_batch(z).clamp(0, 1).cpu())
         images = _to_output(torch.cat(images), output_type)
         self.maybe_free_model_hooks()

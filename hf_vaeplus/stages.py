@@ -62,6 +62,7 @@ class StageOptions(TrainingOptions):
     autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
     vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
+    match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
     mmd_weight: float = option(0.0, "baseline: weight of the MMD penalty of a WAE in place of a VAE's KL term")
     model: dict = field(default_factory=dict, metadata={"help": "fields of the model's config"})
 
@@ -143,7 +144,8 @@ def build_stage(options: StageOptions) -> tuple:
     torch.manual_seed(derived_seed(options.seed, 2))  # the initial weights
     images = open_images(options)
     build = {"autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage}[options.stage]
-    return *build(options, images), options, _previewer(options, images)
+    model, dataset, prepare, *finish = build(options, images)
+    return model, dataset, prepare, options, _previewer(options, images), *finish
 
 
 def process_state() -> PartialState:
@@ -301,6 +303,22 @@ def _second_stage(options: StageOptions, images):
                 rows = torch.cat([statistics(part.to(vae.device)).cpu() for part in codes.split(4096)])
         dataset = TensorRows({"posterior": rows})
 
+    @torch.no_grad()
+    def finish(trained):
+        if isinstance(images, IterableDataset):
+            images.set_position(0, 8_192)
+            parts = []
+            for part in next(iter(images))["pixel_values"].split(256):
+                pixels = to_unit_range(part.to(vae.device))
+                parts.append(statistics(pixels if autoencoder is None else autoencoder.encode(pixels)).cpu())
+            posteriors = torch.cat(parts)
+        else:
+            posteriors = rows
+        means, logvars = posteriors.double().chunk(2, dim=1)
+        covariance = torch.cov(means.T).reshape(latent_dim, latent_dim) + logvars.exp().mean(0).diag()
+        generator = torch.Generator().manual_seed(derived_seed(options.seed, 5))
+        trained.match_moments(means.mean(0), covariance, generator)
+
     def prepare(batch, noise, step):
         if "posterior" not in batch:
             pixels = to_unit_range(batch["pixel_values"])
@@ -309,7 +327,7 @@ def _second_stage(options: StageOptions, images):
         z = mean + (0.5 * logvar).exp() * noise(latent_dim)
         return {"inputs": z, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
-    return model, dataset, prepare
+    return model, dataset, prepare, finish if options.match_moments else None
 
 
 def _kl_weight(options: StageOptions, step: int) -> float:

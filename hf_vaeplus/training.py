@@ -384,6 +384,7 @@ def train(
     prepare: Callable[[dict, BatchNoise, int], dict],
     options: TrainingOptions,
     preview: Callable[[PreTrainedModel], Image.Image] | None = None,
+    finish: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """Train `model` and leave in `options.output_dir`: the model, checkpoints, `stats.jsonl`, `samples/`.
 
@@ -395,6 +396,7 @@ def train(
         prepare: `(batch on the device, noise, step) -> keyword arguments of forward`.
         options: see [`TrainingOptions`].
         preview: draws a picture of what the model does, for `samples/`.
+        finish: changes the trained model in place, once, before it is drawn and saved; the same in every process.
 
     Returns:
         The trained model, its moving average if `use_ema`, in evaluation mode.
@@ -526,14 +528,18 @@ def train(
                 state.save(output_dir, options.checkpoints_total_limit)
             accelerator.wait_for_everyone()
         due = options.sample_steps and state.step % options.sample_steps == 0
-        if preview is not None and accelerator.is_main_process and (due or state.step == options.max_train_steps):
+        if preview is not None and accelerator.is_main_process and due and state.step < options.max_train_steps:
             _draw_preview(accelerator, preview, model if ema is None else ema.module, output_dir, state.step)
     progress.close()
 
     final = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if ema is None else ema.module
     final.eval()
+    if finish is not None:
+        finish(final)
     if accelerator.is_main_process:
         final.save_pretrained(output_dir)
+        if preview is not None:
+            _draw_preview(accelerator, preview, final, output_dir, state.step)
         if options.push_to_hub:
             _push(output_dir, options)
     for tracker in accelerator.trackers:  # `end_training` would leave no process group for the next stage
@@ -616,9 +622,10 @@ def _stop_diverged(accelerator, state: _State, before: tuple, options: TrainingO
 
 @torch.no_grad()
 def _draw_preview(accelerator, preview, model, output_dir: Path, step: int):
+    was_training = model.training
     model.eval()
     picture = preview(model)
-    model.train()
+    model.train(was_training)
     picture.save(output_dir / "samples" / f"step-{step:07d}.png")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":

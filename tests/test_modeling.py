@@ -475,6 +475,92 @@ def test_a_fresh_autoencoder_answers_mid_grey_and_learns():
     assert model.decoder[-2].weight.grad.abs().max() > 0
 
 
+# ------------------------------------------------------------------------------------ samples with the moments of q(z)
+
+
+def moments_of(dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mean and a covariance matrix, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    return torch.randn(dim, generator=generator, dtype=torch.float64), factor @ factor.T + 0.01 * torch.eye(dim)
+
+
+@many
+@given(seed=seeds, dim=st.integers(1, 6), latent_dim=st.integers(1, 6), min_explained=st.floats(1e-3, 1))
+def test_matched_samples_have_the_moments_that_were_asked_for(seed, dim, latent_dim, min_explained):
+    torch.manual_seed(seed)
+    model = randomise(make_vae(input_shape=(dim,), latent_dim=latent_dim))
+    mean, covariance = moments_of(dim, seed)
+    explained = model.match_moments(mean, covariance, torch.Generator().manual_seed(1), 500, min_explained)
+    latents = torch.randn(500, latent_dim, generator=torch.Generator().manual_seed(1))
+    noise = torch.cat([math.sqrt(dim) * torch.eye(dim), -math.sqrt(dim) * torch.eye(dim)])  # exactly N(0, I)'s moments
+    with torch.no_grad():
+        samples = model.sample(latents.repeat_interleave(len(noise), 0), noise.repeat(len(latents), 1)).double()
+    torch.testing.assert_close(samples.mean(0), mean, rtol=1e-3, atol=1e-3)
+    scatter = torch.cov(samples.T, correction=0).reshape(dim, dim)
+    assert (explained >= 0).all() and (explained.diff() >= 0).all()
+    torch.testing.assert_close(scatter, covariance, rtol=0.01, atol=0.01 * float(covariance.diag().max()))
+
+
+def test_only_directions_that_the_decoder_leaves_out_get_noise():
+    """Decoder u -> (u_1, u_2 / 2, u_3 / 10), asked for unit variances."""
+    model = make_vae(network="affine", input_shape=(3,), latent_dim=3)
+    with torch.no_grad():
+        model.decoder.weight.copy_(torch.diag(torch.tensor([1.0, 0.5, 0.1])))
+    explained = model.match_moments(torch.zeros(3), torch.eye(3), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(explained, torch.tensor([0.01, 0.25, 1]).double(), rtol=0.03, atol=0)
+    with torch.no_grad():
+        response = model.sample(torch.eye(3), torch.zeros(3, 3)) - model.sample(torch.zeros(3, 3), torch.zeros(3, 3))
+        of_noise = model.sample(torch.zeros(3, 3), torch.eye(3)) - model.sample(torch.zeros(3, 3), torch.zeros(3, 3))
+    torch.testing.assert_close(response, torch.diag(torch.tensor([1.0, 1.0, 0.1])), rtol=0.03, atol=0.03)
+    torch.testing.assert_close(of_noise.T @ of_noise, torch.diag(torch.tensor([0, 0, 0.99])), rtol=0, atol=0.03)
+
+
+def test_without_matched_moments_samples_are_those_of_the_likelihood():
+    model = randomise(make_vae())
+    latents, noise = torch.randn(5, 4), torch.randn(5, 6)
+    with torch.no_grad():
+        density = Normal(model.decode(latents), math.exp(0.5 * -4.321987))
+        torch.testing.assert_close((model.sample(latents, noise) - density.mean) / density.stddev, noise)
+
+
+def test_matched_moments_are_saved_and_survive_a_second_matching(tmp_path):
+    model, latents, noise = randomise(make_vae()), torch.randn(5, 4), torch.randn(5, 6)
+    for seed in (0, 1):
+        model.match_moments(*moments_of(6, seed), torch.Generator().manual_seed(0), 100)
+        model.save_pretrained(tmp_path)
+        loaded = VAEPlusVAEModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded.sample(latents, noise), model.sample(latents, noise))
+    coarse = VAEPlusVAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16).sample(latents, noise)
+    assert coarse.dtype == torch.float32
+    torch.testing.assert_close(coarse, model.sample(latents, noise), rtol=0.1, atol=0.1)
+    fresh = VAEPlusVAEModel(VAEPlusVAEConfig(**TINY_VAE, matched_moments=True))
+    assert torch.equal(fresh.sample(latents, noise), fresh.decode(latents))  # nothing matched yet: the mean
+
+
+BAD_MOMENTS = {
+    "images": (CONV, {}, "for VAEs of vectors, not of inputs"),
+    "mean": ({}, {"mean": torch.zeros(5)}, r"mean must have shape \(6,\), got \(5,\)"),
+    "covariance": ({}, {"covariance": torch.ones(6)}, r"covariance must have shape \(6, 6\), got \(6,\)"),
+    "few samples": ({}, {"num_samples": 6}, "num_samples must exceed the 6 dimensions, got 6"),
+    "share": ({}, {"min_explained": 0.0}, r"min_explained must lie in \(0, 1\], got 0.0"),
+    "not finite": ({}, {"mean": torch.full((6,), math.nan)}, "mean and covariance must be finite"),
+    "negative": (
+        {},
+        {"covariance": -torch.eye(6)},
+        "a covariance has positive eigenvalues, but this has some from -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("config, changes, message", BAD_MOMENTS.values(), ids=BAD_MOMENTS)
+def test_moments_that_are_refused_change_nothing(config, changes, message):
+    model = make_vae(**config)
+    with pytest.raises(ValueError, match=message):
+        model.match_moments(**{"mean": torch.zeros(6), "covariance": torch.eye(6), **changes})
+    assert not model.config.matched_moments
+
+
 # ------------------------------------------------------------------------------------- image space and input units
 
 

@@ -71,7 +71,7 @@ def options(home):
 
 
 def build(options: StageOptions):
-    """`(model, data set, prepare)` of a stage."""
+    """`(model, data set, prepare)` of a stage, and `finish` of the second."""
     builders = {
         "autoencoder": stages._autoencoder_stage,
         "vae": stages._vae_stage,
@@ -132,7 +132,7 @@ def test_a_vae_without_an_autoencoder_trains_on_pixels(options):
 
 
 def test_the_second_stage_draws_z_afresh_at_each_step_and_only_from_seed_and_step(options):
-    _, dataset, prepare = build(options("second_stage"))
+    _, dataset, prepare, _ = build(options("second_stage"))
     batch = dataset.__getitems__(INDICES)
     arguments = prepare(batch, noise_of(2), 2)
     eps, own = (draw := noise_of(2))(Z_DIM), draw(Z_DIM)
@@ -145,7 +145,7 @@ def test_the_second_stage_draws_z_afresh_at_each_step_and_only_from_seed_and_ste
 
 
 def test_the_second_stages_z_follow_the_posterior(options, home):
-    _, dataset, prepare = build(options("second_stage"))
+    _, dataset, prepare, _ = build(options("second_stage"))
     batch = dataset.__getitems__(INDICES)
     with torch.no_grad():
         autoencoder = VAEPlusAutoencoderModel.from_pretrained(home / "autoencoder").eval()
@@ -157,14 +157,32 @@ def test_the_second_stages_z_follow_the_posterior(options, home):
 
 
 def test_the_second_stage_starts_below_the_variance_of_what_it_models(options):
-    model, _, _ = build(options("second_stage"))
+    model, *_ = build(options("second_stage"))
     assert (model.config.input_shape, model.config.latent_dim) == ((Z_DIM,), Z_DIM)
     assert model.decoder_log_variance.exp().item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_samples_of_a_trained_second_stage_have_the_moments_of_q(options, tmp_path, streaming):
+    settings = options("second_stage", output_dir=str(tmp_path), streaming=streaming, max_train_samples=400)
+    model = run_stage(settings)
+    vae, autoencoder = (load_frozen(kind, getattr(settings, name)) for name, kind in
+                        (("vae", VAEPlusVAEModel), ("autoencoder", VAEPlusAutoencoderModel)))  # fmt: skip
+    images = open_images(options("autoencoder", max_train_samples=400))
+    with torch.no_grad():
+        q = vae.encode(autoencoder.encode(images.pixels(0, 400)))
+        z = torch.cat([q.sample() for _ in range(200)])
+        x = model.sample(torch.randn(100_000, Z_DIM), torch.randn(100_000, Z_DIM))
+    torch.testing.assert_close(x.mean(0), z.mean(0), rtol=0, atol=0.03)
+    torch.testing.assert_close(torch.cov(x.T), torch.cov(z.T), rtol=0.05, atol=0.05)
+    assert VAEPlusVAEModel.from_pretrained(tmp_path).config.matched_moments
+    other = run_stage(options("second_stage", output_dir=str(tmp_path / "other"), match_moments=False))
+    assert not other.config.matched_moments
+
+
 @pytest.mark.parametrize("stage", ["vae", "second_stage"])
 def test_kl_warmup(options, stage):
-    _, dataset, prepare = build(options(stage, kl_warmup_steps=4))
+    _, dataset, prepare, *_ = build(options(stage, kl_warmup_steps=4))
     batch = dataset.__getitems__(INDICES)
     weights = [prepare(batch, noise_of(step), step)["kl_weight"] for step in range(6)]
     assert weights == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
@@ -284,9 +302,9 @@ def test_a_code_that_never_moves_gets_a_thousandth_of_the_others_scale(options, 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stream_gives_the_same_kind_of_batch(options, stage):
-    _, cached, prepare = build(options(stage))
+    _, cached, prepare, *_ = build(options(stage))
     expected = prepare(cached.__getitems__(INDICES), noise_of(0), 0)
-    _, stream, prepare = build(options(stage, streaming=True))
+    _, stream, prepare, *_ = build(options(stage, streaming=True))
     stream.set_position(0, BATCH)
     streamed = prepare(next(iter(stream)), noise_of(0), 0)
     assert streamed.keys() == expected.keys()
