@@ -385,8 +385,14 @@ def _add_sample(commands):
     parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
+    _add_sharpness(parser)
     parser.add_argument("--separate", action="store_true", help="write one file per image into the folder --output")
     parser.set_defaults(run=_sample)
+
+
+def _add_sharpness(parser):
+    told = "0 for the decoder's mean, 1 for the power spectrum of real images (default: 0)"
+    parser.add_argument("--sharpness", type=float, default=0.0, help=told)
 
 
 def _add_reconstruct(commands):
@@ -398,6 +404,7 @@ def _add_reconstruct(commands):
         epilog="example:\n  vaeplus reconstruct runs/faces/pipeline a.png b.jpg --output reconstructions.png",
     )
     _add_pipeline(parser, "reconstructions.png")
+    _add_sharpness(parser)
     parser.set_defaults(output="reconstructions.png")
     parser.add_argument("images", nargs="+", help="pictures")
     _add_crop(parser)
@@ -499,7 +506,8 @@ def _sample(args):
         output = _output_picture(args.output or "samples.png")
     pipe = _load_pipeline(args)
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
-    wanted = dict(generator=generator, temperature=args.temperature, batch_size=args.batch_size)
+    wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
+    wanted["batch_size"] = args.batch_size
     if not args.separate:
         image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save(output)
         return
@@ -515,7 +523,8 @@ def _reconstruct(args):
     output = _output_picture(args.output)
     pipe = _load_pipeline(args)
     images = _read_pictures(args, pipe)
-    pairs = torch.stack([images, pipe.reconstruct(images, output_type="pt", batch_size=args.batch_size)], 1)
+    decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
+    pairs = torch.stack([images, decoded], 1)
     image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save(output)
 
 

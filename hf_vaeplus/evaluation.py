@@ -36,7 +36,7 @@ from .metrics.running import RunningMoments
 from .pictures import image_grid, plot_curves
 from .training import derived_seed
 
-SAMPLERS = ("second_stage", "prior", "mixture", "gaussian")
+SAMPLERS = ("second_stage", "sharpened", "prior", "mixture", "gaussian")
 _COMPONENTS = {"mixture": 10, "gaussian": 1}
 # What the noise of an evaluation is for: `derived_seed(seed, purpose, image)`. Training has the numbers below 4.
 _SAMPLES, _POSTERIORS, _PRIOR, _IMPORTANCE = 4, 5, 6, 7
@@ -171,20 +171,24 @@ class Judge:
 # ----------------------------------------------------------------------------------------------- sets of images
 
 
-def sample_images(pipe, batches: Iterable[Sequence[int]], seed: int = 0) -> Iterator[torch.Tensor]:
+def sample_images(
+    pipe, batches: Iterable[Sequence[int]], seed: int = 0, sharpness: float = 0.0
+) -> Iterator[torch.Tensor]:
     """Samples of a pipeline: image i is a function of (seed, i), whatever its batch and the number of processes.
 
     Args:
         pipe ([`VAEPlusPipeline`]).
         batches: the numbers of the images of each batch, say `torch.arange(10_000).split(100)`.
         seed (`int`): not negative.
+        sharpness (`float`): see the pipeline.
 
     Yields:
         uint8 `torch.Tensor` of shape `(batch, C, H, W)`.
     """
     for numbers in batches:
         generators = _generators(seed, _SAMPLES, numbers)
-        yield to_uint8(pipe(len(generators), generators, batch_size=len(generators), output_type="pt").images)
+        wanted = dict(sharpness=sharpness, batch_size=len(generators), output_type="pt")
+        yield to_uint8(pipe(len(generators), generators, **wanted).images)
 
 
 @torch.no_grad()
@@ -287,9 +291,9 @@ def evaluate(
         pipe ([`VAEPlusPipeline`]).
         images ([`~hf_vaeplus.data.ImageDataset`]): of the pipeline's size and channels.
         extractors: of the distances, with different names.
-        samplers: `"second_stage"`, the pipeline itself; `"prior"`, without its second stage; `"mixture"` and
-            `"gaussian"`, 10 Gaussians and 1 fitted to the codes of training images ([`sample_mixture`]). By default
-            the pipeline as it is.
+        samplers: `"second_stage"`, the pipeline itself; `"sharpened"`, the pipeline at `sharpness=1`; `"prior"`,
+            without its second stage; `"mixture"` and `"gaussian"`, 10 Gaussians and 1 fitted to the codes of training
+            images ([`sample_mixture`]). By default the pipeline as it is.
         num_images (`int`): at least 2; all of `images` where there are fewer.
         training_images ([`~hf_vaeplus.data.ImageDataset`], *optional*): what bins and mixtures are fitted to.
         num_training_images (`int`): only so many of them, the first.
@@ -358,8 +362,8 @@ def evaluate(
         if sampler in _COMPONENTS:
             drawn = sample_mixture(pipe, codes, batches, _COMPONENTS[sampler], seed)
         else:
-            sampled = pipe if sampler == "second_stage" else type(pipe)(pipe.vae, pipe.autoencoder)
-            drawn = sample_images(sampled, batches, seed)
+            sampled = type(pipe)(pipe.vae, pipe.autoencoder) if sampler == "prior" else pipe
+            drawn = sample_images(sampled, batches, seed, sharpness=float(sampler == "sharpened"))
         observed[sampler] = [observe(batch) for batch in drawn]
 
     rows = _joined(rows)
@@ -410,6 +414,8 @@ def _check(
             raise ValueError(f"samplers must be of {', '.join(SAMPLERS)}, got {sampler!r}.")
     if "second_stage" in samplers and pipe.second_stage is None:
         raise ValueError("this pipeline has no second stage: sample it with prior, mixture or gaussian.")
+    if "sharpened" in samplers and not (pipe.autoencoder and pipe.autoencoder.config.matched_spectrum):
+        raise ValueError("this pipeline cannot sharpen: its autoencoder was trained without match_spectrum.")
     needed = [_COMPONENTS[sampler] for sampler in samplers if sampler in _COMPONENTS]
     if any(not 2 <= k <= num_training for k in num_bins) or any(max(2, k) > num_training for k in needed):
         raise ValueError(

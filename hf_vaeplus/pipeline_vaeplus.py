@@ -131,6 +131,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         temperature: float = 1.0,
+        sharpness: float = 0.0,
         batch_size: int = 64,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -147,6 +148,8 @@ class VAEPlusPipeline(DiffusionPipeline):
             latents (`torch.Tensor` of shape `(num_images, dim)`, *optional*): standard normal noise to use instead of
                 drawing u; `dim` is the `latent_dim` of the second stage or, without one, of the VAE.
             temperature (`float`): factor on all noise, `latents` included; 0 gives the image at the centre.
+            sharpness (`float`): 0 for the decoder's mean; at 1 its power spectrum is that of real images (see
+                `VAEPlusAutoencoderModel.sharpen`).
             batch_size (`int`): images decoded at a time.
             output_type (`"pil" | "np" | "pt"`): see the class.
             return_dict (`bool`): an `ImagePipelineOutput`, or the tuple `(images,)`.
@@ -158,6 +161,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         _check_output_type(output_type)
         if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}.")
+        self._check_sharpness(sharpness)
         latent_dim = self.vae.config.latent_dim
         noise_dim = latent_dim if self.second_stage is None else self.second_stage.config.latent_dim
         if latents is not None:
@@ -182,7 +186,7 @@ class VAEPlusPipeline(DiffusionPipeline):
             if self.second_stage is not None:
                 with _weights_in_place(self.second_stage):
                     z = self.second_stage.sample(z, eps[rows])
-            images.append(self._decode_batch(z).clamp(0, 1).cpu())
+            images.append(self._finished(self._decode_batch(z), sharpness))
         images = _to_output(torch.cat(images), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -209,29 +213,35 @@ class VAEPlusPipeline(DiffusionPipeline):
         return type(posteriors[0])(mean, torch.cat([posterior.logvar.cpu() for posterior in posteriors]))
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, output_type: str = "pt", batch_size: int = 64):
+    def decode(self, latents: torch.Tensor, output_type: str = "pt", batch_size: int = 64, sharpness: float = 0.0):
         """Images, in the form `output_type`, of latents z of the first VAE, of shape `(n, latent_dim)`.
+
+        `sharpness` is that of sampling.
 
         Raises:
             TypeError: latents that are not a tensor.
-            ValueError: latents of wrong shape or dtype, or not finite.
+            ValueError: latents of wrong shape or dtype, or not finite; sharpness that this model has not.
         """
         _check_output_type(output_type)
+        self._check_sharpness(sharpness)
         _check_latents(latents, self.vae.config.latent_dim)
         batches = self._batches(len(latents), batch_size)
-        images = torch.cat([self._decode_batch(latents[rows]).clamp(0, 1).cpu() for rows in batches])
+        images = torch.cat([self._finished(self._decode_batch(latents[rows]), sharpness) for rows in batches])
         self.maybe_free_model_hooks()
         return _to_output(images, output_type)
 
     @torch.no_grad()
-    def reconstruct(self, images: Images, output_type: str = "pil", batch_size: int = 64):
+    def reconstruct(self, images: Images, output_type: str = "pil", batch_size: int = 64, sharpness: float = 0.0):
         """Images, in the form `output_type`, decoded from the posterior means of `images` (see the class).
+
+        `sharpness` is that of sampling.
 
         Raises:
             TypeError, ValueError: as `encode`.
         """
         _check_output_type(output_type)
-        return self.decode(self.encode(images, batch_size).mean, output_type, batch_size)
+        self._check_sharpness(sharpness)
+        return self.decode(self.encode(images, batch_size).mean, output_type, batch_size, sharpness)
 
     @torch.no_grad()
     def interpolate(self, a: Images, b: Images, steps: int = 8, output_type: str = "pil", batch_size: int = 64):
@@ -339,6 +349,21 @@ class VAEPlusPipeline(DiffusionPipeline):
         _check_count("batch_size", batch_size)
         batches = [slice(first, first + batch_size) for first in range(0, num_images, batch_size)]
         return batches if len(batches) == 1 else self.progress_bar(batches)
+
+    def _check_sharpness(self, sharpness: float):
+        if not (isinstance(sharpness, int | float) and math.isfinite(sharpness) and sharpness >= 0):
+            raise ValueError(f"sharpness must be a finite number of at least 0, got {sharpness!r}.")
+        if sharpness and not (self.autoencoder is not None and self.autoencoder.config.matched_spectrum):
+            raise ValueError(
+                f"sharpness={sharpness} needs an autoencoder whose match_spectrum was called after training: use 0."
+            )
+
+    def _finished(self, images: torch.Tensor, sharpness: float) -> torch.Tensor:
+        """Decoder means as they are returned: sharpened if asked for, in [0, 1], on the CPU."""
+        if sharpness:
+            with _weights_in_place(self.autoencoder):
+                images = self.autoencoder.sharpen(images, sharpness)
+        return images.clamp(0, 1).cpu()
 
     def _to_float(self, images: torch.Tensor) -> torch.Tensor:
         """float32 pixels in [0, 1] on the execution device, of a batch from `_to_tensor`."""

@@ -10,7 +10,7 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 import difflib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from importlib import resources
@@ -62,6 +62,7 @@ class StageOptions(TrainingOptions):
     autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
     vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
+    match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
     match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
     mmd_weight: float = option(0.0, "baseline: weight of the MMD penalty of a WAE in place of a VAE's KL term")
     model: dict = field(default_factory=dict, metadata={"help": "fields of the model's config"})
@@ -240,7 +241,10 @@ def _autoencoder_stage(options: StageOptions, images):
     def prepare(batch, noise, step):
         return {"pixel_values": to_unit_range(batch["pixel_values"])}
 
-    return model, images, prepare
+    def finish(trained):
+        trained.match_spectrum(_some_images(images, trained.device))
+
+    return model, images, prepare, finish if options.match_spectrum else None
 
 
 def _vae_stage(options: StageOptions, images):
@@ -293,7 +297,7 @@ def _second_stage(options: StageOptions, images):
         posterior = vae.encode(inputs)
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    dataset = images
+    dataset, rows = images, None
     if not isinstance(images, IterableDataset):
         if autoencoder is None:
             rows = encode_dataset(images, vae, statistics)
@@ -305,15 +309,12 @@ def _second_stage(options: StageOptions, images):
 
     @torch.no_grad()
     def finish(trained):
-        if isinstance(images, IterableDataset):
-            images.set_position(0, 8_192)
-            parts = []
-            for part in next(iter(images))["pixel_values"].split(256):
-                pixels = to_unit_range(part.to(vae.device))
-                parts.append(statistics(pixels if autoencoder is None else autoencoder.encode(pixels)).cpu())
-            posteriors = torch.cat(parts)
-        else:
-            posteriors = rows
+        posteriors = rows
+        if rows is None:
+            parts = _some_images(images, vae.device)
+            posteriors = torch.cat([
+                statistics(pixels if autoencoder is None else autoencoder.encode(pixels)).cpu() for pixels in parts
+            ])  # fmt: skip
         means, logvars = posteriors.double().chunk(2, dim=1)
         covariance = torch.cov(means.T).reshape(latent_dim, latent_dim) + logvars.exp().mean(0).diag()
         generator = torch.Generator().manual_seed(derived_seed(options.seed, 5))
@@ -328,6 +329,18 @@ def _second_stage(options: StageOptions, images):
         return {"inputs": z, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
     return model, dataset, prepare, finish if options.match_moments else None
+
+
+def _some_images(images, device, count: int = 5_000) -> Iterator[torch.Tensor]:
+    """Pixels in [0, 1] of images spread over the data set (of a stream: its first), by which statistics are taken."""
+    if isinstance(images, IterableDataset):
+        images.set_position(0, count)
+        parts = next(iter(images))["pixel_values"].split(250)
+    else:
+        rows = torch.arange(0, len(images), max(1, len(images) // count)).split(250)
+        parts = (images.__getitems__(part.tolist())["pixel_values"] for part in rows)
+    for part in tqdm(parts, desc="statistics", leave=False, disable=not process_state().is_main_process):
+        yield to_unit_range(part.to(device))
 
 
 def _kl_weight(options: StageOptions, step: int) -> float:

@@ -4,6 +4,7 @@ The pipeline of most tests is a probabilistic PCA of digits (Theorem 1's optimum
 and of which everything is known.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -252,6 +253,22 @@ def test_the_result_holds_the_protocol_and_is_json(deep, digits):
     assert again["vae"]["mmd"] == pytest.approx(results["vae"]["mmd"], rel=1e-4)
 
 
+def test_the_sharpened_sampler_is_the_pipeline_at_sharpness_1(deep, digits):
+    images = digits("train[:100]", 32)
+    pipe = copy.deepcopy(deep)
+    pipe.autoencoder.match_spectrum([images.pixels(0, 100)])
+    found = evaluate(pipe, images, [open_extractor("pixels:32")], ["second_stage", "sharpened"], num_images=30)
+    drawn = torch.cat([*sample_images(pipe, torch.arange(30).split(10), 0, sharpness=1.0)])
+    expected = Judge(
+        open_extractor("pixels:32"), [torch.as_tensor(images.__getitems__(range(30))["pixel_values"])], []
+    )([drawn])
+    distances = {
+        name: found["sets"][name]["distances"]["pixels:32"]["frechet"] for name in ("second_stage", "sharpened")
+    }
+    assert distances["sharpened"] == pytest.approx(expected["frechet"], rel=1e-6)
+    assert distances["sharpened"] != pytest.approx(distances["second_stage"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     "split, training, num_images, expected",
     [
@@ -303,8 +320,9 @@ def test_a_judge_sees_a_thousand_images_with_the_kernel(digits):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"samplers": ["posterior"]}, "samplers must be of second_stage, prior, mixture, gaussian, got 'posterior'"),
+        ({"samplers": ["posterior"]}, "samplers must be of second_stage, sharpened, prior, .*, got 'posterior'"),
         ({"samplers": ["second_stage"]}, "no second stage: sample it with prior"),
+        ({"samplers": ["sharpened"]}, "its autoencoder was trained without match_spectrum"),
         ({"samplers": ["mixture"]}, "need as many training images, got 0"),
         ({"num_bins": [3]}, "need as many training images, got 0 for num_bins=\\[3\\]"),
         ({"num_images": 1}, "num_images must be at least 2 .* got 1"),

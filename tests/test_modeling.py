@@ -561,6 +561,47 @@ def test_moments_that_are_refused_change_nothing(config, changes, message):
     assert not model.config.matched_moments
 
 
+# ------------------------------------------------------------------------------------------------- sharper images
+
+
+def power(images: torch.Tensor) -> torch.Tensor:
+    return torch.fft.rfft2(images.double()).abs().square().mean(0)
+
+
+def test_sharpened_images_have_the_power_of_real_ones(tmp_path):
+    model, images = randomise(make_autoencoder()), torch.rand(12, 1, 32, 32)
+    with pytest.raises(ValueError, match="this autoencoder cannot sharpen: call match_spectrum"):
+        model.sharpen(images)
+    model.match_spectrum(images.split(5), max_gain=math.inf)
+    with torch.no_grad():
+        decoded = model.decode(model.encode(images))
+    torch.testing.assert_close(power(model.sharpen(decoded)), power(images), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.sharpen(decoded, 0.0), decoded, rtol=1e-4, atol=1e-5)
+    twice = model.sharpen(model.sharpen(decoded, 0.5), 0.5)  # gains to the power of sharpness
+    torch.testing.assert_close(twice, model.sharpen(decoded), rtol=1e-3, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = VAEPlusAutoencoderModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.sharpen(decoded), model.sharpen(decoded))
+    assert (
+        VAEPlusAutoencoderModel.from_pretrained(tmp_path, dtype=torch.bfloat16).sharpen(decoded).dtype == torch.float32
+    )
+
+
+def test_a_spectrum_of_no_images_or_of_images_of_another_size_changes_nothing():
+    model = make_autoencoder()
+    for batches, message in (
+        ([], "got no images"),
+        ([torch.rand(2, 3, 32, 32)], "pixel_values must be floats of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.match_spectrum(batches)
+    assert not model.config.matched_spectrum
+    with pytest.raises(ValueError, match="max_gain must be at least 1, got 0.5"):
+        model.match_spectrum([], max_gain=0.5)
+    model.match_spectrum([torch.rand(2, 1, 32, 32)], max_gain=3)  # decodes to a constant
+    assert (model.spectrum_gain == 3).sum() == model.spectrum_gain.numel() - 1
+
+
 # ------------------------------------------------------------------------------------- image space and input units
 
 

@@ -116,6 +116,32 @@ def test_a_second_stage_of_matched_moments_samples_by_its_map(tmp_path):
     assert torch.equal(sampled(VAEPlusPipeline.from_pretrained(tmp_path)), expected)
 
 
+def test_sharpness_is_applied_before_the_clipping_and_zero_changes_nothing(images, tmp_path):
+    pipe, plain = make_pipeline(), make_pipeline()
+    pipe.autoencoder.match_spectrum([images])
+    assert torch.equal(sampled(pipe), sampled(plain))
+    with torch.no_grad():
+        z = pipe.encode(images).mean
+        decoded = pipe.autoencoder.decode(pipe.vae.decode(z))
+        expected = pipe.autoencoder.sharpen(decoded, 0.5).clamp(0, 1)
+    assert not torch.allclose(expected, decoded.clamp(0, 1), atol=0.01)
+    torch.testing.assert_close(pipe.reconstruct(images, "pt", sharpness=0.5), expected)
+    torch.testing.assert_close(pipe.decode(z, sharpness=0.5), expected)
+    assert not torch.equal(sampled(pipe, sharpness=1), sampled(pipe))
+    pipe.save_pretrained(tmp_path)
+    loaded = VAEPlusPipeline.from_pretrained(tmp_path)
+    assert torch.equal(sampled(loaded, sharpness=1.0), sampled(pipe, sharpness=1))
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "1"])
+def test_bad_sharpness(pipeline, images, value):
+    for call in (sampled, lambda pipe, **options: pipe.reconstruct(images, **options)):
+        with pytest.raises(ValueError, match="sharpness must be a finite number of at least 0, got"):
+            call(pipeline, sharpness=value)
+        with pytest.raises(ValueError, match="sharpness=1 needs an autoencoder whose match_spectrum was called"):
+            call(pipeline, sharpness=1)
+
+
 @pytest.mark.parametrize("autoencoder", [True, False])
 @pytest.mark.parametrize("second_stage", [True, False])
 def test_every_combination_of_components(autoencoder, second_stage, images, tmp_path):

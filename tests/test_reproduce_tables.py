@@ -52,7 +52,10 @@ def test_table3_table4_figure2(finished):
     folder, cells = finished("table3_table4_figure2")
     assert cells["set-real"]["frechet"] < cells["set-downsample"]["frechet"] < cells["set-vae-sampled"]["frechet"]
     assert set(cells["set-vae-sampled"]["ndb"]) == {"4", "8"}
-    assert all((folder / f"samples-{name}.png").is_file() for name in ("vaeplus", "vae", "wae-mmd", "mixture-10"))
+    grids = ("vaeplus-0", "vaeplus-unmatched-0", "vae-0", "wae-mmd-0", "mixture-10")
+    assert all((folder / f"samples-{name}.png").is_file() for name in grids)
+    matched, unmatched = cells["set-vaeplus-sampled-0"], cells["set-vaeplus-unmatched-sampled-0"]
+    assert matched["frechet"] != unmatched["frechet"]
     assert "| VAE+ |" in (folder / "table.md").read_text()
 
 

@@ -71,7 +71,7 @@ def options(home):
 
 
 def build(options: StageOptions):
-    """`(model, data set, prepare)` of a stage, and `finish` of the second."""
+    """`(model, data set, prepare)` of a stage, and `finish` of the first and the last."""
     builders = {
         "autoencoder": stages._autoencoder_stage,
         "vae": stages._vae_stage,
@@ -92,7 +92,7 @@ INDICES = [3, 0, 5, 39, 1]
 
 
 def test_the_autoencoder_trains_on_pixels(options):
-    _, dataset, prepare = build(options("autoencoder"))
+    _, dataset, prepare, _ = build(options("autoencoder"))
     batch = dataset.__getitems__(INDICES)
     arguments = prepare(batch, noise_of(0), 0)
     assert arguments.keys() == {"pixel_values"}
@@ -178,6 +178,20 @@ def test_the_samples_of_a_trained_second_stage_have_the_moments_of_q(options, tm
     assert VAEPlusVAEModel.from_pretrained(tmp_path).config.matched_moments
     other = run_stage(options("second_stage", output_dir=str(tmp_path / "other"), match_moments=False))
     assert not other.config.matched_moments
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_trained_autoencoder_has_the_gains_of_its_images(options, tmp_path, streaming):
+    model = run_stage(options("autoencoder", output_dir=str(tmp_path), streaming=streaming))
+    images = open_images(options("autoencoder")).pixels(0, 40)
+    with torch.no_grad():
+        power = [torch.fft.rfft2(x.double()).abs().square().mean(0) for x in (images, model(images).reconstruction)]
+    gain = VAEPlusAutoencoderModel.from_pretrained(tmp_path).spectrum_gain
+    expected = (power[0] / power[1]).sqrt().clamp(max=20)
+    torch.testing.assert_close(gain, expected.float(), rtol=0.01, atol=0.01)
+    assert (gain < 20).any()
+    other = run_stage(options("autoencoder", output_dir=str(tmp_path / "other"), match_spectrum=False))
+    assert not other.config.matched_spectrum
 
 
 @pytest.mark.parametrize("stage", ["vae", "second_stage"])

@@ -4,7 +4,8 @@
         --models runs/reproduce/table3_table4_figure2-cpu
 
 Takes the models of `table3_table4_figure2.py` as they are and changes only what comes after the decoder's mean mu:
-    spectrum   mu filtered so that its power spectrum, averaged over training images, is that of real images
+    spectrum   mu filtered so that its power spectrum, averaged over training images, is that of real images: what
+               the pipeline does at sharpness=1
     residual   mu + stationary Gaussian noise with the spectrum of x - mu: p(x | code) with more than one gamma
     texture    a small network on mu, trained on a distance between local band energies (and patches)
     energy     the same network with noise as an input, trained on the energy score of that distance: a strictly
@@ -55,7 +56,7 @@ SETTINGS = {
         "width": 8,
     },
     "cpu": CPU,
-    "gpu": {**CPU, "preset": "celeba-gpu", "steps": 20_000, "width": 256},
+    "gpu": {**CPU, "preset": "celeba-gpu", "num_train": 152_770, "steps": 20_000, "width": 256},
 }
 
 
@@ -141,8 +142,9 @@ def train_finisher(means, images, settings, noise_channels, path) -> dict:
 
 def measure(settings, cells, args):
     preset = load_preset(Path(__file__).with_name(f"{settings['preset']}.yaml"))
+    num_train = args.num_train or settings["num_train"]
     options = stage_options("autoencoder", preset, train_data_dir=args.train_data_dir)
-    train_images, test_images = held_out(options, settings["num_train"], settings["num_test"])
+    train_images, test_images = held_out(options, num_train, settings["num_test"])
     models = Path(args.models)
     autoencoder = load_frozen(VAEPlusAutoencoderModel, models / "autoencoder")
     vae = load_frozen(VAEPlusVAEModel, models / "first_vae")
@@ -163,22 +165,19 @@ def measure(settings, cells, args):
         return [*sample_batches(pipe, settings["num_test"], seed=0)]
 
     @cache
-    def spectra():
-        """Mean power over training images of x, mu and x - mu: each (channels, height, width // 2 + 1)."""
-        sums = [0.0, 0.0, 0.0]
-        for start in tqdm(range(0, min(len(train_images), 5_000), BATCH), desc="spectra", leave=False):
+    def residual_power():
+        """Mean over training images of |F (x - mu)|^2: (channels, height, width // 2 + 1)."""
+        total, count = 0.0, min(len(train_images), 5_000)
+        for start in tqdm(range(0, count, BATCH), desc="spectra", leave=False):
             x = train_images.pixels(start, start + BATCH)
-            mean = means(x)
-            for number, each in enumerate((x, mean, x - mean)):
-                sums[number] = sums[number] + torch.fft.rfft2(each.double()).abs().square().mean(0)
-        return sums
+            total = total + torch.fft.rfft2((x - means(x)).double()).abs().square().sum(0)
+        return total / count
 
     def spectrum(batch, _):
-        real, mean, _ = spectra()
-        return torch.fft.irfft2(torch.fft.rfft2(batch.double()) * (real / mean).sqrt(), s=batch.shape[2:]).float()
+        return autoencoder.sharpen(batch)
 
     def residual(batch, generator):
-        gain = (spectra()[2] / (batch.shape[2] * batch.shape[3])).sqrt()
+        gain = (residual_power() / (batch.shape[2] * batch.shape[3])).sqrt()
         noise = torch.fft.rfft2(torch.randn(batch.shape, generator=generator, dtype=torch.float64))
         return batch + torch.fft.irfft2(noise * gain, s=batch.shape[2:]).float()
 
@@ -236,6 +235,7 @@ def table(cells):
 
 def add_options(parser):
     parser.add_argument("--train_data_dir", default=None, help="folder with CelebA as parquet files (not for smoke)")
+    parser.add_argument("--num_train", type=int, help="as for table3_table4_figure2.py")
     parser.add_argument("--features", default="pixels:16", help="an .onnx file, fid:WEIGHTS, or pixels:SIZE")
     parser.add_argument("--models", required=True, help="--output_dir of table3_table4_figure2.py")
 

@@ -7,6 +7,7 @@ All three models have the same structure and as many steps: VAE+ in three stages
 """
 
 import json
+import re
 import sys
 import time
 from functools import cache
@@ -14,13 +15,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from common import BATCH, held_out, mean_and_spread, reproduce, sample_batches, uint8_batches
-from sklearn.mixture import GaussianMixture
+from common import BATCH, held_out, mean_and_spread, reproduce, uint8_batches
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.data import to_uint8
-from hf_vaeplus.evaluation import Judge, downsample, summarize
+from hf_vaeplus.evaluation import Judge, downsample, sample_images, sample_mixture, summarize
 from hf_vaeplus.features import open_extractor
 from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel
@@ -29,28 +29,30 @@ from hf_vaeplus.stages import encode_dataset, load_frozen, load_preset, run_stag
 
 BASELINES = {"vae": {"max_grad_norm": 20_000.0}, "wae-mmd": {"mmd_weight": 500.0, "max_grad_norm": 300.0}}
 SETTINGS = {
-    "smoke": {"preset": "tiny", "num_train": 160, "num_test": 80, "bins": [4, 8], "seeds": 1, "num_cells": 19},
+    "smoke": {"preset": "tiny", "num_train": 160, "num_test": 80, "bins": [4, 8], "seeds": 1, "num_cells": 20},
     "cpu": {
         "preset": "celeba-cpu",
         "num_train": 20_000,
         "num_test": 10_000,
         "bins": [100, 200, 300],
         "seeds": 3,
-        "num_cells": 23,
+        "num_cells": 26,
     },
     "gpu": {
         "preset": "celeba-gpu",
-        "num_train": 20_000,
+        "num_train": 152_770,  # of the 162,770 that CelebA's split has
         "num_test": 10_000,
         "bins": [100, 200, 300],
         "seeds": 3,
-        "num_cells": 23,
+        "num_cells": 26,
     },
 }
 
 
 def measure(settings, cells, args):
     preset = load_preset(Path(__file__).with_name(f"{settings['preset']}.yaml"))
+    num_train = args.num_train or settings["num_train"]
+    preset["common"]["max_train_samples"] = num_train
     source = {"train_data_dir": args.train_data_dir, "resume_from_checkpoint": "latest"}
     folder = {name: str(args.output_dir / name) for name in ("autoencoder", "first_vae", *BASELINES)}
 
@@ -59,7 +61,11 @@ def measure(settings, cells, args):
         started = time.perf_counter()
         run_stage(options)
         stats = json.loads((args.output_dir / name / "stats.jsonl").read_text().splitlines()[-1])
-        return {"last_line_of_the_log": stats, "seconds_of_this_call": round(time.perf_counter() - started)}
+        return {
+            "num_train": num_train,
+            "last_line_of_the_log": stats,
+            "seconds_of_this_call": round(time.perf_counter() - started),
+        }
 
     seeds = range(settings["seeds"])
     cells("train-autoencoder", lambda: train("autoencoder", "autoencoder"))
@@ -72,7 +78,7 @@ def measure(settings, cells, args):
         cells(f"train-{name}", lambda n=name, o=options: train(n, "vae", baseline(preset), **o))
 
     options = stage_options("autoencoder", preset, **source)
-    train_images, test_images = held_out(options, settings["num_train"], settings["num_test"])
+    train_images, test_images = held_out(options, num_train, settings["num_test"])
     extractor = open_extractor(args.features)
 
     @cache
@@ -96,10 +102,14 @@ def measure(settings, cells, args):
 
     @cache
     def pipeline(name, seed=0):
-        autoencoder = load_frozen(VAEPlusAutoencoderModel, folder["autoencoder"])
-        vae = load_frozen(VAEPlusVAEModel, folder["first_vae" if name.startswith("vaeplus") else name])
-        second = load_frozen(VAEPlusVAEModel, args.output_dir / f"second_stage-{seed}") if name == "vaeplus" else None
-        pipe = VAEPlusPipeline(vae, autoencoder if name.startswith("vaeplus") else None, second)
+        own_autoencoder = name in BASELINES
+        autoencoder = None if own_autoencoder else load_frozen(VAEPlusAutoencoderModel, folder["autoencoder"])
+        vae = load_frozen(VAEPlusVAEModel, folder[name if own_autoencoder else "first_vae"])
+        second = None
+        if name in ("vaeplus", "vaeplus-unmatched"):
+            second = load_frozen(VAEPlusVAEModel, args.output_dir / f"second_stage-{seed}")
+            second.config.matched_moments = name == "vaeplus"
+        pipe = VAEPlusPipeline(vae, autoencoder, second)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -107,32 +117,33 @@ def measure(settings, cells, args):
         for pixels in uint8_batches(test_images):
             yield to_uint8(pipe.reconstruct(pixels, output_type="pt", batch_size=BATCH))
 
+    def shown(name, batches):
+        for number, batch in enumerate(batches):
+            if number == 0:
+                image_grid(batch[:32].float() / 255, columns=8).save(args.output_dir / f"samples-{name}.png")
+            yield batch
+
+    numbers = range(settings["num_test"])
+    parts = [numbers[start : start + BATCH] for start in numbers[::BATCH]]
+
     def samples(name, seed=0):
-        for number, batch in enumerate(sample_batches(pipeline(name, seed), settings["num_test"], seed)):
-            if number == 0 and seed == 0:
-                image_grid(batch[:32], columns=8).save(args.output_dir / f"samples-{name}.png")
-            yield to_uint8(batch)
+        bar = tqdm(parts, desc="samples", leave=False)
+        return shown(f"{name}-{seed}", sample_images(pipeline(name, seed), bar, seed))
 
     for name in ("vaeplus", *BASELINES):
         set_of(f"{name}-reconstructed", lambda n=name: reconstructions(pipeline(n)))
         cells(f"summary-{name}", lambda n=name: summarize(pipeline(n), test_images, 2_000, BATCH))
-    for seed in seeds:
-        set_of(f"vaeplus-sampled-{seed}", lambda s=seed: samples("vaeplus", s))
+    for name in ("vaeplus", "vaeplus-unmatched"):
+        for seed in seeds:
+            set_of(f"{name}-sampled-{seed}", lambda n=name, s=seed: samples(n, s))
     for name in ("vaeplus-prior", *BASELINES):
         set_of(f"{name}-sampled", lambda n=name: samples(n))
 
     def mixture(num_components):
-        autoencoder = load_frozen(VAEPlusAutoencoderModel, folder["autoencoder"])
-        codes = encode_dataset(train_images, autoencoder, autoencoder.encode)
-        model = GaussianMixture(num_components, random_state=0).fit(codes.double().numpy())
-        drawn = torch.from_numpy(model.sample(settings["num_test"])[0]).float()
-        drawn = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))]
-        with torch.no_grad():
-            for number, part in enumerate(drawn.split(BATCH)):
-                batch = autoencoder.decode(part).clamp(0, 1)
-                if number == 0:
-                    image_grid(batch[:32], columns=8).save(args.output_dir / f"samples-mixture-{num_components}.png")
-                yield to_uint8(batch)
+        pipe = pipeline("vaeplus")
+        codes = encode_dataset(train_images, pipe.autoencoder, pipe.autoencoder.encode)
+        bar = tqdm(parts, desc="samples", leave=False)
+        return shown(f"mixture-{num_components}", sample_mixture(pipe, codes, bar, num_components))
 
     for num_components in (1, 10):
         set_of(f"mixture-{num_components}-sampled", lambda n=num_components: mixture(n))
@@ -158,6 +169,7 @@ ROWS = {
     "WAE-MMD": ("wae-mmd-reconstructed", "wae-mmd-sampled"),
     "VAE": ("vae-reconstructed", "vae-sampled"),
     "VAE+": ("vaeplus-reconstructed", "vaeplus-sampled"),
+    "VAE+ without matched moments": ("vaeplus-reconstructed", "vaeplus-unmatched-sampled"),
     "VAE+ without its second stage": ("vaeplus-reconstructed", "vaeplus-prior-sampled"),
     "autoencoder, Gaussian mixture of 10": ("vaeplus-reconstructed", "mixture-10-sampled"),
     "autoencoder, one Gaussian": ("vaeplus-reconstructed", "mixture-1-sampled"),
@@ -178,7 +190,7 @@ def table(cells):
         "|---" * (5 + len(bins)) + "|",
     ]
     for title, (reconstructed, sampled) in ROWS.items():
-        found = [cell for name, cell in cells.items() if name.startswith(f"set-{sampled}")]
+        found = [cell for name, cell in cells.items() if re.fullmatch(f"set-{sampled}(-[0-9]+)?", name)]
         distances = [cell["frechet"] / unit for cell in found]
         row = ["", "", ""]
         if reconstructed:
@@ -192,7 +204,7 @@ def table(cells):
 
 
 def draw(cells, path):
-    shown = {"vaeplus": "VAE+", "vae": "VAE", "wae-mmd": "WAE-MMD", "mixture-10": "autoencoder, mixture of 10"}
+    shown = {"vaeplus-0": "VAE+", "vae-0": "VAE", "wae-mmd-0": "WAE-MMD", "mixture-10": "autoencoder, mixture of 10"}
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 5.8), layout="constrained")
     for axis, (name, title) in zip(axes.flat, shown.items(), strict=True):
         axis.imshow(plt.imread(path.parent / f"samples-{name}.png"))
@@ -204,6 +216,7 @@ def draw(cells, path):
 
 def add_options(parser):
     parser.add_argument("--train_data_dir", default=None, help="folder with CelebA as parquet files (not for smoke)")
+    parser.add_argument("--num_train", type=int, help="so many images to train on (default: what the scale says)")
     parser.add_argument("--features", default="pixels:16", help="an .onnx file, fid:WEIGHTS, or pixels:SIZE")
 
 
