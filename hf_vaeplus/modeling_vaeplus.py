@@ -712,7 +712,8 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             logvar = _upcast(self.logvar).expand_as(mean)
         else:
             mean, logvar = _upcast(self.encoder(hidden)).chunk(2, dim=1)
-        return GaussianPosterior(mean, logvar.clamp(-30, 20))  # beyond these exp() loses all float32 meaning
+        # Beyond these bounds exp() loses all float32 meaning; the gradient passes, so that there is a way back.
+        return GaussianPosterior(mean, logvar + (logvar.clamp(-30, 20) - logvar).detach())
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decoder mean f(z) + W z + b (Eq. 5) at latents of shape `(batch, latent_dim)`: `(batch, *input_shape)`.

@@ -162,6 +162,16 @@ def test_active_units_counts_small_posterior_variances():
     assert model(torch.randn(3, 6)).active_units == 2
 
 
+def test_a_log_variance_beyond_its_bounds_is_held_but_can_come_back():
+    model, inputs = make_vae(network="affine"), torch.randn(3, 6)
+    for raw, bound, slope in ((-40.0, -30.0, -0.5), (25.0, 20.0, 0.5 * (math.exp(20) - 1))):
+        torch.nn.init.constant_(model.logvar, raw)
+        posterior = model.encode(inputs)
+        assert (posterior.logvar == bound).all()
+        (gradient,) = torch.autograd.grad(posterior.kl().mean(0).sum(), model.logvar)
+        torch.testing.assert_close(gradient, torch.full((4,), slope))
+
+
 # ---------------------------------------------------------------------------------------------------------- gamma
 
 
