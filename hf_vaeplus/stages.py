@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from .data import PRESETS as NAMED_DATA_SETS
 from .data import keep_batch, load_images, stream_images, to_unit_range
 from .modeling_baselines import WAEMMDModel
 from .modeling_vaeplus import (
@@ -125,13 +126,19 @@ def _check_preset(preset, name):
 
 
 def stage_options(stage: str, preset: dict | None = None, **overrides) -> StageOptions:
-    """The options of one stage: defaults, then the preset's `common`, then its section, then `overrides`."""
+    """The options of one stage: defaults, then the preset's `common`, then its section, then `overrides`.
+
+    Pictures that the overrides name take the place of the preset's data set.
+    """
     preset = preset or {}
     layers = [preset.get("common", {}), preset.get(stage, {}), overrides]
     merged, model = {}, {}
     for layer in layers:
         merged |= layer
         model |= layer.get("model", {})
+    own_pictures = overrides.get("train_data_dir") or overrides.get("train_data_files")
+    if own_pictures and "dataset_name" not in overrides and merged.get("dataset_name") not in NAMED_DATA_SETS:
+        merged["dataset_name"] = None
     return StageOptions(**{**merged, "stage": stage, "model": model})
 
 

@@ -183,7 +183,7 @@ MISTAKES = {
     "a resolution that does not divide": (f"{TRAIN} --resolution 36", "multiple of"),
     "an output folder that is a file": ("train --config home/tiny.yaml --output_dir home/notes.txt", "notes.txt"),
     "an output folder below a file": ("train --config home/tiny.yaml --output_dir home/notes.txt/a", "notes.txt/a"),
-    "two sources": (f"{TRAIN} --train_data_dir home", "exactly one of"),
+    "two sources": (f"{TRAIN} --train_data_dir home --train_data_files a.parquet", "exactly one of"),
     "no source": (f"{TRAIN} --set common.dataset_name=null", "exactly one of.*got none"),
     "a missing folder": (f"{TRAIN} --set common.dataset_name=null common.train_data_dir=/nowhere", "/nowhere"),
     "a data set of the Hub, offline": (f"{TRAIN} --dataset_name nobody/nothing", "offline"),

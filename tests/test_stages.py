@@ -387,6 +387,19 @@ def test_layers_of_options():
     assert preset["vae"]["model"] == {"hidden_dim": 16, "latent_dim": 2}
 
 
+def test_own_pictures_take_the_place_of_the_presets_data_set():
+    def data(preset_name, **given):
+        options = stage_options("autoencoder", {"common": {"dataset_name": preset_name}}, **given)
+        return options.dataset_name, options.train_data_dir, options.train_data_files
+
+    for name in ("rendered-faces", "somebody/pictures", None):
+        assert data(name, train_data_dir="folder") == (None, "folder", None)
+        assert data(name, train_data_files="*.parquet") == (None, None, "*.parquet")
+    assert data("celeba", train_data_dir="folder") == ("celeba", "folder", None)  # there the name says how to crop
+    assert data("digits", dataset_name="mnist", train_data_dir="folder") == ("mnist", "folder", None)
+    assert data("digits") == ("digits", None, None)
+
+
 BAD_PRESETS = {
     "not YAML": ("vae: [1,", "is not YAML"),
     "empty": ("", "must map"),
