@@ -74,7 +74,15 @@ def _dispatch(argv):
         epilog="Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_quickstart, _add_train, _add_evaluate, _add_sample, _add_reconstruct, _add_interpolate):
+    for add in (
+        _add_quickstart,
+        _add_train,
+        _add_evaluate,
+        _add_sample,
+        _add_reconstruct,
+        _add_interpolate,
+        _add_card,
+    ):
         add(commands)
     args = parser.parse_args(argv)
     args.run(args)
@@ -310,8 +318,8 @@ def _add_evaluate(commands):
         "--sampler",
         nargs="+",
         default=[],
-        help="second_stage: the whole pipeline; prior: without its second stage; mixture, gaussian: 10 Gaussians or 1"
-        " fitted to the codes of training images (default: the pipeline as it is)",
+        help="second_stage: the whole pipeline; sharpened: at sharpness 1; prior: without its second stage; mixture,"
+        " gaussian: 10 Gaussians or 1 fitted to the codes of training images (default: the pipeline as it is)",
     )
     parser.add_argument("--ndb", nargs="+", type=int, default=[], metavar="K", help="numbers of bins: 100 200 300")
     parser.add_argument(
@@ -455,6 +463,44 @@ def _writable(path: Path, folder: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"--output {path} cannot be written: {folder} allows no writing.")
     return path
+
+
+def _add_card(commands):
+    parser = commands.add_parser(
+        "card",
+        help="write the model card of a run",
+        description="Write the README.md of a Hub repository, with its pictures, from what `vaeplus train` left:\n"
+        "how to use the model, what it learnt from, options, measured figures, samples, curves, limits.",
+        epilog="examples:\n"
+        "  vaeplus card vaeplus-quickstart your-name/vaeplus-drawings\n"
+        "  vaeplus card runs/cats your-name/vaeplus-cats --evaluation results.json"
+        " --data_license 'CC BY 4.0, photographs by the author'",
+    )
+    parser.add_argument("run_dir", metavar="RUN", help="--output_dir of a finished `vaeplus train`")
+    parser.add_argument("model_id", metavar="REPO_ID", help="repository that the card is for: organisation/name")
+    parser.add_argument("--evaluation", default=None, help="results.json of `vaeplus evaluate` for this pipeline")
+    parser.add_argument("--data_license", default=None, help="licence of the training images, where it is not known")
+    parser.add_argument("--license", default="other", help="licence of the weights, by the Hub's ids (default: other)")
+    parser.add_argument("--output", default=None, help="folder of the card (default: the run's pipeline folder)")
+    parser.set_defaults(run=_card)
+
+
+def _card(args):
+    from .cards import write_card
+
+    evaluation = None
+    if args.evaluation:
+        try:
+            evaluation = json.loads(Path(args.evaluation).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--evaluation {args.evaluation} is no JSON ({error}): give evaluate's output."
+            ) from error
+        if "protocol" not in evaluation:
+            raise ValueError(f"--evaluation {args.evaluation} holds no protocol: give evaluate's output.")
+    output = None if args.output is None else Path(args.output)
+    wanted = dict(evaluation=evaluation, data_license=args.data_license, license=args.license)
+    print(f"saved {write_card(Path(args.run_dir), args.model_id, output, **wanted)}")
 
 
 def _load_pipeline(args):

@@ -199,7 +199,10 @@ MISTAKES = {
     "a malformed slice": (f"{EVAL} --split train[10%:]", "nor a name with a slice of whole numbers"),
     "an empty slice": (f"{EVAL} --split train[40:]", r"'train\[40:\]' must name some of the 40 images"),
     "a slice of missing images": (f"{EVAL} --ndb_split train[:41]", "must name some of the 40 images"),
-    "an unknown sampler": (f"{EVAL} --sampler mixtures", "second_stage, sharpened, prior, mixture, gaussian, got 'mixtures'"),
+    "an unknown sampler": (
+        f"{EVAL} --sampler mixtures",
+        "second_stage, sharpened, prior, mixture, gaussian, got 'mixtures'",
+    ),
     "too many bins": (f"{EVAL} --ndb 41", r"need as many training images, got 40 for num_bins=\[41\]"),
     "one bin": (f"{EVAL} --ndb 1", r"at least 2.*num_bins=\[1\]"),
     "a number of bins that is none": (f"{EVAL} --ndb many", "--ndb.*'many'"),

@@ -1,0 +1,176 @@
+"""Model cards: filled from what a training run left in its folder, with nothing left open."""
+
+import html
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+
+from .evaluation import results_table
+from .stages import STAGES
+
+PICTURES = ("samples.png", "curves.png")
+# Data set -> what it is, its licence, its id on the Hub, whether it shows people.
+DATA = {
+    "celeba": (
+        "CelebA, aligned photographs of faces, the plain 128-pixel centre crop.",
+        "non-commercial research only, without redistribution.",
+        "nielsr/CelebA-faces",
+        True,
+    ),
+    "mnist": ("MNIST, handwritten digits.", "CC BY-SA 3.0.", "ylecun/mnist", False),
+    "digits": ("1,797 handwritten digits of the UCI repository.", "CC BY 4.0.", None, False),
+    "rendered-faces": ("Drawings made by `hf_vaeplus` itself, from known factors.", "Apache-2.0.", None, False),
+}
+
+
+def write_card(
+    run_dir: Path,
+    model_id: str,
+    output_dir: Path | None = None,
+    evaluation: dict | None = None,
+    data_license: str | None = None,
+    license: str = "other",
+) -> Path:
+    """Write `README.md` and the pictures that it shows, ready for the Hub.
+
+    Args:
+        run_dir: what `vaeplus train` or `vaeplus quickstart` left: the stages' folders, `summary.json`, pictures.
+        model_id (`str`): repository on the Hub, `name` or `organisation/name`.
+        output_dir: where to; the run's `pipeline` folder by default, from where `vaeplus push` takes them.
+        evaluation (`dict`, *optional*): what `vaeplus evaluate` wrote, of this pipeline.
+        data_license (`str`, *optional*): licence of the training images; needed where it is not known.
+        license (`str`): of the weights, an id of the Hub's list.
+
+    Returns:
+        Path of the `README.md`.
+
+    Raises:
+        ValueError: a model id that the Hub would refuse, or images of unknown licence.
+        FileNotFoundError: a file of the run is missing.
+    """
+    validate_repo_id(model_id)
+    run_dir, output_dir = Path(run_dir), Path(output_dir or Path(run_dir) / "pipeline")
+    needed = [
+        *PICTURES,
+        "summary.json",
+        *(f"{s}/{n}" for s in STAGES for n in ("config.json", "training_options.json")),
+    ]
+    for name in needed:
+        if not (run_dir / name).is_file():
+            raise FileNotFoundError(f"{run_dir} lacks {name}: give the --output_dir of a finished `vaeplus train`.")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    options = {stage: json.loads((run_dir / stage / "training_options.json").read_text()) for stage in STAGES}
+    configs = {stage: json.loads((run_dir / stage / "config.json").read_text()) for stage in STAGES}
+    last = options["second_stage"]
+    told, known_license, hub_id, people = DATA.get(last["dataset_name"], (None, None, last["dataset_name"], True))
+    if not (data_license or known_license):
+        raise ValueError(
+            f"the licence of the images in {summary['images']!r} is not known: state it with --data_license, such as"
+            " 'CC BY 4.0, photographs by the author'."
+        )
+    told = told or f"Images of the {'data set' if hub_id else 'folder'} {summary['images']!r}."
+    if last["max_train_samples"]:
+        told += f" The first {last['max_train_samples']:,} of them."
+    told += " Their mirror images as well." if last["random_flip"] else ""
+    sampling = f"64 samples, seed {summary['seed']}, not selected."
+    fields = dict(
+        model_id=model_id,
+        size=configs["autoencoder"]["image_size"],
+        sampling=sampling,
+        data=_plain(told),
+        data_license=_plain(data_license or known_license),
+        people=people,
+        stages=[_stage_row(stage, run_dir / stage, options[stage], configs[stage]) for stage in STAGES],
+        summary={**summary, "command": summary["command"].replace("`", "'")},
+        measured_on=_plain(summary["images"]),
+        figures=_figures(summary),
+        sharpens=configs["autoencoder"].get("matched_spectrum", False),
+    )
+    if evaluation is not None:
+        fields |= dict(
+            evaluation=results_table(evaluation),
+            evaluation_command=evaluation["command"].replace("`", "'"),
+            evaluation_commit=evaluation["commit"],
+            evaluation_date=evaluation["date"],
+        )
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=license,
+        tags=["hf_vaeplus", "vae", "autoencoder", "image-generation"],
+        datasets=hub_id,
+        model_name=model_id.split("/")[-1],
+        eval_results=_eval_results(summary, evaluation),
+    )
+    template = (resources.files(__package__) / "card_template.md").read_text()
+    card = ModelCard.from_template(data, template_str=template, **fields)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in PICTURES:
+        shutil.copyfile(run_dir / name, output_dir / name)
+    path = output_dir / "README.md"
+    path.write_text(str(card).rstrip() + "\n")
+    return path
+
+
+def _plain(text: str) -> str:
+    """Text from outside as text: on one line, and neither Markdown's table nor HTML."""
+    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|").replace("`", "'")
+
+
+def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]
+    parameters = sum(_product(shape) for shape in shapes)
+    told = ("latent_dim", "hidden_channels", "hidden_dim", "num_blocks", "gamma", "reconstruction_space")
+    model = ", ".join(f"{name} {config[name]}" for name in told if name in config)
+    if stage != "autoencoder":
+        model = model.replace(f"hidden_channels {config['hidden_channels']}, ", "")
+    batch = options["train_batch_size"] * options["gradient_accumulation_steps"] * options["num_processes"]
+    return [
+        {"vae": "first VAE", "second_stage": "second stage"}.get(stage, stage),
+        f"{parameters / 1e6:.2f} M",
+        f"{options['max_train_steps']:,} x {batch}",
+        f"{options['learning_rate']:g}",
+        options["mixed_precision"] if options["mixed_precision"] != "no" else "float32",
+        model,
+    ]
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+def _figures(summary: dict) -> list[tuple[str, str]]:
+    vae, second = summary["vae"], summary["second_stage"]
+    return [
+        ("squared error per image, autoencoder alone", f"{summary['autoencoder_squared_error']:.2f}"),
+        ("squared error per image, whole model", f"{summary['squared_error']:.2f}"),
+        ("first VAE: active units", f"{vae['active_units_by_variance']} of {vae['latent_dim']}"),
+        ("first VAE: KL, gamma (a variance)", f"{vae['kl']:.2f} nats, {vae['gamma']:.3g}"),
+        ("second stage: KL, gamma", f"{second['kl']:.2f} nats, {second['gamma']:.3g}"),
+    ]
+
+
+def _eval_results(summary: dict, evaluation: dict | None) -> list[EvalResult]:
+    task = dict(task_type="unconditional-image-generation", dataset_name=summary["images"])
+    task["dataset_type"] = summary["images"]
+    results = [EvalResult(**task, metric_type="squared-error", metric_value=summary["squared_error"])]
+    if evaluation is None:
+        return results
+    task["dataset_split"] = evaluation["protocol"]["split"]
+    for name, found in evaluation["sets"].items():
+        for each in found["distances"].values():
+            if name not in ("real", "downsample", "autoencoder"):
+                told = f"{each['distance']}, {name}, {evaluation['protocol']['num_images']} images"
+                results.append(
+                    EvalResult(**task, metric_type="frechet", metric_name=told, metric_value=each["frechet"])
+                )
+    return results

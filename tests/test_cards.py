@@ -1,0 +1,129 @@
+"""Model cards: filled from a run, valid for the Hub, with code that runs."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_vaeplus import VAEPlusPipeline
+from hf_vaeplus.cards import write_card
+from hf_vaeplus.cli import main
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "common": {"dataset_name": "digits", "resolution": 32, "num_channels": 1, "max_train_samples": 40,
+               "max_train_steps": 2, "train_batch_size": 8},
+    "autoencoder": {"model": {"latent_dim": 4, "hidden_channels": [4, 8]}},
+    "vae": {"model": {"latent_dim": 3, "hidden_dim": 8, "num_blocks": 1}},
+    "second_stage": {"model": {"hidden_dim": 8, "num_blocks": 1}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished training run, with an evaluation beside it."""
+    home = tmp_path_factory.mktemp("cards")
+    (home / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VAEPLUS_CACHE", str(home / "cache"))
+        assert main(["train", "--config", str(home / "tiny.yaml"), "--output_dir", str(home / "run")]) == 0
+        measured = ["--dataset_name", "digits", "--num_images", "20", "--output", str(home / "evaluation.json")]
+        assert main(["evaluate", str(home / "run" / "pipeline"), *measured]) == 0
+    return home / "run"
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def run_code(code: str, pipeline: Path) -> dict:
+    """Execute a card's code with the pipeline that it names replaced by one on disk."""
+    code, count = re.subn(r'from_pretrained\("[^"]+"', f"from_pretrained({str(pipeline)!r}", code)
+    assert count == 1
+    found = {}
+    exec(compile(code, "card", "exec"), found)
+    return found
+
+
+def test_a_card_is_valid_complete_and_its_code_runs(run, tmp_path):
+    evaluation = json.loads((run.parent / "evaluation.json").read_text())
+    path = write_card(run, "somebody/digits", tmp_path, evaluation)
+    text = path.read_text()
+    assert not re.search(r"\{\{|\}\}|\{%|None|nan|TODO|More Information", text)
+    card = ModelCard.load(path)
+    assert card.data.pipeline_tag == "unconditional-image-generation" and card.data.model_name == "digits"
+    metrics = {each.metric_name or each.metric_type: each.metric_value for each in card.data.eval_results}
+    summary = json.loads((run / "summary.json").read_text())
+    assert metrics["squared-error"] == summary["squared_error"]
+    frechet = evaluation["sets"]["second_stage"]["distances"]["pixels:16"]
+    assert metrics[f"{frechet['distance']}, second_stage, 20 images"] == frechet["frechet"]
+    for told in (f"{summary['squared_error']:.2f}", "CC BY 4.0", "The first 40 of them", summary["commit"], "2 x 8"):
+        assert told in text
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["README.md", "curves.png", "samples.png"]
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == {"curves.png", "samples.png"}
+    found = run_code(code_blocks(text)[0], run / "pipeline")
+    assert len(found["images"]) == 4 and found["nats"].isfinite().all()
+
+
+def test_parameters_are_counted_without_loading(run, tmp_path):
+    pipe = VAEPlusPipeline.from_pretrained(run / "pipeline")
+    text = write_card(run, "somebody/digits", tmp_path).read_text()
+    for stage, title in (("autoencoder", "autoencoder"), ("vae", "first VAE"), ("second_stage", "second stage")):
+        count = sum(each.numel() for each in getattr(pipe, stage).state_dict().values())
+        assert f"| {title} | {count / 1e6:.2f} M | 2 x 8 |" in text
+
+
+def test_text_from_outside_cannot_leave_its_place(run, tmp_path):
+    hostile = "free <script>alert(1)</script>\n\n| a | b |\n`code`"
+    text = write_card(run, "somebody/digits", tmp_path, data_license=hostile).read_text()
+    assert "<script>" not in text and "\n| a | b" not in text
+    assert r"Licence: free &lt;script&gt;alert(1)&lt;/script&gt; \| a \| b \| 'code'" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("{run} not/a/name", "Repo id must be in the form"),
+        ("{home} somebody/digits", "lacks samples.png: give the --output_dir of a finished `vaeplus train`"),
+        ("{run} somebody/digits --evaluation {home}/tiny.yaml", "is no JSON"),
+        ("{run} somebody/digits --evaluation {run}/summary.json", "holds no protocol: give evaluate's output"),
+        ("{run} somebody/digits --evaluation {home}/none.json", "none.json"),
+    ],
+)
+def test_mistakes(run, tmp_path, capsys, arguments, message):
+    command = arguments.format(run=run, home=run.parent).split()
+    assert main(["card", *command, "--output", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(message, errors) and errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_unknown_licence_need_one(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_vaeplus.cards.DATA", {})
+    with pytest.raises(
+        ValueError, match="licence of the images in 'digits' is not known: state it with --data_license"
+    ):
+        write_card(run, "somebody/digits", tmp_path)
+    text = write_card(run, "somebody/digits", tmp_path, data_license="CC0.").read_text()
+    assert "Licence: CC0." in text and "do not use it to identify or judge anybody" in text
+
+
+CARDS = sorted(path.name for path in (ROOT / "model_cards").glob("*.md") if path.name != "README.md")
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_code_of_the_cards_so_far_runs(run, name):
+    found = run_code(code_blocks((ROOT / "model_cards" / name).read_text())[0], run / "pipeline")
+    assert found["images"]
+
+
+def test_the_command_writes_into_the_pipeline_folder(run, capsys):
+    assert main(["card", str(run), "somebody/digits"]) == 0
+    assert capsys.readouterr().out == f"saved {run / 'pipeline' / 'README.md'}\n"
+    assert "somebody/digits" in (run / "pipeline" / "README.md").read_text()
+    assert VAEPlusPipeline.from_pretrained(run / "pipeline") is not None
+    assert "torchvision" not in sys.modules
