@@ -68,6 +68,12 @@ def _complain(error, code: int) -> int:
 
 
 def _dispatch(argv):
+    args = build_parser().parse_args(argv)
+    args.run(args)
+
+
+def build_parser() -> CommandParser:
+    """The parser of `vaeplus`; what it parses has a `run` that takes the result."""
     parser = CommandParser(
         prog="vaeplus",
         description="VAE+: train a generative autoencoder in three stages, then sample from it in one pass.",
@@ -84,8 +90,7 @@ def _dispatch(argv):
         _add_card,
     ):
         add(commands)
-    args = parser.parse_args(argv)
-    args.run(args)
+    return parser
 
 
 # ------------------------------------------------------------------------------------------- options of a stage

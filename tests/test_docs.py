@@ -1,0 +1,107 @@
+"""The pages: every link leads somewhere, every command parses, and the walk-throughs run as they are written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cards import code_blocks, run_code
+
+from hf_vaeplus.cli import build_parser, main, parse_stage_options
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SMALL = "--max_train_steps 2 --train_batch_size 4 --no-use_ema --sample_steps 0"
+TINY = "autoencoder.model.hidden_channels=[4,8] vae.model.hidden_dim=8 second_stage.model.hidden_dim=8"
+
+
+def commands(page: str) -> list[str]:
+    """The shell commands of a page, one string each, comments cut."""
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            found += [part.strip() for part in re.sub(r"(^|\s)#.*", "", line).split("&&") if part.strip()]
+    return found
+
+
+def headings(path: Path) -> set[str]:
+    """Anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in headings(target), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page, capsys):
+    for command in commands(page):
+        words = shlex.split(command)
+        words = words[next((i for i, word in enumerate(words) if "=" not in word), 0) :]  # after VARIABLE=value
+        scripts = [i for i, word in enumerate(words) if word.startswith("examples/")]
+        if words[0].endswith("vaeplus"):
+            build_parser().parse_args(words[1:])
+        elif "hf_vaeplus.cli" in words:
+            arguments = words[words.index("hf_vaeplus.cli") + 1 :]
+            if "..." not in arguments:
+                build_parser().parse_args(arguments)
+        elif scripts:
+            assert (ROOT / words[scripts[0]]).is_file(), command
+            if words[scripts[0]] == "examples/train_stage.py" and "..." not in words:
+                parse_stage_options("", [*words[scripts[0] + 1 :], "--dry_run"])
+        else:
+            assert words[0] in {"python3", ".venv/bin/pip", ".", ".venv/bin/python", ".venv/bin/ruff", ".ci/run",
+                                "hf", "accelerate"}, command  # fmt: skip
+    capsys.readouterr()
+
+
+def follow(page: str, folder: Path, monkeypatch) -> Path:
+    """Run the page's `vaeplus` commands in `folder`, with tiny networks and two steps; the pipeline they leave."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("VAEPLUS_CACHE", str(folder / "cache"))
+    pipeline = None
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] != "vaeplus":
+            continue
+        if words[1] == "quickstart":  # as `train` with its preset, which can be made small
+            words[1:2] = ["train", "--config", "quickstart"]
+        if words[1] == "train":
+            words += [*shlex.split(SMALL), "--set", *TINY.split(), "--max_train_samples", "12"]
+            pipeline = folder / words[words.index("--output_dir") + 1] / "pipeline"
+        assert main(words[1:]) == 0, command
+    return pipeline
+
+
+def test_get_started(tmp_path, monkeypatch):
+    pipeline = follow("docs/get-started.md", tmp_path, monkeypatch)
+    (block,) = code_blocks((ROOT / "docs/get-started.md").read_text())
+    found = run_code(block, pipeline)
+    assert len(found["images"]) == 8 and len(found["path"]) == 8 and found["nats"].shape == (8,)
+    text = (ROOT / "docs/get-started.md").read_text()
+    for name in re.findall(r"`([a-z_]+\.(?:png|json))`", text):
+        assert (tmp_path / "vaeplus-quickstart" / name).exists() or (tmp_path / name).exists(), name
+
+
+def test_your_own_pictures(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for number in range(12):
+        noise = np.random.default_rng(number).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / f"{number}.jpg")
+    monkeypatch.setattr("hf_vaeplus.cli._push", lambda args: None, raising=False)  # tests/test_hub.py pushes
+    pipeline = follow("docs/your-own-pictures.md", tmp_path, monkeypatch)
+    assert (pipeline / "README.md").is_file()
+    (block,) = code_blocks((ROOT / "docs/your-own-pictures.md").read_text())
+    assert len(run_code(block, pipeline)["images"]) == 16
