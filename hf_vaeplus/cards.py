@@ -27,6 +27,12 @@ DATA = {
     "rendered-faces": ("Drawings made by `hf_vaeplus` itself, from known factors.", "Apache-2.0.", None, False),
 }
 
+_METADATA = {
+    "library_name": "diffusers",
+    "pipeline_tag": "unconditional-image-generation",
+    "tags": ["hf_vaeplus", "vae", "autoencoder", "image-generation"],
+}
+
 
 def write_card(
     run_dir: Path,
@@ -99,10 +105,8 @@ def write_card(
             evaluation_date=evaluation["date"],
         )
     data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        **_METADATA,
         license=license,
-        tags=["hf_vaeplus", "vae", "autoencoder", "image-generation"],
         datasets=hub_id,
         model_name=model_id.split("/")[-1],
         eval_results=_eval_results(summary, evaluation),
@@ -115,6 +119,13 @@ def write_card(
     path = output_dir / "README.md"
     path.write_text(str(card).rstrip() + "\n")
     return path
+
+
+def short_card(model_id: str, size: int) -> ModelCard:
+    """The card of a pipeline of which nothing but the weights is known: what it is and how to use it."""
+    data = ModelCardData(model_name=model_id.split("/")[-1], **_METADATA)
+    template = (resources.files(__package__) / "short_card_template.md").read_text()
+    return ModelCard.from_template(data, template_str=template, model_id=model_id, size=size)
 
 
 def _plain(text: str) -> str:

@@ -36,9 +36,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(command, argv: list[str] | None = None) -> int:
     """Run `command()`; a user's mistake becomes one sentence and an exit code instead of a traceback."""
-    from huggingface_hub.errors import HTTPError, StrictDataclassError  # HTTPError: of httpx, whichever it uses
+    from huggingface_hub.errors import (
+        HTTPError,  # of httpx, whichever it uses
+        LocalTokenNotFoundError,
+        StrictDataclassError,
+    )
     from transformers.utils.logging import disable_progress_bar
 
+    from .hub import explain
     from .training import TrainingDiverged
 
     disable_progress_bar()  # one bar for the training, none for each file that is read or written
@@ -50,8 +55,8 @@ def run_command(command, argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, HTTPError, StrictDataclassError) as error:
         if "--debug" in (sys.argv if argv is None else argv):
             raise
-        if isinstance(error, HTTPError):
-            error = f"the Hub did not answer: try again, or use what is on this machine ({error})"
+        if isinstance(error, HTTPError | LocalTokenNotFoundError):
+            error = explain(error)
         return _complain(error, 2)
     except KeyboardInterrupt:
         return _complain(
@@ -88,6 +93,7 @@ def build_parser() -> CommandParser:
         _add_reconstruct,
         _add_interpolate,
         _add_card,
+        _add_push,
     ):
         add(commands)
     return parser
@@ -209,7 +215,8 @@ def _add_train(commands):
     )
     parser.add_argument("--evaluation_split", default=None, help="split to measure on (default: the training images)")
     add_stage_options(
-        parser, leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir")
+        parser,
+        leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir", "hub_subfolder"),
     )
     parser.add_argument("--output_dir", default="runs/vaeplus", help="where everything goes (default: %(default)s)")
     parser.set_defaults(
@@ -245,7 +252,7 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
     images = open_images(last, evaluation_split)  # by all processes, and before hours of training
     if len(images) < 2:
         raise ValueError(f"{images.name} holds one image: the statistics of a posterior need at least two.")
-    pipe, _ = train_all(preset, output_dir, **overrides)
+    pipe, options = train_all(preset, output_dir, **overrides)
     if not process_state().is_main_process:
         return
     num_factors = last.num_factors if last.dataset_name == "rendered-faces" else None
@@ -256,6 +263,33 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
         f"\nsaved in {output_dir}: pipeline/ samples.png reconstructions.png interpolation.png curves.png summary.json"
     )
     print(f"sample again: vaeplus sample {output_dir / 'pipeline'} --num_images 64 --seed 1")
+    if last.push_to_hub:
+        _push_result(pipe, output_dir, last)
+
+
+def _push_result(pipe, run_dir: Path, options):
+    """The whole pipeline, beside the stages that training has pushed. The run is done: a failure is a warning."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    from .cards import DATA, write_card
+    from .hub import explain, full_repo_id, push
+
+    repo_id = options.hub_model_id
+    by_hand = f"vaeplus push {run_dir / 'pipeline'} {repo_id}"
+    try:
+        repo_id = full_repo_id(repo_id, HfApi(token=options.hub_token))
+        if options.dataset_name in DATA:
+            write_card(run_dir, repo_id)
+        else:
+            print(f"a short card goes with it: vaeplus card {run_dir} {repo_id} --data_license ... writes a full one")
+        push(
+            pipe, repo_id, card_folder=run_dir / "pipeline", private=options.hub_private_repo, token=options.hub_token
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        logging.warning("push failed, try again with `%s`: %s", by_hand, explain(error))
+    else:
+        print(f"pushed to {repo_id}")
 
 
 def _table(summary: dict, seconds: float) -> str:
@@ -506,6 +540,45 @@ def _card(args):
     output = None if args.output is None else Path(args.output)
     wanted = dict(evaluation=evaluation, data_license=args.data_license, license=args.license)
     print(f"saved {write_card(Path(args.run_dir), args.model_id, output, **wanted)}")
+
+
+def _add_push(commands):
+    parser = commands.add_parser(
+        "push",
+        help="upload a pipeline to the Hub",
+        description="Upload a pipeline, with its card and pictures, in one commit. The repository also loads without\n"
+        "this package, by trust in the code that it carries. Log in with `hf auth login`, or set HF_TOKEN.\n"
+        "After a failure the same command goes on where it stopped.",
+        epilog="examples:\n"
+        "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --private\n"
+        "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --revision longer --tag v2\n"
+        "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --variant bf16",
+    )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="repository, created if need be: organisation/name")
+    parser.add_argument("--private", action="store_true", help="if the repository is created, as a private one")
+    parser.add_argument("--revision", default=None, help="branch, created if need be (default: main)")
+    parser.add_argument("--tag", default=None, help="name for the new commit, such as v1")
+    parser.add_argument(
+        "--variant",
+        choices=("bf16", "fp16"),
+        default=None,
+        help="add weights of half the size to those that are there",
+    )
+    parser.add_argument("--message", default=None, help="title of the commit")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_push, device="cpu")
+
+
+def _push(args):
+    import torch
+
+    pipe = _load_pipeline(args)
+    if args.variant:
+        pipe.to({"bf16": torch.bfloat16, "fp16": torch.float16}[args.variant])
+    names = dict(revision=args.revision, tag=args.tag, variant=args.variant)
+    commit = pipe.push_to_hub(args.repo_id, args.message, private=args.private or None, **names)
+    print(json.dumps({"repo_id": args.repo_id, **names, "commit": commit}) if args.json else f"pushed: {commit}")
 
 
 def _load_pipeline(args):

@@ -114,6 +114,44 @@ class VAEPlusPipeline(DiffusionPipeline):
                 index[name] = ["hf_vaeplus", index[name][1]]
         return index
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        tag: str | None = None,
+        variant: str | None = None,
+    ) -> str:
+        """Upload the pipeline, in one commit, as a repository that also loads without this package.
+
+        The `README.md` and the PNGs of the folder that the pipeline was loaded from go with it (`vaeplus card` writes
+        them); without these, a repository that has no card gets a short one.
+
+        Args:
+            repo_id (`str`): `organisation/name`, or `name` for a repository of the user; created if need be.
+            commit_message (`str`, *optional*): title of the commit.
+            private (`bool`, *optional*): of a repository that is created; the account's default if not given.
+            token (`str`, *optional*): write token; the one that `hf auth login` stored if not given.
+            revision (`str`, *optional*): branch, created if it does not exist.
+            tag (`str`, *optional*): name for the new commit.
+            variant (`str`, *optional*): add the weights alone, as `model.<variant>.safetensors`, to this pipeline in
+                the repository; for example `pipe.to(torch.bfloat16).push_to_hub(repo_id, variant="bf16")`.
+
+        Returns:
+            `str`: address of the commit.
+
+        Raises:
+            ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository, a variant
+                for a repository that holds no such pipeline.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refused or failed; push again, it goes on where it stopped.
+        """
+        from .hub import push
+
+        options = dict(commit_message=commit_message, private=private, token=token)
+        return push(self, repo_id, **options, revision=revision, tag=tag, variant=variant)
+
     # </package-only>
 
     @property

@@ -195,9 +195,8 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
     options = {}
     for position, stage in enumerate(STAGES):
         earlier = {before: folders[before] for before in STAGES[:position]}
-        options[stage] = stage_options(
-            stage, preset, **{**overrides, **earlier, "output_dir": folders[stage], "resume_from_checkpoint": "latest"}
-        )
+        own = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
+        options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **own})
     return options
 
 

@@ -36,6 +36,8 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
+from .hub import BackgroundPush
+
 logger = logging.getLogger(__name__)
 
 
@@ -73,8 +75,9 @@ class TrainingOptions:
     report_to: str = option("none", "none | tensorboard | any other tracker of Accelerate")
     dataloader_num_workers: int = option(0, "worker processes that read data")
     torch_compile: bool = option(False, "compile the model: pays back on long runs only")
-    push_to_hub: bool = option(False, "upload the final model to the Hub; a failed upload does not lose the run")
+    push_to_hub: bool = option(False, "upload to the Hub at each checkpoint and at the end; a failure loses nothing")
     hub_model_id: str | None = option(None, "repository to push to, 'name' or 'organisation/name'")
+    hub_subfolder: str = option("", "folder in that repository (default: its root)")
     hub_token: str | None = field(
         default=None, repr=False, metadata={"help": "write token of the Hub, if not logged in"}
     )
@@ -461,6 +464,19 @@ def train(
         dataset, options, accelerator, state.step * passes_per_step, options.max_train_steps * passes_per_step
     )
     batches = iter(loader)
+    push = None
+    if options.push_to_hub and accelerator.is_main_process:
+        push = BackgroundPush(options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token)
+
+    def trained() -> PreTrainedModel:
+        return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if ema is None else ema.module
+
+    def snapshot(folder: Path):
+        """What is pushed: the model as it would be saved now, and how it was made."""
+        trained().save_pretrained(folder)
+        _write_json(folder / "training_options.json", {n: v for n, v in written.items() if n not in _LOCAL_OPTIONS})
+        shutil.copy(output_dir / "stats.jsonl", folder)
+
     if accelerator.is_main_process:
         _drop_lines_after(output_dir / "stats.jsonl", state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -526,13 +542,15 @@ def train(
                 state.window = accelerator.reduce(state.window, "mean")
             if accelerator.is_main_process:
                 state.save(output_dir, options.checkpoints_total_limit)
+                if push is not None and state.step < options.max_train_steps:
+                    push(snapshot, f"{output_dir.name}: step {state.step} of {options.max_train_steps}")
             accelerator.wait_for_everyone()
         due = options.sample_steps and state.step % options.sample_steps == 0
         if preview is not None and accelerator.is_main_process and due and state.step < options.max_train_steps:
             _draw_preview(accelerator, preview, model if ema is None else ema.module, output_dir, state.step)
     progress.close()
 
-    final = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if ema is None else ema.module
+    final = trained()
     final.eval()
     if finish is not None:
         finish(final)
@@ -540,8 +558,8 @@ def train(
         final.save_pretrained(output_dir)
         if preview is not None:
             _draw_preview(accelerator, preview, final, output_dir, state.step)
-        if options.push_to_hub:
-            _push(output_dir, options)
+        if push is not None:
+            push.finish(snapshot, f"{output_dir.name}: {options.max_train_steps} steps, the end")
     for tracker in accelerator.trackers:  # `end_training` would leave no process group for the next stage
         tracker.finish()
     accelerator.wait_for_everyone()
@@ -584,7 +602,11 @@ def _find_checkpoint(options: TrainingOptions) -> Path | None:
 _FREE_OPTIONS = frozenset(
     "output_dir cache_dir max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
     " logging_steps sample_steps report_to dataloader_num_workers torch_compile push_to_hub hub_model_id"
-    " hub_private_repo learning_rate max_grad_norm".split()
+    " hub_subfolder hub_private_repo learning_rate max_grad_norm".split()
+)
+# Options that name places on this machine: not to be pushed.
+_LOCAL_OPTIONS = frozenset(
+    "output_dir cache_dir train_data_dir train_data_files autoencoder vae resume_from_checkpoint".split()
 )
 
 
@@ -630,19 +652,3 @@ def _draw_preview(accelerator, preview, model, output_dir: Path, step: int):
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"samples": np.asarray(picture.convert("RGB"))[None]}, step=step, dataformats="NHWC")
-
-
-def _push(output_dir: Path, options: TrainingOptions):
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=options.hub_token)
-    try:
-        repo_id = api.create_repo(options.hub_model_id, private=options.hub_private_repo, exist_ok=True).repo_id
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=output_dir,
-            allow_patterns=["config.json", "model.safetensors", "training_options.json", "stats.jsonl"],
-            commit_message=f"Train {output_dir.name} for {options.max_train_steps} steps",
-        )
-    except Exception as error:  # whatever the network did, the trained model is on disk
-        logger.warning("push to %s failed, the model is in %s: %s", options.hub_model_id, output_dir, error)
