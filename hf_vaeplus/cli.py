@@ -607,9 +607,7 @@ def _load_pipeline(args):
     except OSError as error:
         if Path(args.pipeline).exists():
             raise
-        raise FileNotFoundError(
-            f"there is no folder {args.pipeline}, and the Hub has no such pipeline or cannot be reached."
-        ) from error
+        raise FileNotFoundError(f"there is no folder {args.pipeline}, and {error}") from error
     return pipe.to(device)
 
 

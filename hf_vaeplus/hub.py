@@ -114,7 +114,8 @@ def push(
             from .cards import short_card
 
             short_card(repo_id, pipe.image_shape[1]).save(folder / "README.md")
-        commit = api.upload_folder(
+        commit = _upload_folder(
+            api,
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
@@ -124,6 +125,13 @@ def push(
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
+
+
+def _upload_folder(api: HfApi, **options):
+    try:
+        return api.upload_folder(**options)
+    except RuntimeError as error:  # the client's wrapping of what happened to one file
+        raise error.__cause__ or error from None
 
 
 def full_repo_id(repo_id: str, api: HfApi | None = None) -> str:
@@ -156,7 +164,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return "this needs a token of the Hub: log in with `hf auth login`, or set HF_TOKEN"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    reason = " ".join(reason.split())
     if status == 401:
         return f"the Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN ({reason})"
     if status == 403:
@@ -213,7 +222,8 @@ class BackgroundPush:
         try:
             repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
             place = self.subfolder or None
-            self._api.upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=place, commit_message=message)
+            wanted = dict(repo_id=repo_id, folder_path=folder, path_in_repo=place, commit_message=message)
+            _upload_folder(self._api, **wanted)
         except Exception as error:  # whatever the network did, training does not depend on it
             logger.warning("push to %s failed, %s: %s", self.repo_id, consequence, explain(error))
             return False

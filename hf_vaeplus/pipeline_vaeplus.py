@@ -93,6 +93,7 @@ class VAEPlusPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an unknown option; weights that are missing, damaged, of another config or not safetensors.
+            OSError: the Hub has no such repository or revision, refuses, or cannot be reached, and no copy is cached.
         """
         unknown = sorted(kwargs.keys() - _COMPONENTS.keys() - _LOADING_OPTIONS)
         if unknown:
@@ -100,7 +101,14 @@ class VAEPlusPipeline(DiffusionPipeline):
             raise ValueError(f"from_pretrained got the unknown option {unknown[0]!r}: it takes {', '.join(known)}.")
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False is refused: pickled weights can run code, so leave it out.")
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        except OSError as error:  # of the Hub, whose reason is in the cause
+            if not isinstance(error.__cause__, HTTPError):
+                raise
+            from .hub import explain
+
+            raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {explain(error.__cause__)}") from error
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **kwargs):
@@ -589,6 +597,7 @@ def _check_generators(generator: Generators, num_images: int):
 # <package-only>
 import diffusers  # noqa: E402
 from diffusers.pipelines import pipeline_loading_utils  # noqa: E402
+from huggingface_hub.errors import HTTPError  # noqa: E402
 
 _LOADING_OPTIONS = frozenset(
     "cache_dir device_map disable_mmap dtype force_download local_files_only low_cpu_mem_usage max_memory"

@@ -1,4 +1,4 @@
-"""Every client of the Hub in the tests, and in the processes they start, talks to a Hub on loopback and to no other."""
+"""Every client of the Hub in the tests and in the processes they start talks to a Hub on loopback alone."""
 
 import atexit
 import os

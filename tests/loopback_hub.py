@@ -230,7 +230,11 @@ class LoopbackHub:
 
     def api(self, repository, name, verb, revision, rest, asked, headers, body):
         if verb == "refs":
-            named = {"branches": ("heads", repository.branches), "tags": ("tags", repository.tags), "converts": ("", {})}
+            named = {
+                "branches": ("heads", repository.branches),
+                "tags": ("tags", repository.tags),
+                "converts": ("", {}),
+            }
             return _json({
                 key: [{"name": n, "ref": f"refs/{place}/{n}", "targetCommit": oid} for n, oid in refs.items()]
                 for key, (place, refs) in named.items()

@@ -5,7 +5,6 @@ rounding error of gradients that are zero on paper.
 """
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -653,37 +652,6 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     )
     assert [image.step for image in events.Images("samples")] == [8]
     assert not [name for name, content in contents(tmp_path).items() if b"hf_very_secret" in content]
-
-
-def broken_hub(self, *args, **kwargs):
-    raise ConnectionError("the Hub is away")
-
-
-def test_a_failed_push_warns_and_keeps_the_model(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", broken_hub)
-    with caplog.at_level(logging.WARNING):
-        run(tmp_path, push_to_hub=True, hub_model_id="someone/model", hub_token="hf_very_secret")
-    assert "push to someone/model failed" in caplog.text and "the Hub is away" in caplog.text
-    VAEPlusVAEModel.from_pretrained(tmp_path)
-    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(everything) > 5 and not [content for content in everything if b"hf_very_secret" in content]
-    assert "hf_very_secret" not in caplog.text
-
-
-def test_a_push_uploads_the_model_and_how_it_was_made(tmp_path, monkeypatch):
-    pushed = {}
-
-    def create_repo(self, repo_id, **options):
-        pushed.update(repo_id=repo_id, token=self.token, **options)
-        return type("Url", (), {"repo_id": repo_id})
-
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **options: pushed.update(options))
-    run(tmp_path, push_to_hub=True, hub_model_id="someone/model", hub_token="secret", hub_private_repo=True)
-    assert (pushed["repo_id"], pushed["token"], pushed["private"]) == ("someone/model", "secret", True)
-    assert pushed["folder_path"] == tmp_path
-    missing = [name for name in pushed["allow_patterns"] if not (tmp_path / name).exists()]
-    assert not missing and "model.safetensors" in pushed["allow_patterns"]
 
 
 @pytest.mark.parametrize(
