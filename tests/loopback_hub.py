@@ -230,15 +230,11 @@ class LoopbackHub:
 
     def api(self, repository, name, verb, revision, rest, asked, headers, body):
         if verb == "refs":
-            named = {
-                "branches": ("heads", repository.branches),
-                "tags": ("tags", repository.tags),
-                "converts": ("", {}),
-            }
-            return _json({
-                key: [{"name": n, "ref": f"refs/{place}/{n}", "targetCommit": oid} for n, oid in refs.items()]
-                for key, (place, refs) in named.items()
-            })  # fmt: skip
+            told = {"converts": []}
+            for key, place in (("branches", "heads"), ("tags", "tags")):
+                refs = getattr(repository, key).items()
+                told[key] = [{"name": n, "ref": f"refs/{place}/{n}", "targetCommit": oid} for n, oid in refs]
+            return _json(told)
         if verb == "branch":
             if unquote(revision) in repository.branches:
                 raise Refusal(409, "", "Reference already exists")

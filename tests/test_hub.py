@@ -65,12 +65,9 @@ def test_samples_are_the_same_after_push_and_pull(hub, pipe):
 
 def test_what_the_repository_holds(hub, pipe):
     pipe.push_to_hub(REPO)
-    own = [
-        f"{name}/{file}" for name in COMPONENTS for file in ("config.json", "model.safetensors", "modeling_vaeplus.py")
-    ]
-    assert sorted(hub[REPO].files()) == sorted(
-        [*own, "README.md", "model_index.json", "modeling_vaeplus.py", "pipeline.py"]
-    )
+    own = ("config.json", "model.safetensors", "modeling_vaeplus.py")
+    common = {"README.md", "model_index.json", "modeling_vaeplus.py", "pipeline.py"}
+    assert hub[REPO].files().keys() == {f"{name}/{file}" for name in COMPONENTS for file in own} | common
     index = json.loads(hub[REPO].files()["model_index.json"])
     assert index["_class_name"] == ["pipeline", "VAEPlusPipeline"]
     assert {name: index[name] for name in COMPONENTS} == {n: ["modeling_vaeplus", c] for n, c in COMPONENTS.items()}
