@@ -14,7 +14,7 @@ from .evaluation import results_table
 from .stages import STAGES
 
 PICTURES = ("samples.png", "curves.png")
-# Data set -> what it is, its licence, its id on the Hub, whether it shows people.
+# Data set -> what it is, its licence, its id on the Hub, whether it shows people (None: not known).
 DATA = {
     "celeba": (
         "CelebA, aligned photographs of faces, the plain 128-pixel centre crop.",
@@ -73,7 +73,7 @@ def write_card(
     options = {stage: json.loads((run_dir / stage / "training_options.json").read_text()) for stage in STAGES}
     configs = {stage: json.loads((run_dir / stage / "config.json").read_text()) for stage in STAGES}
     last = options["second_stage"]
-    told, known_license, hub_id, people = DATA.get(last["dataset_name"], (None, None, last["dataset_name"], True))
+    told, known_license, hub_id, people = DATA.get(last["dataset_name"], (None, None, last["dataset_name"], None))
     if not (data_license or known_license):
         raise ValueError(
             f"the licence of the images in {summary['images']!r} is not known: state it with --data_license, such as"
