@@ -1,7 +1,7 @@
 """The command line `vaeplus`: parses and wires, nothing else.
 
 Exit codes: 0 done; 2 the command or its input was wrong (one sentence on standard error says what to do); 3 training
-diverged (the last good state is saved); 130 interrupted.
+diverged (the last good state is saved); 130 interrupted, 143 terminated (training saves its state first).
 """
 
 import argparse
@@ -58,11 +58,11 @@ def run_command(command, argv: list[str] | None = None) -> int:
         if isinstance(error, HTTPError | LocalTokenNotFoundError):
             error = explain(error)
         return _complain(error, 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         return _complain(
-            "interrupted; training goes on from its newest checkpoint with the same command (of train_stage.py: and"
-            " --resume_from_checkpoint latest)",
-            130,
+            f"{str(error) or 'interrupted'}; training goes on from its newest checkpoint with the same command (of"
+            " train_stage.py: and --resume_from_checkpoint latest)",
+            128 + getattr(error, "signal", 2),
         )
     return 0
 

@@ -14,7 +14,8 @@ ALLOWED = {
     "modeling_vaeplus.py": set(),
     "pipeline_vaeplus.py": set(),
     "rendered_faces.py": set(),
-    "training.py": {"hub"},
+    "checkpoints.py": set(),
+    "training.py": {"checkpoints", "hub"},
     "data.py": {"rendered_faces"},
 }
 UNPICKLING = {"torch.load", "pickle.load", "pickle.loads", "joblib.load", "dill.load"}
