@@ -27,10 +27,12 @@ from tqdm.auto import tqdm
 
 from .data import PRESETS as NAMED_DATA_SETS
 from .data import keep_batch, load_images, stream_images, to_unit_range
+from .image_processing_vaeplus import VAEPlusImageProcessor
 from .modeling_baselines import WAEMMDModel
 from .modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
+    VAEPlusEncoderConfig,
     VAEPlusPreTrainedModel,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
@@ -83,6 +85,11 @@ class StageOptions(TrainingOptions):
             )
         if self.kl_warmup_steps < 0:
             raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
+
+    @property
+    def source_crop(self) -> int | None:
+        """The centre crop that is taken: the one asked for, or that of a data set with a short name."""
+        return self.crop or NAMED_DATA_SETS.get(self.dataset_name, {}).get("crop")
 
 
 def load_preset(name: str | Path) -> dict:
@@ -185,6 +192,7 @@ def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
     pipe = build_pipeline(options["second_stage"], model)
     if process_state().is_main_process:
         pipe.save_pretrained(output_dir / "pipeline")
+        save_feature_extractor(pipe, output_dir / "pipeline", options["autoencoder"].source_crop)
     return pipe, options
 
 
@@ -456,3 +464,26 @@ def build_pipeline(options: StageOptions, model: VAEPlusPreTrainedModel):
     if options.stage == "vae":
         return VAEPlusPipeline(model, autoencoder)
     return VAEPlusPipeline(load_frozen(VAEPlusVAEModel, options.vae), autoencoder, model)
+
+
+def save_feature_extractor(pipe, folder: str | Path, crop: int | None = None, auto_map: bool = False):
+    """Let `transformers.pipeline("image-feature-extraction", folder)` read a saved pipeline.
+
+    Writes `config.json` (of a [`VAEPlusEncoderModel`], which takes its weights from the pipeline's own folders) and
+    `preprocessor_config.json` beside `model_index.json`.
+
+    Args:
+        pipe ([`VAEPlusPipeline`]): what is saved in `folder`.
+        crop (`int`, *optional*): side of the centre crop of the training images in source pixels.
+        auto_map (`bool`): name the classes for `trust_remote_code=True`, in a repository that holds
+            `modeling_vaeplus.py` and `image_processing_vaeplus.py`.
+    """
+    channels, size, _ = pipe.image_shape
+    stages = ["vae"] if pipe.autoencoder is None else ["autoencoder", "vae"]
+    config, processor = VAEPlusEncoderConfig(stages=stages), VAEPlusImageProcessor(size, channels, crop)
+    if auto_map:
+        model = "modeling_vaeplus.VAEPlusEncoder"
+        config.auto_map = {"AutoConfig": f"{model}Config", "AutoModel": f"{model}Model"}
+        processor.auto_map = {"AutoImageProcessor": "image_processing_vaeplus.VAEPlusImageProcessor"}
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)

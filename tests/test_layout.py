@@ -13,7 +13,8 @@ ALLOWED = {
     "pipeline_vaeplus.py": set(),
     "rendered_faces.py": set(),
     "training.py": set(),
-    "data.py": {"rendered_faces"},
+    "image_processing_vaeplus.py": set(),
+    "data.py": {"image_processing_vaeplus", "rendered_faces"},
 }
 UNPICKLING = {"torch.load", "pickle.load", "pickle.loads", "joblib.load", "dill.load"}
 
