@@ -1,7 +1,9 @@
 """VAE+ for the Hugging Face ecosystem: images from noise in one pass, with posteriors and without adversaries."""
 
 from transformers import AutoConfig, AutoModel
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.4 hides it elsewhere
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # its top level's once asked for torchvision
 
 from .image_processing_vaeplus import VAEPlusImageProcessor
 from .modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel

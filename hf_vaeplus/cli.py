@@ -101,8 +101,7 @@ def _dispatch(argv):
 
 
 def build_parser() -> CommandParser:
-    """The parser of `vaeplus`; what it parses has a `run` that takes the result (and returns what
-    `--json` prints)."""
+    """The parser of `vaeplus`; what it parses has a `run` that takes the result and returns what `--json` prints."""
     parser = CommandParser(
         prog="vaeplus",
         description="VAE+: train a generative autoencoder in three stages, then sample from it in one pass.",
@@ -582,7 +581,7 @@ def _add_encode(commands):
 
 
 def _encode(args):
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
     from pyarrow.parquet import read_metadata
 
     from .encoding import check_output, encode_to_parquet, latents_card, open_repository, push_latents
@@ -609,10 +608,10 @@ def _encode(args):
         return found
     try:
         address = push_latents(files, latents_card(*about, args.push_to_hub), args.push_to_hub, args.split)
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise OSError(f"{output} is complete, but pushing it to {args.push_to_hub} failed: {error}") from error
     print(f"pushed to {address}")
-    return {**found, "repository": address}
+    return {**found, "repository": args.push_to_hub, "url": address}
 
 
 def _add_completion(commands):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import perturbed
 from huggingface_hub import DatasetCard, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from test_cards import code_blocks
 
@@ -263,7 +263,7 @@ def hub(monkeypatch) -> SimpleNamespace:
 
     def create_commit(self, repo_id, operations, commit_message, repo_type):
         if hub.fails:
-            raise HfHubHTTPError("the connection was cut", response=SimpleNamespace(headers={}, request=None))
+            raise HTTPError("the connection was cut")
         hub.asked.append(("create_commit", repo_id, repo_type))
         for operation in operations:
             if hasattr(operation, "path_or_fileobj"):
@@ -295,7 +295,8 @@ def test_latents_are_pushed_in_place_of_older_ones_of_the_same_split(hub, output
     assert hub.committed.keys() == {"README.md", "data/train-00000-of-00001.parquet"}
     assert hub.committed["data/train-00000-of-00001.parquet"] == Path(file).read_bytes()
     assert 'load_dataset("somebody/latents", split="train")' in hub.committed["README.md"].decode()
-    assert json.loads(printed)["repository"] == "https://hub/datasets/somebody/latents"
+    told = json.loads(printed)
+    assert (told["repository"], told["url"]) == ("somebody/latents", "https://hub/datasets/somebody/latents")
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, working_folder):
