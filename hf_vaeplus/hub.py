@@ -19,7 +19,9 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from . import modeling_vaeplus
+from . import image_processing_vaeplus, modeling_vaeplus
+from .image_processing_vaeplus import VAEPlusImageProcessor
+from .modeling_vaeplus import VAEPlusEncoderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ _PACKAGE_ONLY = re.compile(r"^ *# <package-only>\n.*?^ *# </package-only>\n", re
 _WHOSE_CARD = re.compile(r'from_pretrained\("([^"]+)"')
 
 
-def export(pipe, folder: str | Path, variant: str | None = None):
+def export(pipe, folder: str | Path, variant: str | None = None, processor: VAEPlusImageProcessor | None = None):
     """Save a pipeline as a repository that loads with this package, and by trust in the code it carries without it.
 
     Without the package: `DiffusionPipeline.from_pretrained(repository, trust_remote_code=True)`, or
@@ -37,6 +39,8 @@ def export(pipe, folder: str | Path, variant: str | None = None):
         pipe (`VAEPlusPipeline`): what to save.
         folder: where to; created if it does not exist.
         variant (`str`, *optional*): infix of the names of the weight files, as in `model.bf16.safetensors`.
+        processor ([`VAEPlusImageProcessor`], *optional*): what made pictures into training images; with it the
+            repository is a feature extractor as well (see `save_feature_extractor`).
     """
     from . import pipeline_vaeplus
 
@@ -57,6 +61,32 @@ def export(pipe, folder: str | Path, variant: str | None = None):
         auto_map = {"AutoConfig": f"modeling_vaeplus.{config}", "AutoModel": f"modeling_vaeplus.{model}"}
         path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}, indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if processor is not None:
+        save_feature_extractor(pipe, folder, processor.crop, auto_map=True)
+        (folder / "image_processing_vaeplus.py").write_text(inspect.getsource(image_processing_vaeplus))
+
+
+def save_feature_extractor(pipe, folder: str | Path, crop: int | None = None, auto_map: bool = False):
+    """Let `transformers.pipeline("image-feature-extraction", folder)` read a saved pipeline.
+
+    Writes `config.json` (of a [`VAEPlusEncoderModel`], which takes its weights from the pipeline's own folders) and
+    `preprocessor_config.json` beside `model_index.json`.
+
+    Args:
+        pipe ([`VAEPlusPipeline`]): what is saved in `folder`.
+        crop (`int`, *optional*): side of the centre crop of the training images in source pixels.
+        auto_map (`bool`): name the classes for `trust_remote_code=True`, in a repository that holds
+            `modeling_vaeplus.py` and `image_processing_vaeplus.py`.
+    """
+    channels, size, _ = pipe.image_shape
+    stages = ["vae"] if pipe.autoencoder is None else ["autoencoder", "vae"]
+    config, processor = VAEPlusEncoderConfig(stages=stages), VAEPlusImageProcessor(size, channels, crop)
+    if auto_map:
+        model = "modeling_vaeplus.VAEPlusEncoder"
+        config.auto_map = {"AutoConfig": f"{model}Config", "AutoModel": f"{model}Model"}
+        processor.auto_map = {"AutoImageProcessor": "image_processing_vaeplus.VAEPlusImageProcessor"}
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def push(
@@ -99,7 +129,7 @@ def push(
         )
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        export(pipe, folder, variant)
+        export(pipe, folder, variant, _processor(source))
         if variant is not None:
             _check_same_pipeline(api, repo_id, revision, folder)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -125,6 +155,14 @@ def push(
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
+
+
+def _processor(source) -> VAEPlusImageProcessor | None:
+    """The image processor beside a saved pipeline, if there is one."""
+    try:
+        return VAEPlusImageProcessor.from_pretrained(source) if source else None
+    except OSError:
+        return None
 
 
 def _upload_folder(api: HfApi, **options):

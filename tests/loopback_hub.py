@@ -11,6 +11,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN, READ_ONLY_TOKEN = "hf_loopback", "hf_reader"
@@ -252,10 +253,16 @@ class LoopbackHub:
             about = {"id": name, "sha": commit, "private": repository.private, "tags": [], "siblings": siblings}
             return _json({**about, "_id": "0", "downloads": 0, "likes": 0, "gated": False, "disabled": False})
         if verb == "tree":
-            inside = {path: content for path, content in files.items() if not rest or path.startswith(f"{rest}/")}
+            prefix = f"{rest}/" if rest else ""
+            inside = [path for path in sorted(files) if path.startswith(prefix)]
             if rest and not inside:
                 raise Refusal(404, "EntryNotFound", f"{rest} does not exist")
-            return _json([_entry(path, content) for path, content in sorted(inside.items())])
+            parents = {parent.as_posix() for path in inside for parent in PurePosixPath(path).parents}
+            folders = [each for each in sorted(parents) if each.startswith(prefix) and each != "."]
+            if asked.get("recursive", ["false"])[0].lower() not in ("true", "1"):
+                inside, folders = ([p for p in paths if "/" not in p[len(prefix) :]] for paths in (inside, folders))
+            entries = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
+            return _json(entries + [_entry(path, files[path]) for path in inside])
         if verb == "paths-info":
             is_json = (headers.get("Content-Type") or "").startswith("application/json")
             paths = json.loads(body)["paths"] if is_json else parse_qs(body.decode())["paths"]

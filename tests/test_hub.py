@@ -9,19 +9,21 @@ import sysconfig
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_ONLY_TOKEN, TOKEN, Fault
+from PIL import Image
 from safetensors.torch import load_file
 from test_cards import code_blocks
 from test_pipeline import make_pipeline
-from transformers import AutoModel
+from transformers import AutoModel, pipeline
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.cli import main
-from hf_vaeplus.hub import explain, export
+from hf_vaeplus.hub import explain, export, save_feature_extractor
 
 REPO = "org/drawings"
 COMPONENTS = {"autoencoder": "VAEPlusAutoencoderModel", "vae": "VAEPlusVAEModel", "second_stage": "VAEPlusVAEModel"}
@@ -82,6 +84,18 @@ def test_a_stage_alone_without_trust(hub, pipe, name):
     assert type(model) is type(getattr(pipe, name))
     for key, value in getattr(pipe, name).state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_features_of_what_was_pushed(hub, pipe, saved):
+    save_feature_extractor(pipe, saved, crop=40)
+    VAEPlusPipeline.from_pretrained(saved).push_to_hub(REPO)
+    extractor = pipeline("image-feature-extraction", model=REPO)
+    assert extractor.image_processor.crop == 40
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    shrunk = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX)
+    found = extractor(Image.fromarray(pixels), return_tensors=True)
+    torch.testing.assert_close(found, pipe.encode(shrunk).mean, rtol=1e-5, atol=1e-5)
+    assert "image_processing_vaeplus.py" in hub[REPO].files()
 
 
 def test_a_pipeline_without_its_optional_stages(hub):
@@ -154,7 +168,7 @@ import importlib.util, os, sys, torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from diffusers import DiffusionPipeline
-from transformers import AutoModel
+from transformers import AutoModel, pipeline
 assert importlib.util.find_spec("hf_vaeplus") is None
 repo, output = sys.argv[1:]
 folder = snapshot_download(repo)
@@ -350,7 +364,7 @@ def test_the_card_and_its_pictures_go_along(hub, saved):
 def test_the_command(hub, saved, capsys):
     assert run_command("push", saved, REPO, "--private", "--tag", "v1", "--message", "First", "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["repo_id"] == REPO and told["tag"] == "v1" and told["commit"].endswith(hub[REPO].tags["v1"])
+    assert told["repository"] == REPO and told["tag"] == "v1" and told["url"].endswith(hub[REPO].tags["v1"])
     assert hub[REPO].private and hub[REPO].titles[-1] == "First"
     assert run_command("push", saved, REPO, "--variant", "bf16") == 0
     assert capsys.readouterr().out.startswith("pushed: http")

@@ -9,14 +9,15 @@ from hf_vaeplus.hub import _PACKAGE_ONLY
 
 PACKAGE = Path(__file__).parents[1] / "hf_vaeplus"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-# An exported Hub repository carries the first two alone; the others must stay readable and replaceable on their own.
+# An exported Hub repository carries the first three alone; the others must stay readable and replaceable on their own.
 ALLOWED = {
     "modeling_vaeplus.py": set(),
     "pipeline_vaeplus.py": set(),
+    "image_processing_vaeplus.py": set(),
     "rendered_faces.py": set(),
     "checkpoints.py": set(),
     "training.py": {"checkpoints", "hub"},
-    "data.py": {"rendered_faces"},
+    "data.py": {"image_processing_vaeplus", "rendered_faces"},
 }
 UNPICKLING = {"torch.load", "pickle.load", "pickle.loads", "joblib.load", "dill.load"}
 
