@@ -215,16 +215,16 @@ def measure(settings, cells, args):
 
     cells("downsample", lambda: judge()(map(downsample, uint8_batches(test_images))))
     for name, way in ways.items():
-        if name in noise_channels:
+        learnt = name in noise_channels
+        if learnt:
             fit = (means, train_images, settings, noise_channels[name], args.output_dir / f"{name}.safetensors")
             cells(f"train-{name}", lambda fit=fit: train_finisher(*fit))
-        for kind, batches in (("reconstructed", reconstructed), ("sampled", sampled)):
+        sources = {"reconstructed": reconstructed, "sampled": sampled}
+        for seed in range(1, 1 if learnt or name == "residual" else settings["seeds"]):
+            sources[f"sampled-{seed}"] = partial(sampled, seed)
+        for kind, batches in sources.items():
             cell = f"{name}-{kind}"
             cells(cell, lambda c=cell, w=way, b=batches: judge()(tqdm(changed(c, w, b()), desc=c, leave=False)))
-    for seed in range(1, settings["seeds"]):
-        for name in ("decoder mean", "spectrum"):
-            cell, batches = f"{name}-sampled-{seed}", partial(sampled, seed)
-            cells(cell, lambda c=cell, n=name, b=batches: judge()(tqdm(changed(c, ways[n], b()), desc=c, leave=False)))
 
 
 def table(cells):
