@@ -1,0 +1,172 @@
+"""Kill training with SIGKILL at random moments, resume it, and compare what is left with a run that was left alone.
+
+    python tests/faults/kills.py --kills 60 --output results/kills.json
+
+Three stages, one and two processes, with and without averaging, accumulation, bf16 and workers that read data. A run
+is killed again and again, in the middle of saves as well, until it gets through; then its weights, average, optimizer,
+progress and stats.jsonl must be those of the undisturbed run, byte for byte.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from hf_vaeplus.evaluation import provenance
+from hf_vaeplus.stages import STAGES, run_stage, stage_options
+
+DATA = dict(dataset_name="digits", resolution=32, num_channels=1, max_train_samples=90, train_batch_size=8)
+LENGTH = dict(max_train_steps=40, checkpointing_steps=3, logging_steps=4, lr_warmup_steps=5)
+MODELS = {
+    "autoencoder": dict(latent_dim=16, hidden_channels=[8, 16], num_blocks=1),
+    "vae": dict(latent_dim=8, hidden_dim=16, num_blocks=1),
+    "second_stage": dict(hidden_dim=16, num_blocks=1),
+}
+SETTINGS = [  # stage, processes, options
+    ("autoencoder", 1, dict(use_ema=True, gradient_accumulation_steps=2)),
+    ("autoencoder", 2, dict(dataloader_num_workers=1)),
+    ("vae", 1, dict(use_ema=True, mixed_precision="bf16", dataloader_num_workers=1)),
+    ("vae", 2, dict(use_ema=True, gradient_accumulation_steps=2)),
+    ("second_stage", 1, dict(gradient_accumulation_steps=2)),
+    ("second_stage", 2, dict(use_ema=True)),
+]
+
+
+def work(rank: int, world_size: int, port: int, options: dict, folder: str):
+    """One process of a training run, as a launcher starts it; in a session of its own, to die with its workers."""
+    os.setsid()
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "VAEPLUS_CACHE": f"{folder}/cache"}
+    if world_size > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    sys.stdout = sys.stderr = open(f"{folder}/log", "a")
+    run_stage(stage_options(**options, resume_from_checkpoint="latest"))
+
+
+class Run:
+    """The processes of one training run."""
+
+    def __init__(self, options: dict, num_processes: int, folder: Path):
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("forkserver")  # has imported everything: a start takes no seconds
+        arguments = [(rank, num_processes, port, options, str(folder)) for rank in range(num_processes)]
+        self.processes = [context.Process(target=work, args=each) for each in arguments]
+        for process in self.processes:
+            process.start()
+
+    def ended_within(self, seconds: float) -> bool:
+        """Whether all processes came to a good end in that time."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        if any(code not in (None, 0) for code in codes):
+            self.kill()
+            raise RuntimeError(f"a process failed by itself: {(self.folder / 'log').read_text()[-2000:]}")
+        return None not in codes
+
+    def kill(self):
+        """SIGKILL for every process and for the workers that it has started."""
+        for process in self.processes:
+            if process.exitcode is None:
+                try:
+                    os.killpg(process.pid, 9)
+                except ProcessLookupError:
+                    process.kill()  # it has no session of its own yet
+        for process in self.processes:
+            process.join()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a run leaves, but for its options, which name the folder, and for pictures."""
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".json", ".jsonl")
+    )
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    return {name: content for name, content in found.items() if name != "training_options.json"}
+
+
+def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict]:
+    """So many kills, spread over the settings; a row of figures for each setting.
+
+    Raises:
+        RuntimeError: a resumed run failed, or left something else than the undisturbed one.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hf_vaeplus.stages", "transformers", "__main__"])
+    chance = random.Random(seed)
+    rows, trained = [], {}  # stage -> folder, for the stages after it
+    with tqdm(total=kills, desc="kills") as bar:
+        for number, (stage, num_processes, special) in enumerate(settings):
+            for name in STAGES[: STAGES.index(stage)]:
+                if name not in trained:
+                    own = {"stage": name, "output_dir": str(folder / name), "model": MODELS[name]}
+                    _run_through({**DATA, **LENGTH, **trained, **own}, 1, folder)
+                    trained[name] = own["output_dir"]
+            before = {name: trained[name] for name in STAGES[: STAGES.index(stage)]}
+            options = {"stage": stage, **DATA, **LENGTH, "model": MODELS[stage], **before, **special}
+            undisturbed = folder / f"{number}-undisturbed"
+            started = time.monotonic()
+            _run_through({**options, "output_dir": str(undisturbed)}, num_processes, folder)
+            duration = time.monotonic() - started
+            expected, wanted = contents(undisturbed), kills // len(settings) + (number < kills % len(settings))
+            killed, in_save, runs = 0, 0, 0
+            while killed < wanted:
+                disturbed, runs = folder / f"{number}-{runs}", runs + 1
+                while True:
+                    run = Run({**options, "output_dir": str(disturbed)}, num_processes, folder)
+                    if killed < wanted and not run.ended_within(chance.uniform(0.1, 1.0) * duration):
+                        if killed % 3 == 0:  # a save takes little of the time
+                            _wait_for_a_save(run, disturbed)
+                            time.sleep(chance.uniform(0, 0.02))
+                        run.kill()
+                        killed += 1
+                        in_save += any(disturbed.glob(".*.partial"))
+                        bar.update()
+                    elif run.ended_within(600):
+                        break
+                if contents(disturbed) != expected:
+                    names = [name for name, content in contents(disturbed).items() if expected.get(name) != content]
+                    raise RuntimeError(f"after {killed} kills {disturbed} differs in {names or 'missing files'}.")
+            rows.append({"stage": stage, "processes": num_processes, **special, "kills": killed,
+                         "in_the_middle_of_a_save": in_save, "runs_compared": runs})  # fmt: skip
+    return rows
+
+
+def _wait_for_a_save(run: Run, folder: Path):
+    while not any(folder.glob(".checkpoint-*.partial")) and not run.ended_within(0.001):
+        pass
+
+
+def _run_through(options, num_processes, folder):
+    run = Run(options, num_processes, folder)
+    if not run.ended_within(600):
+        run.kill()
+        raise RuntimeError("the undisturbed run did not end within 10 minutes.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; what they hit differs from run to run")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = survive(args.kills, Path(folder), args.seed)
+    found = {**provenance(), "kills": args.kills, "seed": args.seed, "settings": rows}
+    print(json.dumps(found, indent=1))
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
