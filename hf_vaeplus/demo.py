@@ -119,7 +119,7 @@ class Handlers:
             )
         channels, resolution, _ = self.pipe.image_shape
         pixels = decode_image(Path(file["path"]), "this", resolution, None, channels)
-        return to_unit_range(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None])
+        return to_unit_range(torch.from_numpy(np.stack([pixels])).permute(0, 3, 1, 2))
 
     def check(self, file):
         """Nothing, if `read` can read the file."""
@@ -345,7 +345,8 @@ def _on(event, handler, inputs, outputs, **options):
 
 def _refusal(sentence: str) -> gr.Error:
     """What the visitor reads; Gradio renders it as HTML."""
-    return gr.Error(html.escape(sentence[:1].upper() + sentence[1:], quote=False), print_exception=False)
+    sentence = f"{sentence[:1].upper()}{sentence[1:].rstrip('.')}."
+    return gr.Error(html.escape(sentence, quote=False), print_exception=False)
 
 
 # ------------------------------------------------------------------------------------------------------- the server
