@@ -1,12 +1,18 @@
 """VAE+ for the Hugging Face ecosystem: images from noise in one pass, with posteriors and without adversaries."""
 
 from transformers import AutoConfig, AutoModel
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # its top level's once asked for torchvision
 
+from .image_processing_vaeplus import VAEPlusImageProcessor
 from .modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
 from .modeling_vaeplus import (
     GaussianPosterior,
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
+    VAEPlusEncoderConfig,
+    VAEPlusEncoderModel,
     VAEPlusPreTrainedModel,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
@@ -15,10 +21,14 @@ from .modeling_vaeplus import (
 for _config, _model in (
     (VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel),
     (VAEPlusVAEConfig, VAEPlusVAEModel),
+    (VAEPlusEncoderConfig, VAEPlusEncoderModel),
     (PenalizedAutoencoderConfig, PenalizedAutoencoderModel),
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
+AutoImageProcessor.register(
+    VAEPlusEncoderConfig, image_processor_classes={"pil": VAEPlusImageProcessor}, exist_ok=True
+)
 
 __all__ = [
     "GaussianPosterior",
@@ -26,6 +36,9 @@ __all__ = [
     "PenalizedAutoencoderModel",
     "VAEPlusAutoencoderConfig",
     "VAEPlusAutoencoderModel",
+    "VAEPlusEncoderConfig",
+    "VAEPlusEncoderModel",
+    "VAEPlusImageProcessor",
     "VAEPlusPipeline",
     "VAEPlusPreTrainedModel",
     "VAEPlusVAEConfig",

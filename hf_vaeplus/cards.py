@@ -14,7 +14,7 @@ from .evaluation import results_table
 from .stages import STAGES
 
 PICTURES = ("samples.png", "curves.png")
-# Data set -> what it is, its licence, its id on the Hub, whether it shows people.
+# Data set -> what it is, its licence, its id on the Hub, whether it shows people (None: not known).
 DATA = {
     "celeba": (
         "CelebA, aligned photographs of faces, the plain 128-pixel centre crop.",
@@ -25,6 +25,12 @@ DATA = {
     "mnist": ("MNIST, handwritten digits.", "CC BY-SA 3.0.", "ylecun/mnist", False),
     "digits": ("1,797 handwritten digits of the UCI repository.", "CC BY 4.0.", None, False),
     "rendered-faces": ("Drawings made by `hf_vaeplus` itself, from known factors.", "Apache-2.0.", None, False),
+}
+
+_METADATA = {
+    "library_name": "diffusers",
+    "pipeline_tag": "unconditional-image-generation",
+    "tags": ["hf_vaeplus", "vae", "autoencoder", "image-generation"],
 }
 
 
@@ -67,7 +73,7 @@ def write_card(
     options = {stage: json.loads((run_dir / stage / "training_options.json").read_text()) for stage in STAGES}
     configs = {stage: json.loads((run_dir / stage / "config.json").read_text()) for stage in STAGES}
     last = options["second_stage"]
-    told, known_license, hub_id, people = DATA.get(last["dataset_name"], (None, None, last["dataset_name"], True))
+    told, known_license, hub_id, people = DATA.get(last["dataset_name"], (None, None, last["dataset_name"], None))
     if not (data_license or known_license):
         raise ValueError(
             f"the licence of the images in {summary['images']!r} is not known: state it with --data_license, such as"
@@ -99,10 +105,8 @@ def write_card(
             evaluation_date=evaluation["date"],
         )
     data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        **_METADATA,
         license=license,
-        tags=["hf_vaeplus", "vae", "autoencoder", "image-generation"],
         datasets=hub_id,
         model_name=model_id.split("/")[-1],
         eval_results=_eval_results(summary, evaluation),
@@ -115,6 +119,13 @@ def write_card(
     path = output_dir / "README.md"
     path.write_text(str(card).rstrip() + "\n")
     return path
+
+
+def short_card(model_id: str, size: int) -> ModelCard:
+    """The card of a pipeline of which nothing but the weights is known: what it is and how to use it."""
+    data = ModelCardData(model_name=model_id.split("/")[-1], **_METADATA)
+    template = (resources.files(__package__) / "short_card_template.md").read_text()
+    return ModelCard.from_template(data, template_str=template, model_id=model_id, size=size)
 
 
 def _plain(text: str) -> str:

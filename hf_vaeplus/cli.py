@@ -1,10 +1,7 @@
-"""The command line `vaeplus`: parses and wires, nothing else.
-
-Exit codes: 0 done; 2 the command or its input was wrong (one sentence on standard error says what to do); 3 training
-diverged (the last good state is saved); 130 interrupted.
-"""
+"""The command line `vaeplus`: parses and wires, nothing else."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,6 +15,27 @@ from typing import get_args, get_type_hints
 
 import yaml
 
+_EPILOG = """\
+Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command.
+
+exit codes:
+  0    done
+  2    the command or its input was wrong: one sentence on standard error says what to do
+  3    training diverged; the last good state is saved
+  130  interrupted; 143 terminated (training saves its state first)
+
+with --json, where a command has it, standard output is one line with one JSON object: what was done, with the files
+written, or {"error": "the sentence"}. Everything for people goes to standard error.
+
+examples:
+  vaeplus quickstart
+  vaeplus sample vaeplus-quickstart/pipeline --seed 1 --output samples.png --json
+"""
+
+
+class UsageError(ValueError):
+    """What argparse refuses."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """Flags must be written out, and a mistake gives one sentence like any other, not the usage of sixty flags."""
@@ -27,7 +45,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message):
-        self.exit(2, f"vaeplus: error: {message} (see `{self.prog} --help`)\n")
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,48 +55,63 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(command, argv: list[str] | None = None) -> int:
     """Run `command()`; a user's mistake becomes one sentence and an exit code instead of a traceback."""
-    from huggingface_hub.errors import HTTPError, StrictDataclassError  # HTTPError: of httpx, whichever it uses
+    from huggingface_hub.errors import (
+        HTTPError,  # of httpx, whichever it uses
+        LocalTokenNotFoundError,
+        StrictDataclassError,
+    )
     from transformers.utils.logging import disable_progress_bar
 
+    from .hub import explain
     from .training import TrainingDiverged
 
     disable_progress_bar()  # one bar for the training, none for each file that is read or written
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    words = sys.argv if argv is None else argv
+
+    def complain(error, code: int) -> int:
+        sentence = " ".join(str(error).split())
+        print(f"vaeplus: error: {sentence}", file=sys.stderr)
+        if "--json" in words:
+            print(json.dumps({"error": sentence}))
+        return code
+
     try:
         command()
     except TrainingDiverged as error:
-        return _complain(error, 3)
+        return complain(error, 3)
+    except UsageError as error:
+        return complain(error, 2)
     except (ValueError, TypeError, OSError, HTTPError, StrictDataclassError) as error:
-        if "--debug" in (sys.argv if argv is None else argv):
+        if "--debug" in words:
             raise
-        if isinstance(error, HTTPError):
-            error = f"the Hub did not answer: try again, or use what is on this machine ({error})"
-        return _complain(error, 2)
-    except KeyboardInterrupt:
-        return _complain(
-            "interrupted; training goes on from its newest checkpoint with the same command (of train_stage.py: and"
-            " --resume_from_checkpoint latest)",
-            130,
+        if isinstance(error, HTTPError | LocalTokenNotFoundError):
+            error = explain(error)
+        return complain(error, 2)
+    except KeyboardInterrupt as error:
+        return complain(
+            f"{str(error) or 'interrupted'}; a training goes on from its newest checkpoint with the same command (of"
+            " train_stage.py: and --resume_from_checkpoint latest), anything else begins anew",
+            128 + getattr(error, "signal", 2),
         )
     return 0
 
 
-def _complain(error, code: int) -> int:
-    print(f"vaeplus: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
-
-
 def _dispatch(argv):
     args = build_parser().parse_args(argv)
-    args.run(args)
+    as_json = getattr(args, "json", False)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        found = args.run(args)
+    if as_json and found is not None:  # of the main process, where there are several
+        print(json.dumps(found))
 
 
 def build_parser() -> CommandParser:
-    """The parser of `vaeplus`; what it parses has a `run` that takes the result."""
+    """The parser of `vaeplus`; what it parses has a `run` that takes the result and returns what `--json` prints."""
     parser = CommandParser(
         prog="vaeplus",
         description="VAE+: train a generative autoencoder in three stages, then sample from it in one pass.",
-        epilog="Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command.",
+        epilog=_EPILOG,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
@@ -88,8 +121,11 @@ def build_parser() -> CommandParser:
         _add_sample,
         _add_reconstruct,
         _add_interpolate,
+        _add_encode,
         _add_card,
+        _add_push,
         _add_demo,
+        _add_completion,
     ):
         add(commands)
     return parser
@@ -211,7 +247,8 @@ def _add_train(commands):
     )
     parser.add_argument("--evaluation_split", default=None, help="split to measure on (default: the training images)")
     add_stage_options(
-        parser, leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir")
+        parser,
+        leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir", "hub_subfolder"),
     )
     parser.add_argument("--output_dir", default="runs/vaeplus", help="where everything goes (default: %(default)s)")
     parser.set_defaults(
@@ -247,7 +284,7 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
     images = open_images(last, evaluation_split)  # by all processes, and before hours of training
     if len(images) < 2:
         raise ValueError(f"{images.name} holds one image: the statistics of a posterior need at least two.")
-    pipe, _ = train_all(preset, output_dir, **overrides)
+    pipe, options = train_all(preset, output_dir, **overrides)
     if not process_state().is_main_process:
         return
     num_factors = last.num_factors if last.dataset_name == "rendered-faces" else None
@@ -258,6 +295,33 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
         f"\nsaved in {output_dir}: pipeline/ samples.png reconstructions.png interpolation.png curves.png summary.json"
     )
     print(f"sample again: vaeplus sample {output_dir / 'pipeline'} --num_images 64 --seed 1")
+    if last.push_to_hub:
+        _push_result(pipe, output_dir, last)
+
+
+def _push_result(pipe, run_dir: Path, options):
+    """The whole pipeline, beside the stages that training has pushed. The run is done: a failure is a warning."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    from .cards import DATA, write_card
+    from .hub import explain, full_repo_id, push
+
+    repo_id = options.hub_model_id
+    by_hand = f"vaeplus push {run_dir / 'pipeline'} {repo_id}"
+    try:
+        repo_id = full_repo_id(repo_id, HfApi(token=options.hub_token))
+        if options.dataset_name in DATA:
+            write_card(run_dir, repo_id)
+        else:
+            print(f"a short card goes with it: vaeplus card {run_dir} {repo_id} --data_license ... writes a full one")
+        push(
+            pipe, repo_id, card_folder=run_dir / "pipeline", private=options.hub_private_repo, token=options.hub_token
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        logging.warning("push failed, try again with `%s`: %s", by_hand, explain(error))
+    else:
+        print(f"pushed to {repo_id}")
 
 
 def _table(summary: dict, seconds: float) -> str:
@@ -290,9 +354,26 @@ _DATA_OPTIONS = (
 )
 
 
-def _add_evaluate(commands):
+def _add_data(parser, purpose: str):
     from .stages import StageOptions
 
+    fields = dataclasses.fields(StageOptions)
+    add_stage_options(parser, leave_out=tuple(entry.name for entry in fields if entry.name not in _DATA_OPTIONS))
+    parser.add_argument("--split", default="train", help=f"split to {purpose}, or a slice of it (default: train)")
+    parser.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
+
+
+def _data_options(args, pipe, **options):
+    """What `_add_data` parsed, as the options of a stage: images as the pipeline takes them."""
+    from .stages import StageOptions
+
+    channels, size, _ = pipe.image_shape
+    source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
+    source |= {name: value for name, value in _given(args).items() if name in _DATA_OPTIONS}
+    return StageOptions(split=args.split, **source, **options)
+
+
+def _add_evaluate(commands):
     parser = commands.add_parser(
         "evaluate",
         help="measure a saved pipeline on a data set",
@@ -307,10 +388,7 @@ def _add_evaluate(commands):
     )
     _add_pipeline(parser, "results.json")
     parser.set_defaults(output="results.json")
-    fields = dataclasses.fields(StageOptions)
-    add_stage_options(parser, leave_out=tuple(entry.name for entry in fields if entry.name not in _DATA_OPTIONS))
-    parser.add_argument("--split", default="train", help="split to measure on, or a slice of it (default: train)")
-    parser.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
+    _add_data(parser, "measure on")
     parser.add_argument(
         "--num_images", type=int, default=10_000, help="images of every set, real ones too (default: 10000)"
     )
@@ -337,14 +415,13 @@ def _add_evaluate(commands):
         "--num_importance_samples", type=int, default=0, help="per image, for likelihoods (default: 0, none)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(args):
     from .evaluation import evaluate, provenance, results_table
     from .features import open_extractor
-    from .stages import StageOptions, open_images, process_state
+    from .stages import open_images, process_state
 
     output = Path(args.output)
     if output.is_dir():
@@ -357,10 +434,7 @@ def _evaluate(args):
         extractors = [open_extractor(spec, args.device) for spec in args.features]
     except ImportError as error:  # of a package that is not needed otherwise
         raise ValueError(str(error)) from error
-    channels, size, _ = pipe.image_shape
-    source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
-    source |= {name: value for name, value in _given(args).items() if name in _DATA_OPTIONS}
-    options = StageOptions(split=args.split, **source)
+    options = _data_options(args, pipe)
     training_images = None
     if args.ndb_split or args.ndb or {"mixture", "gaussian"} & set(args.sampler):
         training_images = open_images(dataclasses.replace(options, split=args.ndb_split or "train"))
@@ -378,10 +452,11 @@ def _evaluate(args):
         batch_size=args.batch_size,
     )
     if not process_state().is_main_process:
-        return
-    text = json.dumps({**provenance(), "pipeline": args.pipeline, **results}, indent=2)
-    output.write_text(text + "\n")
-    print(text if args.json else f"\n{results_table(results)}\n\nsaved in {output}")
+        return None
+    found = {**provenance(), "pipeline": args.pipeline, **results}
+    output.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"\n{results_table(results)}\n\nsaved in {output}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- inference
@@ -447,6 +522,11 @@ def _add_pipeline(parser, output: str):
     parser.add_argument("--output", help=f"what to write; missing folders are made (default: {output})")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    _add_json(parser)
+
+
+def _add_json(parser):
+    parser.add_argument("--json", action="store_true", help="for programs: one line of JSON on standard output")
 
 
 def _add_crop(parser):
@@ -489,11 +569,12 @@ def _add_card(commands):
     parser.add_argument("--data_license", default=None, help="licence of the training images, where it is not known")
     parser.add_argument("--license", default="other", help="licence of the weights, by the Hub's ids (default: other)")
     parser.add_argument("--output", default=None, help="folder of the card (default: the run's pipeline folder)")
+    _add_json(parser)
     parser.set_defaults(run=_card)
 
 
 def _card(args):
-    from .cards import write_card
+    from .cards import PICTURES, write_card
 
     evaluation = None
     if args.evaluation:
@@ -507,7 +588,133 @@ def _card(args):
             raise ValueError(f"--evaluation {args.evaluation} holds no protocol: give evaluate's output.")
     output = None if args.output is None else Path(args.output)
     wanted = dict(evaluation=evaluation, data_license=args.data_license, license=args.license)
-    print(f"saved {write_card(Path(args.run_dir), args.model_id, output, **wanted)}")
+    card = write_card(Path(args.run_dir), args.model_id, output, **wanted)
+    print(f"saved {card}")
+    return {"files": [str(card), *(str(card.with_name(name)) for name in PICTURES)], "repository": args.model_id}
+
+
+def _add_encode(commands):
+    parser = commands.add_parser(
+        "encode",
+        help="turn a data set of images into a data set of latents",
+        description="Encode every image of a data set: mean and variance of the first VAE's posterior, as parquet\n"
+        "files that `datasets.load_dataset` reads, one row an image, in the order of the source.\n"
+        "Images are read at the size that the pipeline was trained on.",
+        epilog="examples:\n"
+        "  vaeplus encode vaeplus-quickstart/pipeline --dataset_name rendered-faces --max_images 2000\n"
+        "  vaeplus encode runs/celeba64/pipeline --dataset_name celeba --streaming --output latents"
+        " --push_to_hub your-name/celeba-latents --private",
+    )
+    _add_pipeline(parser, "latents.parquet")
+    parser.set_defaults(output="latents.parquet")
+    _add_data(parser, "encode")
+    parser.add_argument(
+        "--streaming", action="store_true", help="decode on the way, without a cache: for huge sources"
+    )
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", default=None, help="upload to this data set on the Hub")
+    parser.add_argument("--private", action="store_true", help="make the data set on the Hub private")
+    parser.set_defaults(run=_encode)
+
+
+def _encode(args):
+    from huggingface_hub.errors import HTTPError
+    from pyarrow.parquet import read_metadata
+
+    from .encoding import check_output, encode_to_parquet, latents_card, open_repository, push_latents
+    from .stages import open_images
+
+    output = check_output(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _writable(output, output.parent)
+    if args.private and not args.push_to_hub:
+        raise ValueError("--private is of --push_to_hub, which is missing: name a repository, or leave it out.")
+    pipe = _load_pipeline(args)
+    options = _data_options(args, pipe, streaming=args.streaming)
+    images = open_images(options)
+    if args.push_to_hub:
+        open_repository(args.push_to_hub, args.private)
+    files = encode_to_parquet(pipe, images, output, args.split, args.batch_size)
+    num_images = sum(read_metadata(file).num_rows for file in files)
+    about = pipe, args.pipeline, images, args.split, options.source_crop, num_images
+    if output.is_dir():
+        (output / "README.md").write_text(latents_card(*about, output.name))
+    print(f"saved {num_images:,} posteriors in {output}")
+    found = _made(args, files, "split", num_images=num_images, latent_dim=pipe.vae.config.latent_dim)
+    if not args.push_to_hub:
+        return found
+    try:
+        address = push_latents(files, latents_card(*about, args.push_to_hub), args.push_to_hub, args.split)
+    except (HTTPError, OSError) as error:
+        raise OSError(f"{output} is complete, but pushing it to {args.push_to_hub} failed: {error}") from error
+    print(f"pushed to {address}")
+    return {**found, "repository": args.push_to_hub, "url": address}
+
+
+def _add_completion(commands):
+    parser = commands.add_parser(
+        "completion",
+        help="print a script that completes this command in a shell",
+        description="Print a script that completes commands, options and paths of `vaeplus` in bash or zsh.",
+        epilog="examples:\n"
+        "  vaeplus completion bash > ~/.local/share/bash-completion/completions/vaeplus\n"
+        "  vaeplus completion zsh > ~/.zfunc/_vaeplus",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    parser.set_defaults(run=_completion)
+
+
+def _completion(args):
+    import shtab
+
+    kinds = dict.fromkeys(("output", "images", "config", "evaluation", "train_data_files"), shtab.FILE)
+    kinds |= dict.fromkeys(("pipeline", "run_dir", "output_dir", "train_data_dir", "cache_dir"), shtab.DIRECTORY)
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if action.dest == "command")
+    for command in commands.choices.values():
+        for action in command._actions:
+            if action.dest in kinds:
+                action.complete = kinds[action.dest]
+    print(shtab.complete(parser, args.shell))
+
+
+def _add_push(commands):
+    parser = commands.add_parser(
+        "push",
+        help="upload a pipeline to the Hub",
+        description="Upload a pipeline, with its card and pictures, in one commit. The repository also loads without\n"
+        "this package, by trust in the code that it carries. Log in with `hf auth login`, or set HF_TOKEN.\n"
+        "After a failure the same command goes on where it stopped.",
+        epilog="examples:\n"
+        "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --private\n"
+        "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --revision longer --tag v2\n"
+        "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --variant bf16",
+    )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="repository, created if need be: organisation/name")
+    parser.add_argument("--private", action="store_true", help="if the repository is created, as a private one")
+    parser.add_argument("--revision", default=None, help="branch, created if need be (default: main)")
+    parser.add_argument("--tag", default=None, help="name for the new commit, such as v1")
+    parser.add_argument(
+        "--variant",
+        choices=("bf16", "fp16"),
+        default=None,
+        help="add weights of half the size to those that are there",
+    )
+    parser.add_argument("--message", default=None, help="title of the commit")
+    _add_json(parser)
+    parser.set_defaults(run=_push, device="cpu")
+
+
+def _push(args):
+    import torch
+
+    pipe = _load_pipeline(args)
+    if args.variant:
+        pipe.to({"bf16": torch.bfloat16, "fp16": torch.float16}[args.variant])
+    names = dict(revision=args.revision, tag=args.tag, variant=args.variant)
+    commit = pipe.push_to_hub(args.repo_id, args.message, private=args.private or None, **names)
+    print(f"pushed: {commit}")
+    return {"repository": args.repo_id, **names, "url": commit}
 
 
 def _add_demo(commands):
@@ -568,9 +775,7 @@ def _load_pipeline(args):
     except OSError as error:
         if Path(args.pipeline).exists():
             raise
-        raise FileNotFoundError(
-            f"there is no folder {args.pipeline}, and the Hub has no such pipeline or cannot be reached."
-        ) from error
+        raise FileNotFoundError(f"there is no folder {args.pipeline}, and {error}") from error
     return pipe.to(device)
 
 
@@ -593,11 +798,20 @@ def _sample(args):
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
     wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
     wanted["batch_size"] = args.batch_size
-    if not args.separate:
+    if args.separate:
+        files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
+        for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
+            image.save(file)
+    else:
+        files = [output]
         image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save(output)
-        return
-    for number, image in enumerate(pipe(args.num_images, **wanted).images):
-        image.save(folder / f"{number:06d}.png")
+    return _made(args, files, "num_images", "seed", "temperature", "sharpness")
+
+
+def _made(args, files: list[Path], *options: str, **found) -> dict:
+    """What the commands that write files tell under `--json`."""
+    named = {name: getattr(args, name) for name in ("pipeline", *options)}
+    return {"files": [str(file) for file in files], **named, **found}
 
 
 def _reconstruct(args):
@@ -611,6 +825,7 @@ def _reconstruct(args):
     decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
     pairs = torch.stack([images, decoded], 1)
     image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save(output)
+    return _made(args, [output], "sharpness", num_images=len(images))
 
 
 def _interpolate(args):
@@ -621,6 +836,7 @@ def _interpolate(args):
     first, last = _read_pictures(args, pipe)
     path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
     image_grid(path[0], columns=args.steps).save(output)
+    return _made(args, [output], "steps")
 
 
 def _read_pictures(args, pipe):
@@ -628,7 +844,8 @@ def _read_pictures(args, pipe):
     import numpy as np
     import torch
 
-    from .data import decode_image, to_unit_range
+    from .data import to_unit_range
+    from .image_processing_vaeplus import decode_image
 
     channels, size, _ = pipe.image_shape
     if args.crop is not None and args.crop < 1:

@@ -7,7 +7,6 @@ source without that file.
 
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -25,10 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from .image_processing_vaeplus import decode_image
 from .rendered_faces import FACTOR_NAMES, factors_of, render_faces
 
 # Hub id, centre crop and number of channels of the data sets that have a short name.
@@ -39,7 +39,7 @@ PRESETS = {
 EMBEDDED = ("digits", "rendered-faces")
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CACHE_VERSION = 1  # part of every cache key: raise it when the same options give other pixels
-_BLOCK = 32  # rows decoded by one task of the thread pool
+_BLOCK = 32  # rows decoded by one task of the thread pool, for the cache
 
 
 def to_unit_range(pixel_values):
@@ -62,42 +62,6 @@ def to_uint8(images):
     if not images.is_floating_point() or images.isnan().any():
         raise ValueError(f"images must be floating point without NaN, got {images.dtype}; pass values in [0, 1]")
     return images.to(torch.float32).clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
-def decode_image(content, label, resolution, crop, num_channels):
-    """Decode, crop and resize one picture. Transparency is dropped.
-
-    Args:
-        content (`bytes`, `Path` or `np.ndarray` of shape `(H, W)` or `(H, W, 3)`): file contents, file, or pixels.
-        label (`str`): what error messages call the picture.
-        resolution (`int`): height and width of the result; box filter when shrinking, bicubic when enlarging.
-        crop (`int` or `None`): side of the centre crop in source pixels, `None` for the largest square.
-        num_channels (`int`): 1 (grey) or 3 (RGB).
-    Returns:
-        `np.ndarray` of shape `(resolution, resolution, num_channels)`, uint8.
-    Raises:
-        ValueError: for an unreadable picture, more than 8 bits a channel, or a picture smaller than `crop`.
-    """
-    try:
-        if isinstance(content, np.ndarray):
-            image = Image.fromarray(content)
-        else:
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
-        image = ImageOps.exif_transpose(image)
-        image.load()
-    except Exception as error:  # damaged files make PIL raise nearly anything
-        raise ValueError(f"{label} is not a readable picture ({error}); remove it or replace it") from error
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{label} has pixel type {image.mode}, expected 8 bits a channel; convert it first")
-    side = min(image.size) if crop is None else crop
-    if side > min(image.size):
-        raise ValueError(f"{label} is {image.width}x{image.height}, smaller than crop={crop}; choose a smaller crop")
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).convert("L" if num_channels == 1 else "RGB")
-    if side != resolution:
-        box_or_cubic = Image.Resampling.BOX if side > resolution else Image.Resampling.BICUBIC
-        image = image.resize((resolution, resolution), box_or_cubic)
-    return np.asarray(image).reshape(resolution, resolution, num_channels)
 
 
 # Sources. `identity` goes into the cache key, `count` is the number of rows if it is known without reading them,
@@ -468,12 +432,12 @@ def _build_cache(folder, source, max_samples, progress):
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _decoded_blocks(rows, decode):
-    """Decode `rows` in threads: uint8 blocks of shape (at most 32, H, W, C), in order, few of them in memory."""
+def _decoded_blocks(rows, decode, size=_BLOCK):
+    """Decode `rows` in threads: uint8 blocks of shape (at most `size`, H, W, C), in order, few of them in memory."""
     num_threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads) as pool:
         pending = deque()
-        while block := list(itertools.islice(rows, _BLOCK)):
+        while block := list(itertools.islice(rows, size)):
             pending.append(pool.submit(decode, block))
             if len(pending) > 2 * num_threads:
                 yield pending.popleft().result()
@@ -532,6 +496,12 @@ class ImageDataset(Dataset):
     def pixels(self, start, stop):
         """Items `start` to `stop` (or to the end) as the models see them: float32 `(B, C, H, W)` in [0, 1]."""
         return to_unit_range(self.__getitems__(range(start, min(stop, len(self))))["pixel_values"])
+
+    def in_order(self, batch_size):
+        """Every image once, none mirrored, in batches as of `__getitems__`; `index` is the row of the whole split."""
+        for start in range(0, len(self.images), batch_size):
+            batch = self.__getitems__(range(start, min(start + batch_size, len(self.images))))
+            yield batch | {"index": batch["index"] + self.rows.start}
 
 
 def keep_batch(batch):
@@ -606,6 +576,16 @@ class ImageStream(IterableDataset):
                     "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
                     "index": torch.arange(start, position),
                 }
+
+    def in_order(self, batch_size):
+        """Every image of one pass over the source, neither shuffled nor mirrored, as [`ImageDataset.in_order`]."""
+        rows, start = itertools.islice(self.source.rows(), self.max_samples), 0
+        for images in _decoded_blocks(rows, self.source.decode, batch_size):
+            yield {
+                "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
+                "index": torch.arange(start, start + len(images)),
+            }
+            start += len(images)
 
     def _samples(self):
         """Endless (label, content, mirrored), each pass over the source shuffled through a buffer."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -572,13 +573,15 @@ def _commit() -> str | None:
 def provenance() -> dict:
     """What a number needs to be believed: the command, the commit, the date, the machine and the versions.
 
-    Absolute paths in the command are cut to their last part: where a folder lay on a machine concerns nobody.
+    Absolute paths in the command are cut to their last part: where a folder lay on a machine concerns nobody. Tokens
+    are left out.
     """
     import diffusers
     import transformers
 
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
     return {
-        "command": " ".join(os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv),
+        "command": re.sub(r"(--hub_token[ =])\S+", r"\1...", " ".join(words)),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",

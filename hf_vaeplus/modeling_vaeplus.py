@@ -13,6 +13,7 @@ means over the batch, in nats.
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -198,6 +199,29 @@ class VAEPlusVAEConfig(VAEPlusConfig):
         return math.prod(self.input_shape)
 
 
+@strict
+class VAEPlusEncoderConfig(VAEPlusConfig):
+    """Configuration of [`VAEPlusEncoderModel`].
+
+    Args:
+        stages (`tuple[str, ...]`): the stages that an image passes, which are also the folders that hold them:
+            `"autoencoder"`, `"vae"` or both.
+
+    Raises:
+        ValueError: an unknown field or other stages.
+    """
+
+    model_type = "vaeplus_encoder"
+
+    stages: list[str] | tuple[str, ...] = ("autoencoder", "vae")
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.stages = tuple(self.stages)
+        if self.stages not in (("autoencoder", "vae"), ("autoencoder",), ("vae",)):
+            raise ValueError(f"VAEPlusEncoderConfig.stages must be of autoencoder and vae, got {self.stages}.")
+
+
 # ------------------------------------------------------------------------------------------------------- outputs
 
 
@@ -236,6 +260,17 @@ class VAEPlusVAEOutput(ModelOutput):
     active_units: torch.FloatTensor | None = None
     reconstruction: torch.FloatTensor | None = None
     posterior: "GaussianPosterior | None" = None
+
+
+@dataclass
+class VAEPlusEncoderOutput(ModelOutput):
+    r"""
+    features (`torch.FloatTensor` of shape `(batch, latent_dim)`): mean of the posterior; without a VAE, the code.
+    logvar (`torch.FloatTensor` of shape `(batch, latent_dim)`, *optional*): log variances of that posterior.
+    """
+
+    features: torch.FloatTensor | None = None
+    logvar: torch.FloatTensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- mathematics
@@ -893,6 +928,73 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         self.gamma_updates += finite
 
 
+class VAEPlusEncoderModel(VAEPlusPreTrainedModel):
+    """From images to features, for `transformers.pipeline("image-feature-extraction")` and the like.
+
+    Joins two stages of a pipeline and has no weights of its own: what it saves and loads are their folders, so that a
+    saved `VAEPlusPipeline` with this model's `config.json` beside its index is a saved encoder as well.
+
+    Args:
+        autoencoder ([`VAEPlusAutoencoderModel`], *optional*), vae ([`VAEPlusVAEModel`], *optional*): at least one.
+
+    Raises:
+        ValueError: neither of them, or a VAE that does not take what precedes it.
+
+    Example:
+        >>> model = VAEPlusEncoderModel(pipe.autoencoder, pipe.vae)
+        >>> features = model(images).features  # (batch, 3, 64, 64) in [0, 1] -> (batch, latent_dim)
+    """
+
+    config_class = VAEPlusEncoderConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, autoencoder: VAEPlusAutoencoderModel | None = None, vae: VAEPlusVAEModel | None = None):
+        stages = {"autoencoder": autoencoder, "vae": vae}
+        super().__init__(VAEPlusEncoderConfig(stages=[name for name, stage in stages.items() if stage is not None]))
+        self.autoencoder, self.vae = autoencoder, vae
+        if autoencoder is not None and vae is not None and vae.config.input_shape != (autoencoder.config.latent_dim,):
+            raise ValueError(
+                f"the vae has input_shape={vae.config.input_shape} but the autoencoder's codes have"
+                f" {autoencoder.config.latent_dim} numbers: use the vae that was trained on these codes."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, subfolder: str = "", **kwargs):
+        """Load the stages that `config.json` names, each as [`VAEPlusPreTrainedModel.from_pretrained`] does."""
+        if config is None:
+            where = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+            options = {name: kwargs[name] for name in where if name in kwargs}
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        classes = {"autoencoder": VAEPlusAutoencoderModel, "vae": VAEPlusVAEModel}
+        loaded = {}
+        for stage in config.stages:
+            folder = f"{subfolder}/{stage}" if subfolder else stage
+            loaded[stage] = classes[stage].from_pretrained(
+                pretrained_model_name_or_path, *args, subfolder=folder, **kwargs
+            )
+        return cls(**loaded).eval()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save `config.json`, and each stage in its folder with the options of `PreTrainedModel.save_pretrained`."""
+        self.config.save_pretrained(save_directory)
+        for stage in self.config.stages:
+            getattr(self, stage).save_pretrained(os.path.join(save_directory, stage), **kwargs)
+
+    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VAEPlusEncoderOutput | tuple:
+        """Features of images: floats in [0, 1] of the shape that the first stage takes.
+
+        Raises:
+            ValueError: wrong shape, or integers instead of floats.
+        """
+        inputs = pixel_values if self.autoencoder is None else self.autoencoder.encode(pixel_values)
+        if self.vae is None:
+            output = VAEPlusEncoderOutput(features=inputs)
+        else:
+            posterior = self.vae.encode(inputs)
+            output = VAEPlusEncoderOutput(features=posterior.mean, logvar=posterior.logvar)
+        return output if return_dict else output.to_tuple()
+
+
 def _upcast(tensor: torch.Tensor) -> torch.Tensor:
     """float32, or float64 as it is: losses are never summed in half precision."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -912,6 +1014,9 @@ __all__ = [
     "VAEPlusAutoencoderModel",
     "VAEPlusAutoencoderOutput",
     "VAEPlusConfig",
+    "VAEPlusEncoderConfig",
+    "VAEPlusEncoderModel",
+    "VAEPlusEncoderOutput",
     "VAEPlusPreTrainedModel",
     "VAEPlusVAEConfig",
     "VAEPlusVAEModel",

@@ -93,6 +93,7 @@ class VAEPlusPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an unknown option; weights that are missing, damaged, of another config or not safetensors.
+            OSError: the Hub has no such repository or revision, refuses, or cannot be reached, and no copy is cached.
         """
         unknown = sorted(kwargs.keys() - _COMPONENTS.keys() - _LOADING_OPTIONS)
         if unknown:
@@ -100,7 +101,14 @@ class VAEPlusPipeline(DiffusionPipeline):
             raise ValueError(f"from_pretrained got the unknown option {unknown[0]!r}: it takes {', '.join(known)}.")
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False is refused: pickled weights can run code, so leave it out.")
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        except OSError as error:  # of the Hub, whose reason is in the cause
+            if not isinstance(error.__cause__, HTTPError):
+                raise
+            from .hub import explain
+
+            raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {explain(error.__cause__)}") from error
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **kwargs):
@@ -113,6 +121,44 @@ class VAEPlusPipeline(DiffusionPipeline):
             if index.get(name, [None])[0] == "modeling_vaeplus":
                 index[name] = ["hf_vaeplus", index[name][1]]
         return index
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        tag: str | None = None,
+        variant: str | None = None,
+    ) -> str:
+        """Upload the pipeline, in one commit, as a repository that also loads without this package.
+
+        The `README.md` and the PNGs of the folder that the pipeline was loaded from go with it (`vaeplus card` writes
+        them); without these, a repository that has no card gets a short one.
+
+        Args:
+            repo_id (`str`): `organisation/name`, or `name` for a repository of the user; created if need be.
+            commit_message (`str`, *optional*): title of the commit.
+            private (`bool`, *optional*): of a repository that is created; the account's default if not given.
+            token (`str`, *optional*): write token; the one that `hf auth login` stored if not given.
+            revision (`str`, *optional*): branch, created if it does not exist.
+            tag (`str`, *optional*): name for the new commit.
+            variant (`str`, *optional*): add the weights alone, as `model.<variant>.safetensors`, to this pipeline in
+                the repository; for example `pipe.to(torch.bfloat16).push_to_hub(repo_id, variant="bf16")`.
+
+        Returns:
+            `str`: address of the commit.
+
+        Raises:
+            ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository, a variant
+                for a repository that holds no such pipeline.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refused or failed; push again, it goes on where it stopped.
+        """
+        from .hub import push
+
+        options = dict(commit_message=commit_message, private=private, token=token)
+        return push(self, repo_id, **options, revision=revision, tag=tag, variant=variant)
 
     # </package-only>
 
@@ -551,6 +597,7 @@ def _check_generators(generator: Generators, num_images: int):
 # <package-only>
 import diffusers  # noqa: E402
 from diffusers.pipelines import pipeline_loading_utils  # noqa: E402
+from huggingface_hub.errors import HTTPError  # noqa: E402
 
 _LOADING_OPTIONS = frozenset(
     "cache_dir device_map disable_mmap dtype force_download local_files_only low_cpu_mem_usage max_memory"

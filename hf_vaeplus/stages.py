@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from .data import PRESETS as NAMED_DATA_SETS
 from .data import keep_batch, load_images, stream_images, to_unit_range
+from .hub import save_feature_extractor
 from .modeling_baselines import WAEMMDModel
 from .modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
@@ -83,6 +84,11 @@ class StageOptions(TrainingOptions):
             )
         if self.kl_warmup_steps < 0:
             raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
+
+    @property
+    def source_crop(self) -> int | None:
+        """The centre crop that is taken: the one asked for, or that of a data set with a short name."""
+        return self.crop or NAMED_DATA_SETS.get(self.dataset_name, {}).get("crop")
 
 
 def load_preset(name: str | Path) -> dict:
@@ -185,6 +191,7 @@ def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
     pipe = build_pipeline(options["second_stage"], model)
     if process_state().is_main_process:
         pipe.save_pretrained(output_dir / "pipeline")
+        save_feature_extractor(pipe, output_dir / "pipeline", options["autoencoder"].source_crop)
     return pipe, options
 
 
@@ -195,9 +202,8 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
     options = {}
     for position, stage in enumerate(STAGES):
         earlier = {before: folders[before] for before in STAGES[:position]}
-        options[stage] = stage_options(
-            stage, preset, **{**overrides, **earlier, "output_dir": folders[stage], "resume_from_checkpoint": "latest"}
-        )
+        own = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
+        options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **own})
     return options
 
 

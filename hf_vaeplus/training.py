@@ -13,9 +13,10 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,13 +29,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, ProjectConfiguration
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
+
+from .checkpoints import TrainingState, find_checkpoint, replace_text, save_model, sole_run, write_json
+from .hub import BackgroundPush
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,15 @@ class TrainingOptions:
     checkpointing_steps: int = option(1_000, "save a resumable checkpoint every so many steps")
     checkpoints_total_limit: int = option(2, "how many checkpoints to keep")
     resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint")
+    strict_resume: bool = option(False, "refuse a damaged newest checkpoint instead of taking the one before it")
     logging_steps: int = option(50, "steps between two lines of stats.jsonl")
     sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only")
     report_to: str = option("none", "none | tensorboard | any other tracker of Accelerate")
     dataloader_num_workers: int = option(0, "worker processes that read data")
     torch_compile: bool = option(False, "compile the model: pays back on long runs only")
-    push_to_hub: bool = option(False, "upload the final model to the Hub; a failed upload does not lose the run")
+    push_to_hub: bool = option(False, "upload to the Hub at each checkpoint and at the end; a failure loses nothing")
     hub_model_id: str | None = option(None, "repository to push to, 'name' or 'organisation/name'")
+    hub_subfolder: str = option("", "folder in that repository (default: its root)")
     hub_token: str | None = field(
         default=None, repr=False, metadata={"help": "write token of the Hub, if not logged in"}
     )
@@ -116,6 +119,14 @@ class TrainingOptions:
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient was not finite. The last good state has been saved."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C ended the run after a step. The state has been saved; `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
 
 
 # ----------------------------------------------------------------------------------------------------- randomness
@@ -186,137 +197,6 @@ def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: 
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, **loading)
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. A half-written one has another name."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=checkpoint_step)
-
-
-def _replace(path: Path, text: str):
-    """Replace a file by new content, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _write_json(path: Path, content):
-    _replace(path, json.dumps(content, indent=2) + "\n")
-
-
-def _flush_to_disk(folder: Path):
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@dataclass
-class _State:
-    """All that a checkpoint holds: the run goes on from it as if it had never stopped."""
-
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler | None
-    ema: AveragedModel | None
-    window: torch.Tensor | None = None  # sums of the logged scalars since the last line of stats.jsonl
-    window_passes: int = 0
-    step: int = 0
-
-    def save(self, output_dir: Path, total_limit: int):
-        """Write checkpoint-<step> beside the others, rename it into place when complete, then drop the oldest."""
-        final, partial = output_dir / f"checkpoint-{self.step}", output_dir / f".checkpoint-{self.step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial)
-        if self.ema is not None:
-            self.ema.module.save_pretrained(partial / "ema")
-        tensors = {
-            f"{name}/{key}": value
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        if self.window is not None:
-            tensors["window"] = self.window
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
-        progress = {"step": self.step, "window_passes": self.window_passes, "scheduler": self.scheduler.state_dict()}
-        if self.scaler is not None:
-            progress["scaler"] = self.scaler.state_dict()
-        _write_json(partial / "progress.json", progress)
-        _flush_to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
-        os.replace(partial, final)
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
-
-    def load(self, checkpoint: Path):
-        """Raises ValueError or FileNotFoundError when the checkpoint is of another model, damaged, or lacks a file."""
-        needed = ["model.safetensors", "optimizer.safetensors", "progress.json"]
-        needed += [] if self.ema is None else ["ema/model.safetensors"]
-        for name in needed:
-            if not (checkpoint / name).is_file():
-                raise FileNotFoundError(
-                    f"checkpoint {checkpoint} lacks {name}: resume from another checkpoint, or with the options"
-                    " that the run was started with (training_options.json)."
-                )
-        _load_weights(self.model, checkpoint / "model.safetensors")
-        if self.ema is not None:
-            _load_weights(self.ema.module, checkpoint / "ema" / "model.safetensors")
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        self.step, self.window_passes = progress["step"], progress["window_passes"]
-        tensors = _read(checkpoint / "optimizer.safetensors")
-        window = tensors.pop("window", None)
-        self.window = None if window is None else window.to(self.model.device)
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        state = self.optimizer.state_dict()
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for number, parameter in enumerate(parameters):
-            prefix = names[parameter] + "/"
-            state["state"][number] = {
-                key.removeprefix(prefix): _laid_out_as(parameter, value)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
-        self.optimizer.load_state_dict(state)
-        self.scheduler.load_state_dict(progress["scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        if self.ema is not None:
-            self.ema.n_averaged.fill_(self.step)
-        if self.scaler is not None:
-            self.scaler.load_state_dict(progress["scaler"])
-
-
-def _laid_out_as(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-    # Fused AdamW walks through memory: moments saved row by row would go to the wrong weights of a channels-last one.
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint.") from error
-
-
-def _load_weights(model: nn.Module, path: Path):
-    try:
-        model.load_state_dict(_read(path), strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not fit the model: start with the model options that the run was started with. {error}"
-        ) from error
-
-
 def _ema_update(decay: float) -> Callable:
     def update(averages, parameters, num_averaged):
         steps = int(num_averaged)
@@ -372,7 +252,7 @@ def _drop_lines_after(path: Path, step: int):
                 kept.append(line)
         except json.JSONDecodeError:
             break
-    _replace(path, "".join(line + "\n" for line in kept))
+    replace_text(path, "".join(line + "\n" for line in kept))
 
 
 # ----------------------------------------------------------------------------------------------------------- loop
@@ -403,8 +283,10 @@ def train(
 
     Raises:
         TrainingDiverged: a loss or gradient was not finite; the state before that step is the newest checkpoint.
-        FileExistsError: `output_dir` holds a run already and nothing says to resume it.
-        ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist or does not fit.
+        TrainingInterrupted: SIGTERM or Ctrl-C; the state is the newest checkpoint.
+        FileExistsError: `output_dir` holds a run already and nothing says to resume it, or another process is
+            training there.
+        ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist, is damaged or does not fit.
     """
     # A stage may differ from the one before in its precision, and a bare `PartialState()` before this (unlike
     # `Accelerator`) ignores ACCELERATE_USE_CPU: two CPU processes would each train alone.
@@ -415,7 +297,13 @@ def train(
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
-    checkpoint = _find_checkpoint(options)
+    alone = sole_run(output_dir) if accelerator.is_main_process else contextlib.nullcontext()
+    with alone, _StopSignals() as stop:
+        return _train(model, dataset, prepare, options, preview, finish, accelerator, output_dir, stop)
+
+
+def _train(model, dataset, prepare, options, preview, finish, accelerator, output_dir, stop) -> PreTrainedModel:
+    checkpoint = find_checkpoint(output_dir, options.resume_from_checkpoint, options.strict_resume)
     written = {**_public(options), "num_processes": accelerator.num_processes}
     if checkpoint is not None:
         _refuse_other_options(checkpoint.parent / "training_options.json", written)
@@ -424,7 +312,7 @@ def train(
         output_dir.mkdir(parents=True, exist_ok=True)
         for leftover in output_dir.glob(".checkpoint-*.partial"):
             shutil.rmtree(leftover)
-        _write_json(output_dir / "training_options.json", written)
+        write_json(output_dir / "training_options.json", written)
 
     gamma = [parameter for name, parameter in model.named_parameters() if name == "log_gamma"]
     others = [parameter for name, parameter in model.named_parameters() if name != "log_gamma"]
@@ -443,7 +331,7 @@ def train(
     )
     scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, options.max_train_steps)
     ema = AveragedModel(model, multi_avg_fn=_ema_update(options.ema_decay)) if options.use_ema else None
-    state = _State(model, optimizer, scheduler, accelerator.scaler, ema)
+    state = TrainingState(model, optimizer, scheduler, accelerator.scaler, ema)
     if checkpoint is not None:
         state.load(checkpoint)
         logger.info("resumed %s", checkpoint)
@@ -461,6 +349,19 @@ def train(
         dataset, options, accelerator, state.step * passes_per_step, options.max_train_steps * passes_per_step
     )
     batches = iter(loader)
+    push = None
+    if options.push_to_hub and accelerator.is_main_process:
+        push = BackgroundPush(options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token)
+
+    def trained() -> PreTrainedModel:
+        return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if ema is None else ema.module
+
+    def snapshot(folder: Path):
+        """What is pushed: the model as it would be saved now, and how it was made."""
+        trained().save_pretrained(folder)
+        write_json(folder / "training_options.json", {n: v for n, v in written.items() if n not in _LOCAL_OPTIONS})
+        shutil.copy(output_dir / "stats.jsonl", folder)
+
     if accelerator.is_main_process:
         _drop_lines_after(output_dir / "stats.jsonl", state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -522,26 +423,27 @@ def train(
                     progress.write(f"warning: {warning}", file=sys.stderr)
             accelerator.log({**stats, "samples_per_second": speed}, step=state.step)
         if state.step % options.checkpointing_steps == 0 or state.step == options.max_train_steps:
-            if state.window is not None:  # one process writes, so all must hold the same sums
-                state.window = accelerator.reduce(state.window, "mean")
-            if accelerator.is_main_process:
-                state.save(output_dir, options.checkpoints_total_limit)
-            accelerator.wait_for_everyone()
+            _save(accelerator, state, options)
+            if push is not None and state.step < options.max_train_steps:
+                push(snapshot, f"{output_dir.name}: step {state.step} of {options.max_train_steps}")
+        # Several processes agree on where to stop: now and then, for it costs a message.
+        if accelerator.num_processes == 1 or state.step % options.logging_steps == 0:
+            _stop_if_asked(stop, accelerator, state, options)
         due = options.sample_steps and state.step % options.sample_steps == 0
         if preview is not None and accelerator.is_main_process and due and state.step < options.max_train_steps:
             _draw_preview(accelerator, preview, model if ema is None else ema.module, output_dir, state.step)
     progress.close()
 
-    final = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if ema is None else ema.module
+    final = trained()
     final.eval()
     if finish is not None:
         finish(final)
     if accelerator.is_main_process:
-        final.save_pretrained(output_dir)
+        save_model(final, output_dir)
         if preview is not None:
             _draw_preview(accelerator, preview, final, output_dir, state.step)
-        if options.push_to_hub:
-            _push(output_dir, options)
+        if push is not None:
+            push.finish(snapshot, f"{output_dir.name}: {options.max_train_steps} steps, the end")
     for tracker in accelerator.trackers:  # `end_training` would leave no process group for the next stage
         tracker.finish()
     accelerator.wait_for_everyone()
@@ -562,29 +464,16 @@ def _postfix(stats: dict, speed: float) -> dict:
     return {**shown, "images/s": f"{speed:.0f}"}
 
 
-def _find_checkpoint(options: TrainingOptions) -> Path | None:
-    existing = list_checkpoints(options.output_dir)
-    if options.resume_from_checkpoint is None:
-        if existing:
-            raise FileExistsError(
-                f"{options.output_dir} already holds a run up to step {checkpoint_step(existing[-1])}: resume it with"
-                " --resume_from_checkpoint latest, or choose another --output_dir."
-            )
-        return None
-    if options.resume_from_checkpoint == "latest":
-        return existing[-1] if existing else None
-    checkpoint = Path(options.resume_from_checkpoint)
-    if not (checkpoint / "progress.json").is_file():
-        names = [path.name for path in existing] or "none"
-        raise FileNotFoundError(f"{checkpoint} is not a checkpoint of this project; {options.output_dir} has {names}.")
-    return checkpoint
-
-
 # Options that may change between the parts of a run without making it another run.
 _FREE_OPTIONS = frozenset(
     "output_dir cache_dir max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
+    " strict_resume"
     " logging_steps sample_steps report_to dataloader_num_workers torch_compile push_to_hub hub_model_id"
-    " hub_private_repo learning_rate max_grad_norm".split()
+    " hub_subfolder hub_private_repo learning_rate max_grad_norm".split()
+)
+# Options that name places on this machine: not to be pushed.
+_LOCAL_OPTIONS = frozenset(
+    "output_dir cache_dir train_data_dir train_data_files autoencoder vae resume_from_checkpoint".split()
 )
 
 
@@ -602,18 +491,57 @@ def _refuse_other_options(written: Path, options: dict):
         )
 
 
-def _stop_diverged(accelerator, state: _State, before: tuple, options: TrainingOptions, scalars: list[str]):
+class _StopSignals:
+    """While it is entered, a first SIGTERM or Ctrl-C is only noted, as `number`; a second one acts at once."""
+
+    def __enter__(self):
+        self.number, self._pid, self._before = 0, os.getpid(), {}
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            self._before = {each: signal.signal(each, self._note) for each in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if os.getpid() == self._pid and not self.number:
+            self.number = number
+            return
+        signal.signal(number, signal.SIG_DFL)  # a second one, or a worker that reads data
+        os.kill(os.getpid(), number)
+
+
+def _stop_if_asked(stop: _StopSignals, accelerator, state: TrainingState, options: TrainingOptions):
+    number = stop.number
+    if accelerator.num_processes > 1:
+        number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+    if not number or state.step == options.max_train_steps:
+        return
+    if state.step % options.checkpointing_steps:  # else it has just been saved
+        _save(accelerator, state, options)
+    raise TrainingInterrupted(
+        f"stopped by {signal.Signals(number).name} after step {state.step}, which is saved as checkpoint-{state.step}",
+        number,
+    )
+
+
+def _save(accelerator, state: TrainingState, options: TrainingOptions):
+    if state.window is not None:  # one process writes, so all must hold the same sums
+        state.window = accelerator.reduce(state.window, "mean")
+    if accelerator.is_main_process:
+        state.save(Path(options.output_dir), options.checkpoints_total_limit)
+    accelerator.wait_for_everyone()
+
+
+def _stop_diverged(accelerator, state: TrainingState, before: tuple, options: TrainingOptions, scalars: list[str]):
     """Save the state before the step that went wrong, and say which term was not finite, in whichever process."""
     finite = accelerator.reduce(state.window).isfinite().tolist()
     names = [name for name, is_finite in zip(scalars, finite, strict=True) if not is_finite] or ["the gradient"]
     state.window, state.window_passes, buffers = before
     for buffer, value in zip(state.model.buffers(), buffers, strict=True):  # an analytic gamma has moved
         buffer.copy_(value)
-    if state.window is not None:
-        state.window = accelerator.reduce(state.window, "mean")
-    if accelerator.is_main_process:
-        state.save(Path(options.output_dir), options.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
+    _save(accelerator, state, options)
     raise TrainingDiverged(
         f"step {state.step + 1} gave values that are not finite ({', '.join(names)}); the state before it is saved as"
         f" checkpoint-{state.step}. Resume with a lower learning_rate or with max_grad_norm."
@@ -630,19 +558,3 @@ def _draw_preview(accelerator, preview, model, output_dir: Path, step: int):
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"samples": np.asarray(picture.convert("RGB"))[None]}, step=step, dataformats="NHWC")
-
-
-def _push(output_dir: Path, options: TrainingOptions):
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=options.hub_token)
-    try:
-        repo_id = api.create_repo(options.hub_model_id, private=options.hub_private_repo, exist_ok=True).repo_id
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=output_dir,
-            allow_patterns=["config.json", "model.safetensors", "training_options.json", "stats.jsonl"],
-            commit_message=f"Train {output_dir.name} for {options.max_train_steps} steps",
-        )
-    except Exception as error:  # whatever the network did, the trained model is on disk
-        logger.warning("push to %s failed, the model is in %s: %s", options.hub_model_id, output_dir, error)

@@ -127,3 +127,6 @@ def test_the_command_writes_into_the_pipeline_folder(run, capsys):
     assert "somebody/digits" in (run / "pipeline" / "README.md").read_text()
     assert VAEPlusPipeline.from_pretrained(run / "pipeline") is not None
     assert "torchvision" not in sys.modules
+    assert main(["card", str(run), "somebody/digits", "--json"]) == 0
+    files = [str(run / "pipeline" / name) for name in ("README.md", "samples.png", "curves.png")]
+    assert json.loads(capsys.readouterr().out) == {"files": files, "repository": "somebody/digits"}

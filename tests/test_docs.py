@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import load_dataset
 from PIL import Image
 from test_cards import code_blocks, run_code
 
@@ -18,11 +19,12 @@ TINY = "autoencoder.model.hidden_channels=[4,8] vae.model.hidden_dim=8 second_st
 
 
 def commands(page: str) -> list[str]:
-    """The shell commands of a page, one string each, comments cut."""
+    """The shell commands of a page, one string each, without comments and redirections."""
     found = []
     for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
-            found += [part.strip() for part in re.sub(r"(^|\s)#.*", "", line).split("&&") if part.strip()]
+            line = re.sub(r"(^|\s)#.*|\s>\s+\S+", "", line)
+            found += [part.strip() for part in line.split("&&") if part.strip()]
     return found
 
 
@@ -63,7 +65,7 @@ def test_commands_parse(page, capsys):
                 parse_stage_options("", [*words[scripts[0] + 1 :], "--dry_run"])
         else:
             assert words[0] in {"python3", ".venv/bin/pip", ".", ".venv/bin/python", ".venv/bin/ruff", ".ci/run",
-                                "hf", "accelerate"}, command  # fmt: skip
+                                "hf", "accelerate", "mkdir"}, command  # fmt: skip
     capsys.readouterr()
 
 
@@ -95,13 +97,37 @@ def test_get_started(tmp_path, monkeypatch):
         assert (tmp_path / "vaeplus-quickstart" / name).exists() or (tmp_path / name).exists(), name
 
 
-def test_your_own_pictures(tmp_path, monkeypatch):
+def test_your_own_pictures(hub, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     for number in range(12):
         noise = np.random.default_rng(number).integers(0, 256, (70, 90, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / "pictures" / f"{number}.jpg")
-    monkeypatch.setattr("hf_vaeplus.cli._push", lambda args: None, raising=False)  # tests/test_hub.py pushes
-    pipeline = follow("docs/your-own-pictures.md", tmp_path, monkeypatch)
-    assert (pipeline / "README.md").is_file()
+    follow("docs/your-own-pictures.md", tmp_path, monkeypatch)
+    assert b"CC BY 4.0" in hub["your-name/vaeplus-pictures"].files()["README.md"]
     (block,) = code_blocks((ROOT / "docs/your-own-pictures.md").read_text())
-    assert len(run_code(block, pipeline)["images"]) == 16
+    found = {}
+    exec(compile(block, "page", "exec"), found)
+    assert len(found["images"]) == 16
+
+
+def test_encode(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAEPLUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    tiny = [*SMALL.split(), "--set", *TINY.split(), "--max_train_samples", "12"]
+    assert main(["train", "--config", "quickstart", "--output_dir", "vaeplus-quickstart", *tiny]) == 0
+    noise = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("picture.png")
+    for command in commands("docs/encode.md"):
+        words = shlex.split(command)[1:]
+        if "--max_images" in words:
+            words[words.index("--max_images") + 1] = "20"
+        assert main(words) == 0, command
+    pushed = hub.repositories["datasets", "your-name/face-latents"]
+    assert pushed.private and pushed.files().keys() == {"README.md", "data/train-00000-of-00001.parquet"}
+    assert len(load_dataset("your-name/face-latents", split="train")) == 20
+    found = {}
+    for block in code_blocks((ROOT / "docs/encode.md").read_text()):
+        exec(compile(block, "docs/encode.md", "exec"), found)
+    assert found["latents"].num_rows == len(found["codes"]) == 20
+    assert found["features"].shape == (1, 24) and len(found["longer"][0]) == 32

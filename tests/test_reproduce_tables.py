@@ -39,6 +39,13 @@ def test_table1(finished):
     assert (folder / "table1.png").is_file()
 
 
+def test_table1_without_skips(finished):
+    folder, cells = finished("table1_without_skips")
+    assert len(cells) == 8 and (folder / "table.md").read_text().count("\n") == 10
+    assert cells["gamma fixed at 1"]["gamma"] == 1
+    assert cells["as in Table 1 (gamma analytic)"]["kl"] != cells["torch's start, gamma analytic"]["kl"]
+
+
 def test_table2_figure1(finished):
     _, cells = finished("table2_figure1")
     learnable, fixed = cells["32-0-learnable"], cells["32-0-fixed"]

@@ -41,11 +41,11 @@ EARLIER = {"autoencoder": [], "vae": ["autoencoder"], "second_stage": ["autoenco
 DISTURBED_EXAMPLE = """
 import os, runpy, sys, time
 from pathlib import Path
-from hf_vaeplus import stages, training
+from hf_vaeplus import checkpoints, stages
 
 folder, point, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rank = os.environ.get("RANK", "0")
-train, save_file = stages.train, training.save_file
+train, save_file = stages.train, checkpoints.save_file
 
 def hold():
     (folder / f"held-{rank}").touch()
@@ -66,7 +66,7 @@ def disturbed_save(tensors, path):
         hold()
     save_file(tensors, path)
 
-stages.train, training.save_file = disturbed_train, disturbed_save
+stages.train, checkpoints.save_file = disturbed_train, disturbed_save
 sys.argv = sys.argv[4:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

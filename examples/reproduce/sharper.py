@@ -15,7 +15,7 @@ No network trained on other data takes part, least of all the one that judges.
 
 import sys
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -41,7 +41,8 @@ CPU = {
     "num_pairs": 8_000,
     "steps": 800,
     "batch": 64,
-    "num_cells": 13,
+    "seeds": 3,
+    "num_cells": 17,
     "width": 64,
 }
 SETTINGS = {
@@ -50,6 +51,8 @@ SETTINGS = {
         "preset": "tiny",
         "num_train": 160,
         "num_test": 80,
+        "seeds": 1,
+        "num_cells": 13,
         "num_pairs": 160,
         "steps": 3,
         "batch": 8,
@@ -148,12 +151,17 @@ def measure(settings, cells, args):
     models = Path(args.models)
     autoencoder = load_frozen(VAEPlusAutoencoderModel, models / "autoencoder")
     vae = load_frozen(VAEPlusVAEModel, models / "first_vae")
-    pipe = VAEPlusPipeline(vae, autoencoder, load_frozen(VAEPlusVAEModel, models / "second_stage-0"))
-    pipe.set_progress_bar_config(disable=True)
+
+    @cache
+    def pipeline(seed=0):
+        pipe = VAEPlusPipeline(vae, autoencoder, load_frozen(VAEPlusVAEModel, models / f"second_stage-{seed}"))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     @torch.no_grad()
     def means(pixels):
         """Decoder means of the whole model for real images: what the finishing steps are fitted on."""
+        pipe = pipeline()
         return pipe.decode(pipe.encode(pixels, BATCH).mean, batch_size=BATCH)
 
     @cache
@@ -161,8 +169,8 @@ def measure(settings, cells, args):
         return [means(batch.float() / 255) for batch in uint8_batches(test_images)]
 
     @cache
-    def sampled():
-        return [*sample_batches(pipe, settings["num_test"], seed=0)]
+    def sampled(seed=0):
+        return [*sample_batches(pipeline(seed), settings["num_test"], seed)]
 
     @cache
     def residual_power():
@@ -207,10 +215,14 @@ def measure(settings, cells, args):
 
     cells("downsample", lambda: judge()(map(downsample, uint8_batches(test_images))))
     for name, way in ways.items():
-        if name in noise_channels:
+        learnt = name in noise_channels
+        if learnt:
             fit = (means, train_images, settings, noise_channels[name], args.output_dir / f"{name}.safetensors")
             cells(f"train-{name}", lambda fit=fit: train_finisher(*fit))
-        for kind, batches in (("reconstructed", reconstructed), ("sampled", sampled)):
+        sources = {"reconstructed": reconstructed, "sampled": sampled}
+        for seed in range(1, 1 if learnt or name == "residual" else settings["seeds"]):
+            sources[f"sampled-{seed}"] = partial(sampled, seed)
+        for kind, batches in sources.items():
             cell = f"{name}-{kind}"
             cells(cell, lambda c=cell, w=way, b=batches: judge()(tqdm(changed(c, w, b()), desc=c, leave=False)))
 
@@ -226,9 +238,10 @@ def table(cells):
         "|---" * (3 + len(bins)) + "|",
     ]
     for name in [name.removesuffix("-sampled") for name in cells if name.endswith("-sampled")]:
-        pair = cells[f"{name}-reconstructed"], cells[f"{name}-sampled"]
-        row = [f"{each['frechet'] / unit:.2f}" for each in pair]
-        row += [mean_and_spread([pair[1]["ndb"][k]["ndb_over_k"]]) for k in bins]
+        found = [cell for key, cell in cells.items() if key.startswith(f"{name}-sampled")]
+        row = [f"{cells[f'{name}-reconstructed']['frechet'] / unit:.2f}"]
+        row += [mean_and_spread([cell["frechet"] / unit for cell in found])]
+        row += [mean_and_spread([cell["ndb"][k]["ndb_over_k"] for cell in found]) for k in bins]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

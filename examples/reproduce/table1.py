@@ -19,7 +19,8 @@ from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.data import load_images
 from hf_vaeplus.metrics.likelihood import elbo, importance_weighted
 from hf_vaeplus.metrics.reconstruction import squared_error
-from hf_vaeplus.stages import run_stage, stage_options
+from hf_vaeplus.stages import build_stage, stage_options
+from hf_vaeplus.training import train
 
 PAPER = {  # kappa -> reconstruction error, NLL, active units
     50: (4.98, -315, 10),
@@ -83,12 +84,15 @@ def measure(settings, cells, args):
                 cells(cell, lambda o=options, s=seed, c=cell: run(o, s, args.output_dir / c, settings))
 
 
-def run(options, seed, folder, settings) -> dict:
-    """Train one VAE and measure it on the test images."""
+def run(options, seed, folder, settings, start=None) -> dict:
+    """Train one VAE and measure it on the test images; `start(model)` changes where it begins."""
     options = stage_options(
         "vae", {"vae": options}, seed=seed, output_dir=str(folder), resume_from_checkpoint="latest"
     )
-    model = run_stage(options)
+    model, *others = build_stage(options)
+    if start is not None:
+        start(model)
+    model = train(model, *others)
     last = json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])
     source = dict(train_data_dir=options.train_data_dir, resolution=options.resolution, num_channels=1)
     split = "test" if options.dataset_name == "mnist" else "train"

@@ -31,7 +31,7 @@ CPU = {
     "options": {"train_batch_size": 64, "mixed_precision": "bf16", "use_ema": True},
     "sizes": {  # one network on one grid of 8 x 8 patches
         "64": {**CELEBA, "max_train_steps": 2_000, "model": {**NETWORK, "patch_size": 8}},
-        "128": {**CELEBA, "max_train_steps": 1_200, "model": {**NETWORK, "patch_size": 16}},
+        "128": {**CELEBA, "max_train_steps": 2_400, "model": {**NETWORK, "patch_size": 16}},
     },
 }
 SETTINGS = {

@@ -1,0 +1,257 @@
+"""Checkpoints: written whole or not at all, checked against their checksums before use, one run in a folder at a time.
+
+A checkpoint is a folder `checkpoint-<step>`; while it is written it has another name. `checksums.json` holds the
+SHA-256 of each of its files.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+CHECKSUMS = "checksums.json"
+_ALWAYS = ("model.safetensors", "optimizer.safetensors", "progress.json")  # the others depend on the run
+
+
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. A half-written one has another name."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def find_checkpoint(output_dir: str | Path, wanted: str | None, strict: bool = False) -> Path | None:
+    """The checkpoint that a run goes on from.
+
+    Args:
+        output_dir: folder of the run.
+        wanted (`str`, *optional*): `"latest"`, or the folder of a checkpoint; nothing for a new run.
+        strict (`bool`): refuse a newest checkpoint that is damaged, instead of taking the newest good one.
+
+    Returns:
+        `Path`, or `None` for a run that has none.
+
+    Raises:
+        DamagedCheckpoint: the checkpoint, or under `"latest"` each of them, is damaged.
+        FileExistsError: a new run in the folder of an old one.
+        FileNotFoundError: no such checkpoint.
+    """
+    existing = list_checkpoints(output_dir)
+    if wanted is None:
+        if existing:
+            raise FileExistsError(
+                f"{output_dir} already holds a run up to step {checkpoint_step(existing[-1])}: resume it with"
+                " --resume_from_checkpoint latest, or choose another --output_dir."
+            )
+        return None
+    if wanted != "latest":
+        if not (Path(wanted) / "progress.json").is_file():
+            names = [path.name for path in existing] or "none"
+            raise FileNotFoundError(f"{wanted} is not a checkpoint of this project; {output_dir} has {names}.")
+        check(Path(wanted))
+        return Path(wanted)
+    for path in reversed(existing):
+        try:
+            check(path)
+            return path
+        except DamagedCheckpoint as error:
+            if strict or path == existing[0]:
+                raise
+            logger.warning("%s The checkpoint before it is taken.", error)
+    return None
+
+
+def check(checkpoint: Path):
+    """Raises DamagedCheckpoint, naming the file, unless the checkpoint is as it was written."""
+    advice = "resume from another checkpoint with --resume_from_checkpoint, or start anew in another --output_dir."
+    try:
+        expected = json.loads((checkpoint / CHECKSUMS).read_text())
+        files = {name: (checkpoint / name, expected[name]) for name in {*expected, *_ALWAYS}}
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{checkpoint} lacks {CHECKSUMS}: {advice}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{checkpoint / CHECKSUMS} is damaged: {advice}") from error
+    for name, (path, digest) in sorted(files.items()):
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{checkpoint} lacks {name}: {advice}")
+        if _sha256(path) != digest:
+            raise DamagedCheckpoint(f"{path} is damaged, its checksum has changed: {advice}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def sole_run(output_dir: Path) -> Iterator[None]:
+    """Hold the folder of a run; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise FileExistsError(
+            f"another process is training in {output_dir}: wait for it, or choose another --output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def replace_text(path: Path, text: str):
+    """Replace a file by new content, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content):
+    """Replace a file by `content` as JSON, whole or not at all."""
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_model(model: PreTrainedModel, folder: Path):
+    """`save_pretrained`, but no reader ever sees half a file."""
+    partial = folder / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    _flush_to_disk(partial)
+    for path in sorted(partial.iterdir()):
+        os.replace(path, folder / path.name)
+    partial.rmdir()
+
+
+def _flush_to_disk(folder: Path):
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------- state
+
+
+@dataclass
+class TrainingState:
+    """All that a checkpoint holds: the run goes on from it as if it had never stopped."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None
+    ema: AveragedModel | None
+    window: torch.Tensor | None = None  # sums of the logged scalars since the last line of stats.jsonl
+    window_passes: int = 0
+    step: int = 0
+
+    def save(self, output_dir: Path, total_limit: int):
+        """Write checkpoint-<step> beside the others, rename it into place when complete, then drop the oldest."""
+        final, partial = output_dir / f"checkpoint-{self.step}", output_dir / f".checkpoint-{self.step}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        if self.ema is not None:
+            self.ema.module.save_pretrained(partial / "ema")
+        tensors = {
+            f"{name}/{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        if self.window is not None:
+            tensors["window"] = self.window
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
+        progress = {"step": self.step, "window_passes": self.window_passes, "scheduler": self.scheduler.state_dict()}
+        if self.scaler is not None:
+            progress["scaler"] = self.scaler.state_dict()
+        write_json(partial / "progress.json", progress)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        write_json(partial / CHECKSUMS, {path.relative_to(partial).as_posix(): _sha256(path) for path in files})
+        _flush_to_disk(partial)
+        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
+        os.replace(partial, final)
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+
+    def load(self, checkpoint: Path):
+        """Take over a checkpoint that `find_checkpoint` has found good.
+
+        Raises:
+            ValueError, FileNotFoundError: it is of another model, or of a run without a moving average.
+        """
+        if self.ema is not None and not (checkpoint / "ema").is_dir():
+            raise FileNotFoundError(
+                f"checkpoint {checkpoint} lacks ema: resume with the options that the run was started with"
+                " (training_options.json)."
+            )
+        _load_weights(self.model, checkpoint / "model.safetensors")
+        if self.ema is not None:
+            _load_weights(self.ema.module, checkpoint / "ema" / "model.safetensors")
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        self.step, self.window_passes = progress["step"], progress["window_passes"]
+        tensors = load_file(checkpoint / "optimizer.safetensors")
+        window = tensors.pop("window", None)
+        self.window = None if window is None else window.to(self.model.device)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        state = self.optimizer.state_dict()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
+            prefix = names[parameter] + "/"
+            state["state"][number] = {
+                key.removeprefix(prefix): _laid_out_as(parameter, value)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+        self.optimizer.load_state_dict(state)
+        self.scheduler.load_state_dict(progress["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.ema is not None:
+            self.ema.n_averaged.fill_(self.step)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(progress["scaler"])
+
+
+def _laid_out_as(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    # Fused AdamW walks through memory: moments saved row by row would go to the wrong weights of a channels-last one.
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+
+
+def _load_weights(model: nn.Module, path: Path):
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not fit the model: start with the model options that the run was started with. {error}"
+        ) from error

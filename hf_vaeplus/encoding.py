@@ -1,0 +1,217 @@
+"""Latents as a data set: the first VAE's posterior of every image, as parquet files and on the Hub."""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Features, List, Value
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCardData, HfApi
+from pyarrow.parquet import ParquetWriter
+from tqdm.auto import tqdm
+
+from .cards import _plain
+from .evaluation import provenance
+
+_ROWS_PER_GROUP = 8192  # rows that are held in memory and written together
+
+
+def encode_to_parquet(
+    pipe, images, output: str | Path, split: str = "train", batch_size: int = 64, rows_per_file: int = 1_000_000
+) -> list[Path]:
+    """Write the first VAE's posterior of every image as a data set, in constant memory.
+
+    `datasets.load_dataset` reads it back, with these columns: `index` (int64, the row of the image in its split),
+    `mean` and `variance` (float32 lists of length `latent_dim`). What is not complete has another name, and goes away
+    when it is interrupted.
+
+    Args:
+        pipe ([`VAEPlusPipeline`]).
+        images ([`~hf_vaeplus.data.ImageDataset`] or [`~hf_vaeplus.data.ImageStream`]): of the pipeline's size.
+        output: `NAME.parquet` for one file; a name without a suffix for a folder, laid out like a data set on the Hub.
+        split (`str`): what the files of a folder are named after.
+        batch_size (`int`): images at a time.
+        rows_per_file (`int`): when a file of a folder is full.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileExistsError: `output` is there already.
+        ValueError: another suffix, images of another size or none at all, or a number out of range.
+    """
+    output = check_output(output)
+    if batch_size < 1 or rows_per_file < 1:
+        raise ValueError(f"batch_size and rows_per_file must be at least 1, got {batch_size} and {rows_per_file}.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        if output.suffix:
+            partial.mkdir()
+            _write(partial, _posteriors(pipe, images, batch_size, _ROWS_PER_GROUP), math.inf)
+            os.replace(partial / "0", output)
+            return [output]
+        (partial / "data").mkdir(parents=True)
+        tables = _posteriors(pipe, images, batch_size, min(_ROWS_PER_GROUP, rows_per_file))
+        count = _write(partial / "data", tables, rows_per_file)
+        names = _hub_names(split, count)
+        for number, name in enumerate(names):
+            os.replace(partial / "data" / f"{number}", partial / name)
+        os.replace(partial, output)
+        return [output / name for name in names]
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(output: str | Path) -> Path:
+    """A path that [`encode_to_parquet`] can write to; what it raises otherwise."""
+    output = Path(output)
+    if output.suffix not in ("", ".parquet"):
+        raise ValueError(f"latents go to a file such as latents.parquet or to a folder such as latents, got {output}.")
+    if output.exists():
+        raise FileExistsError(f"{output} exists: name a new file or folder for the latents.")
+    return output
+
+
+def split_name(split: str) -> str:
+    """Of `"train[20000:]"` the `"train"`."""
+    return split.partition("[")[0]
+
+
+def _hub_names(split: str, count: int) -> list[str]:
+    """Where the Hub, and `datasets` in any folder, look for the files of a split."""
+    return [f"data/{split_name(split)}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+
+
+def _posteriors(pipe, images, batch_size: int, rows_per_table: int) -> Iterator[pa.Table]:
+    """Tables of at least so many rows, but for the last."""
+    dim = pipe.vae.config.latent_dim
+    features = Features(
+        index=Value("int64"), mean=List(Value("float32"), length=dim), variance=List(Value("float32"), length=dim)
+    )
+    pending = []
+    with tqdm(desc="encoding", unit="image", total=len(images) if hasattr(images, "__len__") else None) as bar:
+        for batch in images.in_order(batch_size):
+            posterior = pipe.encode(batch["pixel_values"], batch_size)
+            lists = [
+                pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), dim)
+                for rows in (posterior.mean, posterior.logvar.exp())
+            ]
+            pending.append(pa.table([pa.array(batch["index"].numpy()), *lists], schema=features.arrow_schema))
+            bar.update(len(batch["index"]))
+            if sum(map(len, pending)) >= rows_per_table:
+                yield pa.concat_tables(pending)
+                pending = []
+    if pending:
+        yield pa.concat_tables(pending)
+
+
+def _write(folder: Path, tables: Iterator[pa.Table], rows_per_file: float) -> int:
+    """Into files `0`, `1`, ... of `folder`; returns how many."""
+    count = 0
+    for table in tables:
+        with ParquetWriter(folder / f"{count}", table.schema) as writer:
+            writer.write_table(table)
+            rows = len(table)
+            while rows < rows_per_file and (table := next(tables, None)) is not None:
+                writer.write_table(table)
+                rows += len(table)
+        count += 1
+    if not count:
+        raise ValueError("the source holds no images, expected at least one: check the source and the split.")
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------- and on the Hub
+
+_CARD = """
+# Latents of {images}
+
+What the VAE+ pipeline `{pipeline}` says of each of {num_images:,} images: the posterior
+q(z|x) = N(mean, diag(variance)) of its first VAE, over {latent_dim} latent dimensions.
+
+| column | type | what it is |
+|---|---|---|
+| `index` | int64 | row of the image in the split `{split}` of its source |
+| `mean` | {latent_dim} x float32 | posterior mean: the features of the image |
+| `variance` | {latent_dim} x float32 | posterior variance; near 1 where a dimension is not used |
+
+```python
+from datasets import load_dataset
+
+latents = load_dataset("{repo_id}", split="{name}").with_format("torch")
+z = latents["mean"][:8]
+```
+
+Images: `{images}`, split `{split}`, {size} x {size} with {channels} channels, crop {crop}.
+Command: `{command}`, commit {commit}, {date}, torch {torch}.
+
+The model's decoder turns a mean back into a likeness of its image: licence and care that the images ask for hold for
+these rows as well.
+"""
+
+
+def latents_card(pipe, pipeline: str, images, split: str, crop: int | None, num_images: int, repo_id: str) -> str:
+    """The `README.md` of a data set of latents.
+
+    Args:
+        pipe ([`VAEPlusPipeline`]), pipeline (`str`): what encoded, and its id or folder.
+        images, split: of [`encode_to_parquet`], the split as it was asked for; num_images (`int`): encoded.
+        crop (`int`, *optional*): of the images, in source pixels.
+        repo_id (`str`): repository on the Hub, or folder, that the card is for.
+    """
+    made = provenance()
+    channels, size, _ = pipe.image_shape
+    text = _CARD.format(
+        images=_plain(images.name),
+        pipeline=_plain(os.path.basename(pipeline) if os.path.isabs(pipeline) else pipeline),
+        num_images=num_images,
+        latent_dim=pipe.vae.config.latent_dim,
+        split=split,
+        name=split_name(split),
+        repo_id=repo_id,
+        size=size,
+        channels=channels,
+        crop="the largest square" if crop is None else f"{crop} pixels",
+        command=made["command"].replace("`", "'"),
+        commit=made["commit"],
+        date=made["date"],
+        torch=made["versions"]["torch"],
+    )
+    return f"---\n{DatasetCardData(tags=['hf_vaeplus', 'latents'])}\n---\n{text}"
+
+
+def open_repository(repo_id: str, private: bool = False):
+    """Make a data set repository on the Hub, or see that it can be written to: before the work, not after it.
+
+    Raises:
+        HfHubHTTPError: not logged in, not allowed, or no Hub.
+        ValueError: no repository's name, or a public one where a private one is wanted.
+    """
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
+    if private and not api.dataset_info(repo_id).private:
+        raise ValueError(f"the data set {repo_id} is on the Hub already, and public: take another name.")
+
+
+def push_latents(files: list[Path], card: str, repo_id: str, split: str) -> str:
+    """Upload what [`encode_to_parquet`] wrote, in one commit, in place of what the repository has of this split.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        HfHubHTTPError: the Hub refused or did not answer.
+    """
+    api, names = HfApi(), _hub_names(split, len(files))
+    there = api.list_repo_files(repo_id, repo_type="dataset")
+    stale = [name for name in there if name.startswith(f"data/{split_name(split)}-") and name not in names]
+    operations = [
+        CommitOperationAdd("README.md", card.encode()),
+        *(CommitOperationAdd(name, file) for name, file in zip(names, files, strict=True)),
+        *(CommitOperationDelete(name) for name in stale),
+    ]
+    commit = api.create_commit(repo_id, operations, commit_message=f"Latents of {split}", repo_type="dataset")
+    return str(commit.repo_url)
