@@ -1,0 +1,544 @@
+"""The demo: its handlers, its server under bad requests, and the page in a real browser at two widths."""
+
+import base64
+import io
+import json
+import re
+import runpy
+import shutil
+import sys
+from argparse import Namespace
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import perturbed
+from PIL import Image
+
+from hf_vaeplus import (
+    VAEPlusAutoencoderConfig,
+    VAEPlusAutoencoderModel,
+    VAEPlusPipeline,
+    VAEPlusVAEConfig,
+    VAEPlusVAEModel,
+)
+from hf_vaeplus.cli import _read_pictures, main
+
+gradio = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[demo]'")
+httpx = pytest.importorskip("httpx")  # of Gradio
+
+from hf_vaeplus.demo import MAX_BYTES, Handlers, build_demo, serve  # noqa: E402
+
+SPACE = Path(__file__).parents[1] / "examples" / "space"
+SIZE = 32
+
+
+def tiny_pipeline(num_channels: int) -> VAEPlusPipeline:
+    torch.manual_seed(0)
+    small = dict(hidden_dim=8, num_blocks=1)
+    image = dict(image_size=SIZE, num_channels=num_channels, latent_dim=6, hidden_channels=(4, 8), num_blocks=1)
+    vae = VAEPlusVAEConfig(input_shape=(6,), latent_dim=9, reconstruction_space="image", **small)
+    second_stage = VAEPlusVAEConfig(input_shape=(9,), latent_dim=3, gamma_init=0.1, **small)
+    return VAEPlusPipeline(
+        perturbed(VAEPlusVAEModel(vae)),
+        perturbed(VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image))),
+        perturbed(VAEPlusVAEModel(second_stage)),
+    )
+
+
+@pytest.fixture(scope="module")
+def pipe() -> VAEPlusPipeline:
+    return tiny_pipeline(3)
+
+
+@pytest.fixture(scope="module")
+def handlers(pipe) -> Handlers:
+    return Handlers(pipe)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder of pictures, good and bad."""
+    folder = tmp_path_factory.mktemp("uploads")
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((90, 60), Image.Resampling.NEAREST)
+    picture.save(folder / "a.png")
+    picture.transpose(Image.Transpose.ROTATE_90).save(folder / "b.png")
+    turned = Image.Exif()
+    turned[274] = 6  # "turn by 90 degrees to the right"
+    picture.save(folder / "turned.jpg", exif=turned)
+    content = (folder / "a.png").read_bytes()
+    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.png").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
+    (folder / "long.png").write_bytes(content + bytes(MAX_BYTES))
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    Image.new("1", (8000, 6000)).save(folder / "huge.png")
+    Image.new("I;16", (20, 20)).save(folder / "deep.png")
+    picture.save(folder / "program.eps")  # Pillow reads these by starting Ghostscript
+    (folder / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
+    return folder
+
+
+def upload(path: Path) -> dict:
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
+
+
+def same(images, others) -> bool:
+    return len(images) == len(others) and all(
+        np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, others, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ handlers
+
+
+def test_samples_are_those_of_the_pipeline(handlers, pipe):
+    images = handlers.sample(7, 5, 0.5)
+    assert same(images, pipe(5, torch.Generator().manual_seed(7), temperature=0.5).images)
+    seed, others = handlers.sample_another(7, 5.0, 1)
+    assert same(others, handlers.sample(seed, 5, 1.0)) and not same(images, others)
+
+
+def test_sharpness_only_where_the_autoencoder_has_it(handlers, pipe):
+    sharp = tiny_pipeline(3)
+    sharp.autoencoder.match_spectrum([torch.rand(16, 3, SIZE, SIZE)])
+    assert Handlers(sharp).sharpens and not handlers.sharpens
+    assert not same(Handlers(sharp).sample(0, 2, 1.0, 1.0), Handlers(sharp).sample(0, 2, 1.0, 0.0))
+    with pytest.raises(ValueError, match="match_spectrum"):
+        handlers.sample(0, 2, 1.0, 0.5)
+    labels = [[block.label for block in build_demo(each).blocks.values() if isinstance(block, gradio.Slider)]
+              for each in (sharp, pipe)]  # fmt: skip
+    assert "Sharpness" in labels[0] and "Sharpness" not in labels[1]
+
+
+@pytest.mark.parametrize("name", ["a.png", "turned.jpg"])
+def test_pictures_are_read_as_on_the_command_line(name, handlers, pipe, files):
+    expected = _read_pictures(Namespace(images=[files / name], crop=None), pipe)
+    assert torch.equal(handlers.read(upload(files / name)), expected)
+
+
+def test_a_picture_is_turned_as_its_camera_says(handlers, files):
+    upright, turned = (handlers.read(upload(files / name)) for name in ("a.png", "turned.jpg"))
+    assert (turned - upright.rot90(-1, (2, 3))).abs().mean() < 0.05 < (turned - upright).abs().mean()
+
+
+def test_reconstruction_and_its_figures(handlers, pipe, files):
+    picture = _read_pictures(Namespace(images=[files / "a.png"], crop=None), pipe)
+    seen, again, draw, figures = handlers.reconstruct(upload(files / "a.png"))
+    assert same([again], pipe.reconstruct(picture))
+    assert np.array_equal(pixels(seen), (255 * picture[0].permute(1, 2, 0)).round().numpy())
+    error = (pipe.reconstruct(picture, "pt") - picture).square().sum().item()
+    posterior = pipe.encode(picture)
+    normal = torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
+    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum().item()
+    found = [float(number) for number in re.findall(r"\*\*([\d.]*\d)", figures)]
+    assert found == pytest.approx([error, kl], rel=1e-3)
+    assert not same([draw], [again]) and not same([draw], [handlers.draw(upload(files / "a.png"))])
+
+
+def test_interpolation_is_the_pipelines(handlers, pipe, files):
+    a, b = (_read_pictures(Namespace(images=[files / name], crop=None), pipe) for name in ("a.png", "b.png"))
+    way = handlers.interpolate(upload(files / "a.png"), upload(files / "b.png"), 4)
+    assert same(way, pipe.interpolate(a, b, 4)[0])
+
+
+def test_directions_come_in_the_order_of_their_kl(handlers, pipe):
+    posterior = pipe.encode(pipe(2000, torch.Generator().manual_seed(1), output_type="pt", batch_size=2000).images)
+    kl = posterior.kl().mean(0)  # of other samples than the page takes
+    assert handlers.kl.numpy() == pytest.approx(kl.numpy(), rel=0.2)
+    assert len(set(handlers.directions)) == 8 and handlers.kl.argmin() not in handlers.directions
+    assert handlers.kl[handlers.directions].diff().le(0).all() and handlers.kl.diff().gt(0).any()
+
+
+def test_a_slider_sets_its_dimension_and_no_other(handlers, pipe, files):
+    z, image, *values = handlers.start_from_picture(upload(files / "a.png"))
+    picture = _read_pictures(Namespace(images=[files / "a.png"], crop=None), pipe)
+    assert torch.equal(z, pipe.encode(picture).mean) and same([image], pipe.reconstruct(picture))
+    assert same([handlers.explore(z, *values)], [image])  # untouched: not even rounded
+    moved = z.clone()
+    moved[0, handlers.directions[2]] = -1.5
+    again = handlers.explore(z, *values[:2], -1.5, *values[3:])
+    assert same([again], pipe.decode(moved, "pil")) and not same([again], [image])
+    assert same([handlers.reset(z)[0]], [image]) and list(handlers.reset(z)[1:]) == values
+
+
+def test_what_lies_beyond_the_sliders_stays_until_it_is_moved(handlers, pipe):
+    z = torch.full((1, 9), 0.123456)
+    z[0, handlers.directions[:3]] = torch.tensor([5.0, -4.0, 1.0])
+    values = handlers.reset(z)[1:]
+    assert values == (3.0, -3.0, 1.0, *5 * [0.12])
+    assert same([handlers.explore(z, *values)], pipe.decode(z, "pil"))
+
+
+def test_explore_starts_from_a_sample(handlers, pipe):
+    (sample,) = handlers.sample(3, 1, 1.0)
+    assert torch.equal(handlers.start_from_sample(3)[0], pipe.encode(sample).mean)
+
+
+def test_grey_pictures(files):
+    grey = Handlers(tiny_pipeline(1))
+    seen, again, *_ = grey.reconstruct(upload(files / "a.png"))
+    assert seen.mode == again.mode == "L" and seen.size == (SIZE, SIZE)
+
+
+BAD_UPLOADS = {
+    "notes.txt": "not a picture: upload a JPEG",
+    "notes.png": "not a picture: upload a JPEG",
+    "empty.png": "not a picture: upload a JPEG",
+    "program.eps": "not a picture: upload a JPEG",
+    "drawing.svg": "not a picture: upload a JPEG",
+    "missing.png": "not a picture: upload a JPEG",
+    "": "not a picture: upload a JPEG",  # the folder
+    "cut.png": "not a readable picture .*truncated",
+    "long.png": "more than 10,485,760: upload a smaller one",
+    "one.png": "has 1 x 1 pixels, expected at least 8 on each side",
+    "huge.png": "has 8000 x 6000 pixels, expected .* 40,000,000 in all",
+    "deep.png": "expected 8 bits a channel",
+}
+
+
+@pytest.mark.parametrize("name, message", BAD_UPLOADS.items(), ids=[name or "a folder" for name in BAD_UPLOADS])
+def test_a_bad_upload_gives_one_sentence(name, message, handlers, files):
+    for call in (handlers.reconstruct, handlers.draw, handlers.start_from_picture, handlers.check):
+        with pytest.raises(ValueError, match=message) as caught:
+            call(upload(files / name))
+        assert "\n" not in str(caught.value) and str(files) not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", [None, "a.png", {}, {"path": None}, {"path": 3}, ["a.png"], 7])
+def test_no_upload_gives_one_sentence(file, handlers):
+    with pytest.raises(ValueError, match="no picture yet: upload one"):
+        handlers.interpolate(file, file, 4)
+
+
+BAD_NUMBERS = [None, "4", "many", True, [4], {}, float("nan"), float("inf"), 1e308, -1, 2**63, 10**400, 2.5]
+
+
+@pytest.mark.parametrize("value", BAD_NUMBERS, ids=lambda value: f"{type(value).__name__} {str(value)[:9]}")
+def test_a_number_out_of_range_gives_one_sentence(value, handlers, files):
+    picture = upload(files / "a.png")
+    for call, name in (
+        (lambda: handlers.sample(value, 4, 1.0), "seed"),
+        (lambda: handlers.sample(0, value, 1.0), "number of pictures"),
+        (lambda: handlers.interpolate(picture, picture, value), "number of steps"),
+        (lambda: handlers.start_from_sample(value), "seed"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number from .{{1,90}}$"):
+            call()
+
+
+@pytest.mark.parametrize("value", [None, "1", float("nan"), -4, 4, [1.0]])
+def test_a_real_number_out_of_range_gives_one_sentence(value, handlers):
+    z, _, *values = handlers.start_from_sample(0)
+    for call, name in (
+        (lambda: handlers.sample(0, 1, value), "temperature"),
+        (lambda: handlers.sample(0, 1, 1.0, value), "sharpness"),
+        (lambda: handlers.explore(z, value, *values[1:]), "direction z"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.* must be a number from"):
+            call()
+
+
+def test_exploring_nothing_gives_one_sentence(handlers):
+    with pytest.raises(ValueError, match="take a sample or upload one"):
+        handlers.reset(None)
+
+
+# -------------------------------------------------------------------------------------------------------- server
+
+
+@contextmanager
+def served(pipe):
+    """The address of the demo of a pipeline."""
+    demo = build_demo(pipe)
+    try:
+        yield serve(demo, block=False, server_name="127.0.0.1").rstrip("/")
+    finally:
+        demo.close()
+
+
+@pytest.fixture(scope="module")
+def address(pipe) -> str:
+    with served(pipe) as address:
+        yield address
+
+
+def ask(address: str, name: str, values) -> tuple[str, object]:
+    """What a client without the page gets: `("complete", outputs)` or `("error", the sentence)`."""
+    begun = httpx.post(f"{address}/gradio_api/call/{name}", json={"data": values}, timeout=60)
+    if begun.status_code != 200:
+        return "refused", begun.text
+    events = httpx.get(f"{address}/gradio_api/call/{name}/{begun.json()['event_id']}", timeout=60).text
+    kind, data = re.findall(r"^event: (complete|error)\ndata: (.*)$", events, re.MULTILINE)[-1]
+    data = json.loads(data)
+    return kind, data["error"] if kind == "error" and isinstance(data, dict) else data
+
+
+def sent(address: str, path: Path) -> dict:
+    """An upload, as the page does it."""
+    with open(path, "rb") as file:
+        (at,) = httpx.post(f"{address}/gradio_api/upload", files={"files": file}, timeout=60).json()
+    return upload(Path(at))
+
+
+def fetched(address: str, shown: dict) -> Image.Image:
+    return Image.open(io.BytesIO(httpx.get(shown["url"], timeout=60).content))
+
+
+def test_a_client_without_the_page_gets_the_same_pictures(address, handlers, files):
+    kind, (gallery,) = ask(address, "sample", [7, 3, 1])
+    assert kind == "complete"
+    assert same([fetched(address, each["image"]) for each in gallery], handlers.sample(7, 3, 1.0))
+    kind, outputs = ask(address, "reconstruct", [sent(address, files / "turned.jpg")])
+    assert kind == "complete"
+    expected = handlers.reconstruct(upload(files / "turned.jpg"))
+    assert same([fetched(address, each) for each in outputs[:2]], expected[:2]) and outputs[3] == expected[3]
+
+
+HOSTILE = [
+    ("sample", [0, 10**6, 1]),
+    ("sample", ["<script>alert(1)</script>", 1, 1]),
+    ("sample", [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, 1, 1]),
+    ("sample", [[[[[]]]], 1, 1]),
+    ("sample", [0, 1]),
+    ("sample", []),
+    ("reconstruct", [7]),
+    ("reconstruct", ["data:image/png;base64,AAAA"]),
+    ("reconstruct", [{"url": "data:image/png;base64,AAAA", "meta": {"_type": "gradio.FileData"}}]),
+    ("reconstruct", [upload(Path("/etc/passwd"))]),
+    ("reconstruct", [upload(Path("../../../etc/passwd"))]),
+    ("reconstruct", [{"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}]),
+    ("reconstruct", [{"path": "HTTPS://example.org/a.png", "meta": {"_type": "gradio.FileData"}}]),
+    ("interpolate", [None, None, 9]),
+    ("explore", 8 * [9]),
+    ("explore", 2 * [{}, None, "", -1]),
+]
+
+
+def test_hostile_requests_get_one_sentence_and_leave_the_demo_as_it_was(address, files, capfd, monkeypatch):
+    hosts = []
+    monkeypatch.setattr(gradio.processing_utils, "async_ssrf_protected_download", lambda *args, **_: hosts.append(0))
+    uploads = [("reconstruct", [sent(address, files / name)]) for name in BAD_UPLOADS if (files / name).is_file()
+               and name != "long.png"]  # fmt: skip
+    before = ask(address, "sample", [7, 3, 1])
+    capfd.readouterr()
+    for name, values in HOSTILE + uploads:
+        kind, answer = ask(address, name, values)
+        assert kind == "error" and isinstance(answer, str), (name, values, answer)
+        assert answer.endswith(".") and "\n" not in answer and "<" not in answer and len(answer) < 200, answer
+        assert "Traceback" not in answer and "tmp" not in answer, answer
+    assert not hosts  # nothing was fetched for them
+    assert capfd.readouterr().err == ""
+    assert ask(address, "sample", [7, 3, 1]) == before
+
+
+def test_a_request_that_is_too_long_is_refused(address, files):
+    size = httpx.post(f"{address}/gradio_api/upload", files={"files": (files / "long.png").read_bytes()}, timeout=60)
+    assert size.status_code == 413
+    body = httpx.post(f"{address}/gradio_api/call/sample", content=b" " * (MAX_BYTES + 2**17), timeout=60)
+    assert body.status_code == 413
+    assert ask(address, "sample", [7, 1, 1])[0] == "complete"
+
+
+def test_the_page_names_no_other_machine(address):
+    page = httpx.get(address, timeout=60).text
+    config = httpx.get(f"{address}/config", timeout=60).json()
+    assert config["analytics_enabled"] is False and config["max_file_size"] == MAX_BYTES
+    assert not re.findall(r"""<(?:script|link)[^>]+(?:src|href)=["'](?:https?:)?//""", page)
+
+
+# ------------------------------------------------------------------------------------------- Space, command line
+
+
+def test_the_space_builds_the_page_of_its_pipeline(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.setenv("VAEPLUS_PIPELINE", str(tmp_path))
+    page = runpy.run_path(str(SPACE / "app.py"))["demo"]
+    tabs = [block.label for block in page.blocks.values() if isinstance(block, gradio.Tab)]
+    assert tabs == ["Sample", "Reconstruct", "Interpolate", "Explore"]
+
+
+def test_the_spaces_header(monkeypatch):
+    header = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+    assert header["sdk"] == "gradio" and (SPACE / header["app_file"]).is_file()
+    assert header["sdk_version"].split(".")[0] == gradio.__version__.split(".")[0]
+    placeholder = re.search(r'"VAEPLUS_PIPELINE", "(.*)"', (SPACE / "app.py").read_text())[1]
+    assert header["models"] == [placeholder]
+    assert "hf-vaeplus" in (SPACE / "requirements.txt").read_text().splitlines()
+
+
+def test_an_address_that_cannot_be_used_gives_one_sentence(pipe, address, tmp_path, capsys):
+    port = address.rsplit(":", 1)[1]
+    for flags in (["--port", port], ["--port", "99999"], ["--host", "nowhere.invalid"]):
+        assert main(["demo", str(tmp_path), *flags]) == 2
+        output, errors = capsys.readouterr()
+        assert output == "" and re.fullmatch("vaeplus: error: cannot serve at .*choose another --host or .*\n", errors)
+
+
+def test_without_gradio_one_sentence_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "hf_vaeplus.demo")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", "pipeline"]) == 2
+    assert capsys.readouterr().err == "vaeplus: error: the demo needs Gradio: pip install 'hf-vaeplus[demo]'.\n"
+
+
+# ------------------------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[browser]'")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        outside = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", outside])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 800), (390, 844)], ids=["desktop", "phone"])
+def page(request, browser, address):
+    """The page, just opened; in the end its console held no error, and it asked for nothing outside the machine."""
+    width, height = request.param
+    context = browser.new_context(viewport={"width": width, "height": height}, has_touch=width < 500)
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    complaints, requests = [], []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(address)
+    yield page
+    context.close()
+    assert not complaints
+    assert len(requests) > 10
+    assert not [url for url in requests if not url.startswith((f"{address}/", "data:", f"blob:{address}/"))]
+
+
+def open_tab(page, name: str):
+    """The panel of a tab, once it is shown."""
+    page.get_by_role("tab", name=name, exact=True).click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    panel.get_by_role("button").first.wait_for()
+    return panel
+
+
+def shown(images) -> list[Image.Image]:
+    """The pictures that `<img>` elements show, from the browser's own copies."""
+    script = """images => Promise.all(images.map(async image => {
+        const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+        return btoa(Array.from(bytes, byte => String.fromCharCode(byte)).join(""));
+    }))"""
+    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in images.evaluate_all(script)]
+
+
+def changed(images, act) -> list[Image.Image]:
+    """The pictures after `act()`, as soon as all are other ones."""
+    sources = "images => images.map(image => image.src)"
+    before = images.evaluate_all(sources)
+    act()
+    for _ in range(300):
+        after = images.evaluate_all(sources)
+        if after and not set(before) & set(after):
+            return shown(images)
+        images.page.wait_for_timeout(100)
+    raise AssertionError("the pictures did not change")
+
+
+def too_wide(page) -> list[str]:
+    """Visible elements that leave the page to the right."""
+    script = """() => [...document.querySelectorAll("main *")].filter(element => element.checkVisibility()
+        && element.getBoundingClientRect().right > window.innerWidth + 1)
+        .map(element => element.className).slice(0, 5)"""
+    return page.evaluate(script)
+
+
+def test_browser_sample(page, handlers):
+    panel = open_tab(page, "Sample")
+    gallery = panel.locator(".pictures img")
+    panel.get_by_label("Seed", exact=True).fill("5")
+    panel.get_by_label("number input for Pictures").fill("4")
+    images = changed(gallery, panel.get_by_role("button", name="Sample", exact=True).click)
+    assert same(images, handlers.sample(5, 4, 1.0))
+    assert gallery.first.bounding_box()["width"] >= 90
+    assert gallery.first.evaluate("image => image.complete && image.naturalWidth") == SIZE
+    assert gallery.first.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
+    assert not too_wide(page)
+    changed(gallery, panel.get_by_role("button", name="Sample with another seed").click)
+    assert panel.get_by_label("Seed", exact=True).input_value() != "5"
+
+
+def test_browser_reconstruct(page, handlers, files):
+    panel = open_tab(page, "Reconstruct")
+    outputs = panel.locator(".square img")
+    images = changed(outputs, lambda: panel.locator("input[type=file]").set_input_files(files / "turned.jpg"))
+    seen, again, _, figures = handlers.reconstruct(upload(files / "turned.jpg"))
+    assert same(images[:2], [seen, again])
+    assert re.search(r"Squared error ([\d.]+)", panel.inner_text())[1] == re.search(r"\*\*([\d.]+)", figures)[1]
+    changed(outputs.nth(2), panel.get_by_role("button", name="Another posterior draw").click)
+    assert same(shown(outputs)[:2], [seen, again])
+    assert not too_wide(page)
+
+
+@pytest.mark.parametrize("name, message", [("notes.txt", "Invalid file type"), ("notes.png", "This is not a picture")])
+def test_browser_shows_an_error_well(page, name, message, files):
+    panel = open_tab(page, "Reconstruct")
+    before = shown(panel.locator(".square img"))
+    panel.locator("input[type=file]").set_input_files(files / name)
+    error = page.get_by_test_id("toast-body")
+    error.get_by_text(message).wait_for()
+    box = error.bounding_box()
+    assert 0 <= box["x"] and box["x"] + box["width"] <= page.viewport_size["width"] and box["height"] < 200
+    assert "Traceback" not in page.content() and same(shown(panel.locator(".square img")), before)
+    if name == "notes.png":  # refused by the server: no broken picture is left in the box
+        panel.get_by_text("Click to Upload").wait_for()
+    error.get_by_test_id("toast-close").click()
+    changed(panel.locator(".square img"), lambda: panel.locator("input[type=file]").set_input_files(files / "a.png"))
+
+
+def test_browser_interpolate(page, handlers, files):
+    panel = open_tab(page, "Interpolate")
+    way = panel.locator(".pictures img")
+    first = panel.locator("input[type=file]").first
+    changed(way.last, lambda: panel.locator("input[type=file]").last.set_input_files(files / "b.png"))
+    changed(way.first, lambda: first.set_input_files(files / "a.png"))
+    panel.get_by_label("number input for Steps").fill("5")
+    panel.get_by_role("button", name="Interpolate").click()
+    way.nth(5).wait_for(state="detached")
+    assert same(shown(way), handlers.interpolate(upload(files / "a.png"), upload(files / "b.png"), 5))
+    assert not too_wide(page)
+
+
+def test_browser_explore(page, handlers, files):
+    panel = open_tab(page, "Explore")
+    picture, slider = panel.locator(".square img"), panel.get_by_role("slider").last
+    z, image, *values = handlers.start_from_picture(upload(files / "a.png"))
+    images = changed(picture, lambda: panel.locator("input[type=file]").set_input_files(files / "a.png"))
+    assert same(images, [image]) and float(slider.input_value()) == values[-1]
+
+    def drag():
+        slider.scroll_into_view_if_needed()
+        box = slider.bounding_box()
+        x, y = box["x"] + box["width"] * (0.2 if values[-1] > 0 else 0.8), box["y"] + box["height"] / 2
+        (page.touchscreen.tap if page.viewport_size["width"] < 500 else page.mouse.click)(x, y)
+
+    images = changed(picture, drag)
+    value = float(slider.input_value())
+    assert abs(value - values[-1]) > 0.5
+    assert same(images, [handlers.explore(z, *values[:-1], value)])
+    box = picture.bounding_box()
+    assert box["width"] >= 150 and 0 <= box["y"] < page.viewport_size["height"]  # in sight while sliders are moved
+    assert not too_wide(page)
+    assert same(changed(picture, panel.get_by_role("button", name="Back to the start").click), [image])
+    assert float(slider.input_value()) == values[-1]
