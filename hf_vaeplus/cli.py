@@ -82,6 +82,8 @@ def run_command(command, argv: list[str] | None = None) -> int:
         return complain(error, 3)
     except UsageError as error:
         return complain(error, 2)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, HTTPError, StrictDataclassError) as error:
         if "--debug" in words:
             raise

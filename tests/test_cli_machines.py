@@ -151,3 +151,9 @@ def test_zsh_gets_a_script_of_its_own():
     code, script, _ = run("completion", "zsh")
     assert code == 0 and script.startswith("#compdef vaeplus")
     assert all(f"{name}:" in script for name in commands())
+
+
+def test_a_reader_that_has_seen_enough():
+    command = f"set -o pipefail; {sys.executable} -m hf_vaeplus.cli completion bash | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith("# AUTOMATICALLY")
