@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from hf_vaeplus.checkpoints import checkpoint_step, list_checkpoints
 from hf_vaeplus.evaluation import provenance
 from hf_vaeplus.stages import STAGES, run_stage, stage_options
 
@@ -115,19 +116,14 @@ def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict
             before = {name: trained[name] for name in STAGES[: STAGES.index(stage)]}
             options = {"stage": stage, **DATA, **LENGTH, "model": MODELS[stage], **before, **special}
             undisturbed = folder / f"{number}-undisturbed"
-            started = time.monotonic()
             _run_through({**options, "output_dir": str(undisturbed)}, num_processes, folder)
-            duration = time.monotonic() - started
             expected, wanted = contents(undisturbed), kills // len(settings) + (number < kills % len(settings))
             killed, in_save, runs = 0, 0, 0
             while killed < wanted:
                 disturbed, runs = folder / f"{number}-{runs}", runs + 1
                 while True:
                     run = Run({**options, "output_dir": str(disturbed)}, num_processes, folder)
-                    if killed < wanted and not run.ended_within(chance.uniform(0.1, 1.0) * duration):
-                        if killed % 3 == 0:  # a save takes little of the time
-                            _wait_for_a_save(run, disturbed)
-                            time.sleep(chance.uniform(0, 0.02))
+                    if killed < wanted and _wait_for_a_moment(run, disturbed, chance, in_a_save=killed % 3 == 0):
                         run.kill()
                         killed += 1
                         in_save += any(disturbed.glob(".*.partial"))
@@ -142,9 +138,20 @@ def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict
     return rows
 
 
-def _wait_for_a_save(run: Run, folder: Path):
-    while not any(folder.glob(".checkpoint-*.partial")) and not run.ended_within(0.001):
-        pass
+def _wait_for_a_moment(run: Run, folder: Path, chance: random.Random, in_a_save: bool) -> bool:
+    """Until some step, drawn from those to come, and a little longer, or until a save; whether the run still runs."""
+    now = max(map(checkpoint_step, list_checkpoints(folder)), default=0)
+    wanted = chance.randint(now, LENGTH["max_train_steps"])
+    while now < wanted:
+        if run.ended_within(0.001):
+            return False
+        now = max(map(checkpoint_step, list_checkpoints(folder)), default=0)
+    if not in_a_save:
+        return not run.ended_within(chance.uniform(0, 1))
+    while not any(folder.glob(".checkpoint-*.partial")):  # a save takes little of the time
+        if run.ended_within(0.001):
+            return False
+    return not run.ended_within(chance.uniform(0, 0.02))
 
 
 def _run_through(options, num_processes, folder):
