@@ -8,6 +8,7 @@ progress and stats.jsonl must be those of the undisturbed run, byte for byte.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -106,7 +107,7 @@ def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict
     multiprocessing.get_context("forkserver").set_forkserver_preload(["hf_vaeplus.stages", "transformers", "__main__"])
     chance = random.Random(seed)
     rows, trained = [], {}  # stage -> folder, for the stages after it
-    with tqdm(total=kills, desc="kills") as bar:
+    with tqdm(total=kills, desc="kills") as bar, contextlib.ExitStack() as running:  # nothing outlives an error
         for number, (stage, num_processes, special) in enumerate(settings):
             for name in STAGES[: STAGES.index(stage)]:
                 if name not in trained:
@@ -123,6 +124,7 @@ def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict
                 disturbed, runs = folder / f"{number}-{runs}", runs + 1
                 while True:
                     run = Run({**options, "output_dir": str(disturbed)}, num_processes, folder)
+                    running.callback(run.kill)
                     if killed < wanted and _wait_for_a_moment(run, disturbed, chance, in_a_save=killed % 3 == 0):
                         run.kill()
                         killed += 1
