@@ -28,7 +28,14 @@ CPU = {
     "num_cells": len(VARIANTS),
     "num_likelihood": 250,
     "num_importance_samples": 16,
-    "options": {**MNIST, "max_train_steps": 2_000, "train_batch_size": 128, "max_grad_norm": 5_000.0, "use_ema": True},
+    "options": {
+        **MNIST,
+        "max_train_steps": 2_000,
+        "train_batch_size": 128,
+        "max_grad_norm": 5_000.0,
+        "mixed_precision": "bf16",
+        "use_ema": True,
+    },
     "model": {"hidden_dim": 512},
 }
 SETTINGS = {
