@@ -348,6 +348,7 @@ _DATA_OPTIONS = (
     "image_column",
     "crop",
     "num_factors",
+    "on_bad_image",
     "cache_dir",
 )
 

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from .data import ON_BAD_IMAGE, keep_batch, load_images, stream_images, to_unit_range
 from .data import PRESETS as NAMED_DATA_SETS
-from .data import keep_batch, load_images, stream_images, to_unit_range
 from .hub import save_feature_extractor
 from .modeling_baselines import WAEMMDModel
 from .modeling_vaeplus import (
@@ -58,6 +58,9 @@ class StageOptions(TrainingOptions):
     num_channels: int | None = option(None, "1 grey, 3 colour; default: what the data set has")
     num_factors: int = option(8, "r: factors that vary in rendered-faces")
     max_train_samples: int | None = option(None, "use only so many images")
+    on_bad_image: str = option(
+        "raise", "raise, or skip and log the pictures that cannot be used", choices=ON_BAD_IMAGE
+    )
     random_flip: bool = option(False, "add every image's mirror image")
     streaming: bool = option(False, "train from the source without caching its decoded images")
     cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
@@ -82,6 +85,8 @@ class StageOptions(TrainingOptions):
                 f"mmd_weight={self.mmd_weight} is of a WAE straight on pixels: it must not be negative, with stage vae"
                 " and no --autoencoder."
             )
+        if self.on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {self.on_bad_image!r}.")
         if self.kl_warmup_steps < 0:
             raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
 
@@ -220,6 +225,7 @@ def open_images(options: StageOptions, split: str | None = None):
         num_channels=options.num_channels,
         num_factors=options.num_factors,
         max_samples=options.max_train_samples if split is None else None,
+        on_bad_image=options.on_bad_image,
         random_flip=options.random_flip and split is None,
     )
     if options.streaming and split is None:
