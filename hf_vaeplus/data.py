@@ -5,6 +5,8 @@ whose name is a hash of the source's content and of every option that changes a 
 source without that file.
 """
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import itertools
@@ -17,6 +19,7 @@ import shutil
 import struct
 import tempfile
 import warnings
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -41,6 +44,7 @@ PRESETS = {
 EMBEDDED = ("digits", "rendered-faces")
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CACHE_VERSION = 1  # part of every cache key: raise it when the same options give other pixels
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an `OSError`: there is no room for the file
 ON_BAD_IMAGE = ("raise", "skip")
 _BLOCK = 32  # rows decoded by one task of the thread pool, for the cache
 _NAMED = 5  # pictures named in a warning that counts them
@@ -153,9 +157,13 @@ class _Idx(_Source):
     def __init__(self, *args, file):
         super().__init__(*args)
         content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-        magic, self.count, height, width = struct.unpack(">4i", content[:16].ljust(16, b"\0"))
-        if magic != 0x803 or len(content) != 16 + self.count * height * width:
+        if file.suffix == ".gz":
+            try:
+                content = gzip.decompress(content)
+            except (EOFError, OSError, zlib.error):
+                content = b""
+        magic, self.count, height, width = struct.unpack(">4I", content[:16].ljust(16, b"\0"))
+        if magic != 0x803 or len(content) != 16 + self.count * height * width or not height * width:
             raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
         self.images = np.frombuffer(content, np.uint8, offset=16).reshape(self.count, height, width)
         self.identity = {"files": _content_hash({file.name: file})}
@@ -200,13 +208,17 @@ class _Table(_Source):
     def _values_of_hub(self):
         import datasets
 
-        splits = datasets.load_dataset(self.hub_id, revision=self.sha, streaming=True)
+        with _named(self.hub_id):
+            splits = datasets.load_dataset(self.hub_id, revision=self.sha, streaming=True)
         if self.split not in splits:
             raise ValueError(f"no split {self.split!r} in {self.hub_id}, which has {sorted(splits)}; choose one")
         table = splits[self.split].decode(False)
-        self._check_column(table.column_names or list(next(iter(table), {})))
-        for row in table.select_columns([self.image_column]):
-            yield row[self.image_column]
+        with _named(self.hub_id):
+            columns = table.column_names or list(next(iter(table), {}))
+        self._check_column(columns)
+        with _named(self.hub_id):
+            for row in table.select_columns([self.image_column]):
+                yield row[self.image_column]
 
     def _check_column(self, columns):
         if self.image_column not in columns:
@@ -234,6 +246,15 @@ class _Table(_Source):
                 return file.read()
         except OSError as error:
             raise ValueError(f"{label} names a file that cannot be read ({error}); restore it") from error
+
+
+@contextlib.contextmanager
+def _named(hub_id):
+    """The errors of `datasets` seldom say which data set they are about."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{hub_id} cannot be read as a data set ({error}); look at its page on the Hub") from error
 
 
 def _open_parquet(file):
@@ -433,7 +454,12 @@ def load_images(
         on_bad_image=on_bad_image,
     )
     cache_dir = Path(cache_dir or os.environ.get("VAEPLUS_CACHE") or Path.home() / ".cache" / "hf_vaeplus")
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"cache_dir={str(cache_dir)!r} cannot be made ({error.strerror}); name another folder"
+        ) from error
     folder = cache_dir / fingerprint
     if _cached_info(folder) is None:
         with FileLock(cache_dir / f"{fingerprint}.lock"):  # the system frees it when its holder is killed
@@ -524,6 +550,13 @@ def _build_cache(folder, source, max_samples, progress):
         info |= {"left_out": left_out} if source.skips else {}
         (building / "info.json").write_text(json.dumps(info | source.transform | source.identity, indent=2))
         os.replace(building, folder)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"the cache {folder.parent} cannot be written ({error.strerror}); free some space, name another cache_dir"
+            " or stream"
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
