@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -418,7 +419,6 @@ def _add_evaluate(commands):
 
 
 def _evaluate(args):
-    from .checkpoints import write_json
     from .evaluation import evaluate, provenance, results_table
     from .features import open_extractor
     from .stages import open_images, process_state
@@ -453,10 +453,8 @@ def _evaluate(args):
     if not process_state().is_main_process:
         return None
     found = {**provenance(), "pipeline": args.pipeline, **results}
-    try:
-        write_json(output, found)
-    except OSError as error:
-        raise OSError(f"--output {output} cannot be written ({error.strerror}): free some space.") from error
+    text = json.dumps(found, indent=2) + "\n"
+    _write_whole(output, lambda partial: partial.write_text(text))
     print(f"\n{results_table(results)}\n\nsaved in {output}")
     return found
 
@@ -558,6 +556,20 @@ def _writable(path: Path, folder: Path, option: str = "--output") -> Path:
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{option} {path} cannot be written: {folder} allows no writing.")
     return path
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]):
+    """`write(path)`, whole or not at all: what was there stays until there is something in its place."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}): free some space or name another --output."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _add_card(commands):
@@ -767,7 +779,7 @@ def _load_pipeline(args):
 def _sample(args):
     import torch
 
-    from .pictures import image_grid, save_picture
+    from .pictures import image_grid
 
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must lie in [0, 2**63), got {args.seed}.")
@@ -785,10 +797,10 @@ def _sample(args):
     if args.separate:
         files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
         for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
-            save_picture(image, file)
+            _write_whole(file, image.save)
     else:
         files = [output]
-        save_picture(image_grid(pipe(args.num_images, output_type="pt", **wanted).images), output)
+        _write_whole(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
     return _made(args, files, "num_images", "seed", "temperature", "sharpness")
 
 
@@ -801,25 +813,25 @@ def _made(args, files: list[Path], *options: str, **found) -> dict:
 def _reconstruct(args):
     import torch
 
-    from .pictures import image_grid, save_picture
+    from .pictures import image_grid
 
     output = _output_picture(args.output)
     pipe = _load_pipeline(args)
     images = _read_pictures(args, pipe)
     decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
     pairs = torch.stack([images, decoded], 1)
-    save_picture(image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))), output)
+    _write_whole(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
     return _made(args, [output], "sharpness", num_images=len(images))
 
 
 def _interpolate(args):
-    from .pictures import image_grid, save_picture
+    from .pictures import image_grid
 
     output = _output_picture(args.output)
     pipe = _load_pipeline(args)
     first, last = _read_pictures(args, pipe)
     path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
-    save_picture(image_grid(path[0], columns=args.steps), output)
+    _write_whole(output, image_grid(path[0], columns=args.steps).save)
     return _made(args, [output], "steps")
 
 

@@ -458,7 +458,7 @@ def load_images(
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"cache_dir={str(cache_dir)!r} cannot be made ({error.strerror}); name another folder"
+            f"the cache {cache_dir} cannot be made ({error.strerror}); name another folder as cache_dir"
         ) from error
     folder = cache_dir / fingerprint
     if _cached_info(folder) is None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -29,24 +28,6 @@ def image_grid(images: torch.Tensor, columns: int | None = None, scale: int = 1)
     canvas = canvas.reshape(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
     array = canvas.reshape(rows * (height + 1), columns * (width + 1), channels).numpy()
     return Image.fromarray(array[..., 0] if channels == 1 else array)
-
-
-def save_picture(picture: Image.Image, path: Path):
-    """Write a picture, in the format that the suffix of `path` names, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; what was there before is there still.
-    """
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        picture.save(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be written ({error.strerror}): free some space or name another place."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 CURVES = {

@@ -125,7 +125,7 @@ class VAEPlusPipeline(DiffusionPipeline):
                 index[name] = ["hf_vaeplus", class_name]
             elif library not in ("hf_vaeplus", None):  # diffusers would import any module that an index names
                 raise ValueError(
-                    f"{json_file} takes its {name} from {library!r}, which is not a pipeline of this package: name one."
+                    f"{json_file} takes its {name} from {library!r}, so it is no pipeline of this package: name one."
                 )
         return index
 
