@@ -273,6 +273,10 @@ CATALOGUE = {
     "a bad picture on the Hub": (f"{OWN} --dataset_name org/bad", "row 0 of org/bad is not a readable picture"),
     "a private picture": (f"{OWN} --dataset_name org/refused", "row 0 of org/refused .*cannot be read"),
     # ------------------------------------------------------------------------------------------------ options
+    "an outage is no bad picture": (
+        f"{OWN} --dataset_name org/refused --on_bad_image skip",
+        "row 0 of org/refused .*cannot be read",
+    ),
     "no steps": (f"{TRAIN} --max_train_steps 0", "max_train_steps must be positive, got 0"),
     "a negative batch": (f"{TRAIN} --train_batch_size -1", "train_batch_size must be positive, got -1"),
     "no accumulation": (f"{TRAIN} --gradient_accumulation_steps 0", "gradient_accumulation_steps must be positive"),
@@ -711,7 +715,6 @@ def test_pictures_in_folders_and_archives_on_the_hub(hub, place, tmp_path):
         "table": {
             "train.parquet": parquet(image=[{"bytes": encoded(noise(seed)), "path": "good.png"} for seed in (0, 1)])
         },
-        "bytes": {"train.parquet": parquet(image=[encoded(noise(seed)) for seed in (0, 1)])},
     }
     expected = np.stack([noise(0), noise(1)])
     for name, files in contents.items():
@@ -724,7 +727,10 @@ def test_pictures_in_folders_and_archives_on_the_hub(hub, place, tmp_path):
 
 
 def test_a_parquet_file_of_ones_own_keeps_its_bytes_whatever_it_calls_them(place, tmp_path):
-    rows = [{"bytes": encoded(noise(seed)), "path": "good.png"} for seed in (0, 1)]
-    (tmp_path / "train.parquet").write_bytes(parquet(image=rows))
-    images = load_images(train_data_dir=tmp_path, resolution=8, cache_dir=tmp_path / "cache", progress=False).images
-    assert np.array_equal(images, np.stack([noise(0), noise(1)]))
+    rows = [encoded(noise(seed)) for seed in (0, 1)]
+    for column in (rows, [{"bytes": row, "path": "good.png"} for row in rows]):
+        (tmp_path / "train.parquet").write_bytes(parquet(image=column))
+        images = load_images(
+            train_data_dir=tmp_path, resolution=8, cache_dir=tmp_path / "cache", progress=False
+        ).images
+        assert np.array_equal(images, np.stack([noise(0), noise(1)]))
