@@ -37,7 +37,9 @@ def decode_image(content, label, resolution, crop, num_channels):
         elif isinstance(content, Image.Image):
             image = content
         else:
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS)
+            Image.init()
+            known = [name for name in _FORMATS if name in Image.OPEN]  # older versions of Pillow lack some
+            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=known)
         image = ImageOps.exif_transpose(image)
         image.load()
     except UnidentifiedImageError as error:

@@ -683,6 +683,12 @@ def test_a_jpeg_in_cmyk_is_not_inverted():
     assert np.abs(decode_image(content, "picture", 16, None, 3).astype(int) - flat).max() <= 3
 
 
+def test_a_pillow_that_lacks_a_format_reads_the_others(monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    assert np.array_equal(decode_image(encoded(PIXELS), "picture", 8, None, 3), PIXELS)
+
+
 def test_a_folder_of_many_sizes_and_modes(tmp_path):
     contents = [PICTURES[name] for name in ("CMYK", "a palette", "alpha", "a turned camera", "one pixel", "grey")]
     contents.append((encoded(noise(7, 100, 90)), None))
