@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -279,7 +280,7 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
             target, option = target.setdefault("model", {}), option.removeprefix("model.")
         target[option] = value
     options = all_stage_options(preset, output_dir, **overrides)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    _writable(output_dir, output_dir, "--output_dir")
     last = dataclasses.replace(options["second_stage"], random_flip=False, streaming=False)
     if options["second_stage"].streaming:  # no cache was wanted: one of the images that `report` looks at
         last.max_train_samples = min(last.max_train_samples or 2_000, 2_000)
@@ -352,6 +353,7 @@ _DATA_OPTIONS = (
     "image_column",
     "crop",
     "num_factors",
+    "on_bad_image",
     "cache_dir",
 )
 
@@ -428,7 +430,6 @@ def _evaluate(args):
     output = Path(args.output)
     if output.is_dir():
         raise IsADirectoryError(f"--output must name a file such as results.json, got the folder {output}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     _writable(output, output.parent)
     args.device = args.device or str(process_state().device)  # of this process, where there are several
     pipe = _load_pipeline(args)
@@ -456,7 +457,8 @@ def _evaluate(args):
     if not process_state().is_main_process:
         return None
     found = {**provenance(), "pipeline": args.pipeline, **results}
-    output.write_text(json.dumps(found, indent=2) + "\n")
+    text = json.dumps(found, indent=2) + "\n"
+    _write_whole(output, lambda partial: partial.write_text(text))
     print(f"\n{results_table(results)}\n\nsaved in {output}")
     return found
 
@@ -544,14 +546,34 @@ def _output_picture(path: str) -> Path:
     path = Path(path)
     if path.suffix.lower() not in PICTURE_SUFFIXES or path.is_dir():
         raise ValueError(f"--output must name a picture such as samples.png, got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return _writable(path, path.parent)
 
 
-def _writable(path: Path, folder: Path) -> Path:
+def _writable(path: Path, folder: Path, option: str = "--output") -> Path:
+    """`path`, after `folder` is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{option} {path} cannot be written: the folder {folder} cannot be made ({error.strerror}), name another."
+        ) from error
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--output {path} cannot be written: {folder} allows no writing.")
+        raise PermissionError(f"{option} {path} cannot be written: {folder} allows no writing.")
     return path
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]):
+    """`write(path)`, whole or not at all: what was there stays until there is something in its place."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}): free some space or name another --output."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _add_card(commands):
@@ -580,19 +602,29 @@ def _card(args):
 
     evaluation = None
     if args.evaluation:
-        try:
-            evaluation = json.loads(Path(args.evaluation).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"--evaluation {args.evaluation} is no JSON ({error}): give evaluate's output."
-            ) from error
-        if "protocol" not in evaluation:
-            raise ValueError(f"--evaluation {args.evaluation} holds no protocol: give evaluate's output.")
+        evaluation = _read_results(Path(args.evaluation))
     output = None if args.output is None else Path(args.output)
     wanted = dict(evaluation=evaluation, data_license=args.data_license, license=args.license)
     card = write_card(Path(args.run_dir), args.model_id, output, **wanted)
     print(f"saved {card}")
     return {"files": [str(card), *(str(card.with_name(name)) for name in PICTURES)], "repository": args.model_id}
+
+
+def _read_results(path: Path) -> dict:
+    from .evaluation import results_table
+
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--evaluation {path} is no JSON ({error}): give evaluate's output.") from error
+    if not isinstance(results, dict) or "protocol" not in results:
+        raise ValueError(f"--evaluation {path} holds no protocol: give evaluate's output.")
+    try:
+        results_table(results)
+        [results[name] for name in ("command", "commit", "date")]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--evaluation {path} is not complete ({error!r}): give evaluate's output.") from error
+    return results
 
 
 def _add_encode(commands):
@@ -626,7 +658,6 @@ def _encode(args):
     from .stages import open_images
 
     output = check_output(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     _writable(output, output.parent)
     if args.private and not args.push_to_hub:
         raise ValueError("--private is of --push_to_hub, which is missing: name a repository, or leave it out.")
@@ -756,7 +787,7 @@ def _load_pipeline(args):
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # AssertionError: built without CUDA
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", args.pipeline)
@@ -790,7 +821,6 @@ def _sample(args):
         raise ValueError(f"--seed must lie in [0, 2**63), got {args.seed}.")
     if args.separate:
         folder = Path(args.output or "samples")
-        folder.mkdir(parents=True, exist_ok=True)
         _writable(folder, folder)
         if any(folder.iterdir()):  # old samples among the new ones would spoil whatever is measured on them
             raise FileExistsError(f"--output {folder} is not empty: name a new folder.")
@@ -803,10 +833,10 @@ def _sample(args):
     if args.separate:
         files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
         for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
-            image.save(file)
+            _write_whole(file, image.save)
     else:
         files = [output]
-        image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save(output)
+        _write_whole(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
     return _made(args, files, "num_images", "seed", "temperature", "sharpness")
 
 
@@ -826,7 +856,7 @@ def _reconstruct(args):
     images = _read_pictures(args, pipe)
     decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
     pairs = torch.stack([images, decoded], 1)
-    image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save(output)
+    _write_whole(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
     return _made(args, [output], "sharpness", num_images=len(images))
 
 
@@ -837,7 +867,7 @@ def _interpolate(args):
     pipe = _load_pipeline(args)
     first, last = _read_pictures(args, pipe)
     path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
-    image_grid(path[0], columns=args.steps).save(output)
+    _write_whole(output, image_grid(path[0], columns=args.steps).save)
     return _made(args, [output], "steps")
 
 

@@ -5,10 +5,13 @@ whose name is a hash of the source's content and of every option that changes a 
 source without that file.
 """
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -16,10 +19,12 @@ import shutil
 import struct
 import tempfile
 import warnings
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +44,16 @@ PRESETS = {
 EMBEDDED = ("digits", "rendered-faces")
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CACHE_VERSION = 1  # part of every cache key: raise it when the same options give other pixels
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an `OSError`: there is no room for the file
+ON_BAD_IMAGE = ("raise", "skip")
 _BLOCK = 32  # rows decoded by one task of the thread pool, for the cache
+_NAMED = 5  # pictures named in a warning that counts them
+
+logger = logging.getLogger(__name__)
+
+
+class BadImage(ValueError):
+    """A picture that cannot be used: unreadable, missing, too small, or with more than 8 bits a channel."""
 
 
 def to_unit_range(pixel_values):
@@ -65,18 +79,38 @@ def to_uint8(images):
 
 
 # Sources. `identity` goes into the cache key, `count` is the number of rows if it is known without reading them,
-# `rows()` yields (label, content) pairs, and `decode` turns a list of them into uint8 of shape (n, H, W, C).
+# `rows()` yields (label, content) pairs, and `decode` turns a list of them into uint8 of shape (n, H, W, C), or raises
+# `BadImage`.
 
 
 class _Source:
     count = None
+    skips = False  # whether pictures that cannot be used are left out
 
     def __init__(self, name, resolution, crop, num_channels):
         self.name, self.resolution, self.num_channels = name, resolution, num_channels
         self.transform = {"resolution": resolution, "crop": crop, "num_channels": num_channels}
 
     def decode(self, rows):
-        return np.stack([decode_image(content, label, **self.transform) for label, content in rows])
+        return np.stack([self.decode_row(*row) for row in rows])
+
+    def decode_row(self, label, content):
+        try:
+            return decode_image(content, label, **self.transform)
+        except ValueError as error:
+            raise BadImage(str(error)) from error
+
+    def decode_usable(self, rows):
+        """A list of uint8 arrays `(H, W, C)`, with `None` for what is left out."""
+        if not self.skips:
+            return list(self.decode(rows))
+        images = []
+        for row in rows:
+            try:
+                images.extend(self.decode([row]))
+            except BadImage:
+                images.append(None)
+        return images
 
 
 class _Digits(_Source):
@@ -123,9 +157,13 @@ class _Idx(_Source):
     def __init__(self, *args, file):
         super().__init__(*args)
         content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-        magic, self.count, height, width = struct.unpack(">4i", content[:16].ljust(16, b"\0"))
-        if magic != 0x803 or len(content) != 16 + self.count * height * width:
+        if file.suffix == ".gz":
+            try:
+                content = gzip.decompress(content)
+            except (EOFError, OSError, zlib.error):
+                content = b""
+        magic, self.count, height, width = struct.unpack(">4I", content[:16].ljust(16, b"\0"))
+        if magic != 0x803 or len(content) != 16 + self.count * height * width or not height * width:
             raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
         self.images = np.frombuffer(content, np.uint8, offset=16).reshape(self.count, height, width)
         self.identity = {"files": _content_hash({file.name: file})}
@@ -141,47 +179,91 @@ class _Table(_Source):
         super().__init__(*args)
         self.split, self.image_column, self.files, self.hub_id, self.sha = split, image_column, files, hub_id, sha
         if files:
-            import pyarrow.parquet
-
             content = _content_hash({f"{i} {file.name}": file for i, file in enumerate(files)})
             self.identity = {"parquet": content, "image_column": image_column}
-            self.count = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+            self.count = sum(parquet.metadata.num_rows for parquet in map(_open_parquet, files))
         else:
             self.identity = {"hub": hub_id, "sha": sha, "split": split, "image_column": image_column}
 
     def rows(self):
+        values = self._values_of_files() if self.files else self._values_of_hub()
+        for i, value in enumerate(values):
+            label = f"row {i} of {self.name}"
+            if isinstance(value, dict):
+                value = value.get("bytes") or value.get("path")
+            if not isinstance(value, bytes | str | None):
+                raise ValueError(f"{label} holds a {type(value).__name__}, expected a picture; name another column")
+            yield label, value
+
+    def _values_of_files(self):
+        for file in self.files:
+            parquet = _open_parquet(file)
+            self._check_column(parquet.schema_arrow.names)
+            try:
+                for batch in parquet.iter_batches(_BLOCK, columns=[self.image_column]):
+                    yield from batch.column(0).to_pylist()
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
+
+    def _values_of_hub(self):
         import datasets
 
-        if self.files:
-            files = {"train": [str(file) for file in self.files]}
-            table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-        else:
+        with _named(self.hub_id):
             splits = datasets.load_dataset(self.hub_id, revision=self.sha, streaming=True)
-            if self.split not in splits:
-                raise ValueError(f"no split {self.split!r} in {self.hub_id}, which has {sorted(splits)}; choose one")
-            table = splits[self.split]
-        columns = table.column_names or list(next(iter(table), {}))
+        if self.split not in splits:
+            raise ValueError(f"no split {self.split!r} in {self.hub_id}, which has {sorted(splits)}; choose one")
+        table = splits[self.split].decode(False)
+        with _named(self.hub_id):
+            columns = table.column_names or list(next(iter(table), {}))
+        self._check_column(columns)
+        with _named(self.hub_id):
+            for row in table.select_columns([self.image_column]):
+                yield row[self.image_column]
+
+    def _check_column(self, columns):
         if self.image_column not in columns:
             raise ValueError(f"no column {self.image_column!r} in {self.name}, which has {columns}; choose one")
-        table = table.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
-        for i, row in enumerate(table):
-            image = row[self.image_column] or {}
-            yield f"row {i} of {self.name}", image.get("bytes") or image.get("path")
 
-    def decode(self, rows):
+    def decode_row(self, label, content):
+        if not content:
+            raise BadImage(f"{label} has no image, expected one in every row; remove the row")
+        if isinstance(content, str):
+            content = self._read_address(label, content)
+        return super().decode_row(label, content)
+
+    def _read_address(self, label, address):
+        """A picture that is a file of the Hub data set itself. Rows come from strangers: nothing else is opened."""
         import fsspec
 
-        def read(label, content):  # some Hub data sets give an address in place of the bytes
-            if isinstance(content, str):
-                try:
-                    content = fsspec.open(content, "rb").open().read()
-                except OSError as error:
-                    raise ValueError(f"{label} names a file that cannot be read ({error}); restore it") from error
-            if content is None:
-                raise ValueError(f"{label} has no image, expected one in every row; remove the row")
-            return label, content
+        own = f"hf://datasets/{self.hub_id}@{self.sha}/"
+        container = re.sub("^zip://(?:(?!::).)+::", "", address)
+        if self.files or not container.startswith(own) or "::" in container or ".." in container.split("/"):
+            raise BadImage(
+                f"{label} names {address[:100]!r}, which is not opened, expected the picture itself; store its bytes"
+            )
+        try:
+            with fsspec.open(address, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise ValueError(f"{label} names a file that cannot be read ({error}); restore it") from error
 
-        return super().decode([read(*row) for row in rows])
+
+@contextlib.contextmanager
+def _named(hub_id):
+    """The errors of `datasets` seldom say which data set they are about."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{hub_id} cannot be read as a data set ({error}); look at its page on the Hub") from error
+
+
+def _open_parquet(file):
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no readable parquet file ({error}); fetch it again") from error
 
 
 def _content_hash(files):
@@ -206,6 +288,7 @@ def _open_source(
     num_channels=None,
     num_factors=8,
     max_samples=None,
+    on_bad_image="raise",
 ):
     """Check the options and return (source, max_samples, fingerprint); `load_images` documents them."""
     preset = PRESETS.get(dataset_name, {})
@@ -225,6 +308,8 @@ def _open_source(
     for option, value in {"resolution": resolution, "crop": crop, "max_samples": max_samples}.items():
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
     if split != "train" and (train_data_files or dataset_name in EMBEDDED):
         raise ValueError(f"{given[0]} has no splits, got split={split!r}; leave split at its default")
     if revision is not None and (given != ["dataset_name"] or dataset_name in EMBEDDED):
@@ -253,6 +338,8 @@ def _open_source(
         sha = _hub_commit(hub_id, revision)
         source = _Table(*args, split=split, image_column=image_column, hub_id=hub_id, sha=sha)
     key = {"version": CACHE_VERSION, "max_samples": max_samples, **source.transform, **source.identity}
+    if on_bad_image == "skip":
+        source.skips, key["on_bad_image"] = True, on_bad_image
     return source, max_samples, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -312,6 +399,7 @@ def load_images(
     num_channels=None,
     num_factors=8,
     max_samples=None,
+    on_bad_image="raise",
     random_flip=False,
     cache_dir=None,
     progress=True,
@@ -337,6 +425,8 @@ def load_images(
         num_factors (`int`): number of varying factors of `"rendered-faces"`.
         max_samples (`int`, *optional*): keep at most that many of the first images, before a slice is taken
             (`"rendered-faces"`: draw that many, by default 20,000).
+        on_bad_image (`"raise" | "skip"`): what to do about a picture that cannot be used ([`BadImage`]): raise, or
+            leave it out and count and name it in a warning of the log. Slices are then of the images that are left.
         random_flip (`bool`): append the mirror image of every image, after a slice is taken.
         cache_dir (`str`, *optional*): parent of the cache; by default `$VAEPLUS_CACHE`, else `~/.cache/hf_vaeplus`.
         progress (`bool`): show a progress bar while decoding.
@@ -344,7 +434,8 @@ def load_images(
         [`ImageDataset`].
     Raises:
         ValueError: for no or several sources, an option out of range, an unknown split or column, a malformed or
-            empty slice, no images, or a picture that cannot be read.
+            empty slice, no images, or a file that cannot be read.
+        BadImage: (a `ValueError`) for a picture that cannot be used.
         FileNotFoundError: for a path that does not exist.
     """
     whole_split, limits = _parse_split(split)
@@ -360,19 +451,48 @@ def load_images(
         num_channels=num_channels,
         num_factors=num_factors,
         max_samples=max_samples,
+        on_bad_image=on_bad_image,
     )
     cache_dir = Path(cache_dir or os.environ.get("VAEPLUS_CACHE") or Path.home() / ".cache" / "hf_vaeplus")
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache {cache_dir} cannot be made ({error.strerror}); name another folder as cache_dir"
+        ) from error
     folder = cache_dir / fingerprint
-    if _cached_shape(folder) is None:
+    if _cached_info(folder) is None:
         with FileLock(cache_dir / f"{fingerprint}.lock"):  # the system frees it when its holder is killed
-            if _cached_shape(folder) is None:  # no other process built it meanwhile
+            if _cached_info(folder) is None:  # no other process built it meanwhile
                 _build_cache(folder, source, max_samples, progress)
-    shape = _cached_shape(folder)
+    info = _cached_info(folder)
+    shape, left_out = tuple(info["shape"]), info.get("left_out", [])
+    _warn_of_left_out(source.name, [label for _, label in left_out])
     rows = _sliced(shape[0], limits, split)
     if len(rows) < shape[0]:
         fingerprint = hashlib.sha256(f"{fingerprint} {rows.start}:{rows.stop}".encode()).hexdigest()[:32]
-    return ImageDataset(folder / "images.bin", shape, source.name, fingerprint, random_flip, split, rows)
+    numbers = [number for number, _ in left_out]
+    return ImageDataset(folder / "images.bin", shape, source.name, fingerprint, random_flip, split, rows, numbers)
+
+
+def _warn_of_left_out(name, labels):
+    if labels:
+        more = f" and {len(labels) - _NAMED:,} more" if len(labels) > _NAMED else ""
+        named = ", ".join(labels[:_NAMED])
+        logger.warning("%s: left out %s that cannot be used: %s%s", name, _pictures(len(labels)), named, more)
+
+
+def _pictures(count):
+    return f"{count:,} picture" if count == 1 else f"{count:,} pictures"
+
+
+def _nothing_left(name, labels):
+    if labels:
+        return ValueError(
+            f"{name} holds no picture that can be used, all {len(labels):,} were left out; set on_bad_image to raise"
+            " to see why"
+        )
+    return ValueError(f"{name} holds no images, expected at least one; check the source and the split")
 
 
 def _parse_split(split):
@@ -394,12 +514,12 @@ def _sliced(count, limits, split):
     return rows
 
 
-def _cached_shape(folder):
-    """Shape (N, H, W, C) of a complete cache, `None` if it is missing or damaged."""
+def _cached_info(folder):
+    """What info.json says of a complete cache, its `shape` (N, H, W, C) and more; `None` for a damaged or no cache."""
     try:
-        shape = tuple(json.loads((folder / "info.json").read_text())["shape"])
-        return shape if (folder / "images.bin").stat().st_size == math.prod(shape) else None
-    except (FileNotFoundError, ValueError, KeyError):
+        info = json.loads((folder / "info.json").read_text())
+        return info if (folder / "images.bin").stat().st_size == math.prod(info["shape"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -411,7 +531,7 @@ def _build_cache(folder, source, max_samples, progress):
         warnings.warn(f"the image cache {folder} is damaged and will be built again", stacklevel=3)
         shutil.rmtree(folder)
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
-    count = 0
+    count, left_out = 0, []
     total = source.count if max_samples is None or source.count is None else min(source.count, max_samples)
     rows = itertools.islice(source.rows(), max_samples)
     try:
@@ -419,26 +539,50 @@ def _build_cache(folder, source, max_samples, progress):
             open(building / "images.bin", "wb") as file,
             tqdm(total=total, desc=f"decoding {source.name}", unit="image", disable=not progress) as bar,
         ):
-            for images in _decoded_blocks(rows, source.decode):
+            for images, _, bad in _decoded_blocks(source, rows):
                 file.write(images.tobytes())
                 count += len(images)
-                bar.update(len(images))
+                left_out += bad
+                bar.update(len(images) + len(bad))
         if count == 0:
-            raise ValueError(f"{source.name} holds no images, expected at least one; check the source and the split")
+            raise _nothing_left(source.name, left_out)
         info = {"shape": (count, source.resolution, source.resolution, source.num_channels), "name": source.name}
+        info |= {"left_out": left_out} if source.skips else {}
         (building / "info.json").write_text(json.dumps(info | source.transform | source.identity, indent=2))
         os.replace(building, folder)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"the cache {folder.parent} cannot be written ({error.strerror}); free some space, name another cache_dir"
+            " or stream"
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _decoded_blocks(rows, decode, size=_BLOCK):
-    """Decode `rows` in threads: uint8 blocks of shape (at most `size`, H, W, C), in order, few of them in memory."""
+def _decoded_blocks(source, rows, size=_BLOCK):
+    """Decode `rows` in threads, in order, few of them in memory.
+
+    Yields:
+        Of at most `size` rows: uint8 images of shape (n, H, W, C), their numbers among `rows`, and (number, label) of
+        those that are left out.
+    """
+
+    def decode(first, block):
+        decoded = source.decode_usable(block)
+        usable = [place for place, image in enumerate(decoded) if image is not None]
+        shape = (-1, source.resolution, source.resolution, source.num_channels)
+        images = np.array([decoded[place] for place in usable], np.uint8).reshape(shape)
+        bad = [(first + place, block[place][0]) for place, image in enumerate(decoded) if image is None]
+        return images, [first + place for place in usable], bad
+
     num_threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads) as pool:
-        pending = deque()
+        pending, first = deque(), 0
         while block := list(itertools.islice(rows, size)):
-            pending.append(pool.submit(decode, block))
+            pending.append(pool.submit(decode, first, block))
+            first += len(block)
             if len(pending) > 2 * num_threads:
                 yield pending.popleft().result()
         while pending:
@@ -456,12 +600,14 @@ class ImageDataset(Dataset):
         resolution, num_channels (`int`): H = W, and C.
         name (`str`): data set or folder; fingerprint (`str`): hash of the source's content and the options.
         split (`str`): as it was asked for; rows (`range`): those of the cache that it names, all by default.
+        left_out (list of `int`): numbers of the rows of the source that the cache lacks.
     """
 
-    def __init__(self, path, shape, name, fingerprint, random_flip=False, split="train", rows=None):
+    def __init__(self, path, shape, name, fingerprint, random_flip=False, split="train", rows=None, left_out=()):
         self.path, self.shape, self.name, self.fingerprint = Path(path), tuple(shape), name, fingerprint
         self.random_flip, self.split = random_flip, split
         self.rows = range(self.shape[0]) if rows is None else rows
+        self.left_out = left_out
         self.resolution, self.num_channels = self.shape[1], self.shape[3]
         self._open()
 
@@ -499,9 +645,10 @@ class ImageDataset(Dataset):
 
     def in_order(self, batch_size):
         """Every image once, none mirrored, in batches as of `__getitems__`; `index` is the row of the whole split."""
+        numbers = np.delete(np.arange(self.shape[0] + len(self.left_out)), self.left_out)[self.rows]
         for start in range(0, len(self.images), batch_size):
             batch = self.__getitems__(range(start, min(start + batch_size, len(self.images))))
-            yield batch | {"index": batch["index"] + self.rows.start}
+            yield batch | {"index": torch.from_numpy(numbers[start : start + batch_size])}
 
 
 def keep_batch(batch):
@@ -527,6 +674,32 @@ def stream_images(dataset_name=None, *, random_flip=False, seed=0, shuffle_buffe
     return ImageStream(source, max_samples, fingerprint, random_flip, seed, shuffle_buffer)
 
 
+class _Sample(NamedTuple):
+    label: str
+    content: object
+    mirrored: bool
+    epoch: int
+
+
+class _Ahead:
+    """An iterator that can be looked into without moving on."""
+
+    def __init__(self, items):
+        self._items, self._seen = items, deque()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self._seen.popleft() if self._seen else next(self._items)
+
+    def peek(self):
+        for place in itertools.count():
+            if place == len(self._seen):
+                self._seen.append(next(self._items))
+            yield self._seen[place]
+
+
 class ImageStream(IterableDataset):
     """Endless batches in the form of [`ImageDataset`], where `index` is the position in the stream.
 
@@ -534,13 +707,15 @@ class ImageStream(IterableDataset):
     rank r decodes and yields its rows r * batch_size to (r + 1) * batch_size. Iterating from batch t yields what an
     uninterrupted run yields there, since skipping reads the source without decoding. With a `DataLoader` pass
     `batch_size=None` and at most one worker: decoding uses threads, and `datasets` would split the rows among workers.
+
+    In place of a picture that is left out comes the next one that can be used: all others keep their places.
     """
 
     def __init__(self, source, max_samples, fingerprint, random_flip, seed, shuffle_buffer):
         self.source, self.max_samples, self.fingerprint = source, max_samples, fingerprint
         self.random_flip, self.seed, self.shuffle_buffer = random_flip, seed, shuffle_buffer
         self.resolution, self.num_channels, self.name = source.resolution, source.num_channels, source.name
-        self.first_batch = None
+        self.first_batch, self._left_out = None, {}  # labels, in the order in which they were met
 
     def set_position(self, first_batch, batch_size, rank=0, world_size=1):
         """Choose where the next iteration starts, in batches since the start of training, and what this rank reads.
@@ -563,44 +738,72 @@ class ImageStream(IterableDataset):
             raise ValueError(
                 f"a stream takes at most one DataLoader worker, got {worker.num_workers}; set num_workers=1"
             )
-        position, samples = 0, self._samples()
+        position, samples = 0, _Ahead(self._samples())
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for batch in itertools.count(self.first_batch):
                 start = (batch * self.world_size + self.rank) * self.batch_size
                 rows = list(itertools.islice(samples, start - position, start - position + self.batch_size))
                 position = start + self.batch_size
-                images = np.concatenate(list(pool.map(lambda row: self.source.decode([row[:2]]), rows)))
-                mirrored = np.array([row[2] for row in rows])
+                images = list(pool.map(self._decoded, rows))
+                for place in reversed(range(len(rows))):
+                    if images[place] is None:
+                        self._leave_out(rows[place].label)
+                        if place + 1 < len(rows):
+                            rows[place], images[place] = rows[place + 1], images[place + 1]
+                        else:
+                            rows[place], images[place] = self._next_usable(rows[place], samples)
+                images, mirrored = np.stack(images), np.array([row.mirrored for row in rows])
                 images[mirrored] = images[mirrored, :, ::-1]
                 yield {
                     "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
                     "index": torch.arange(start, position),
                 }
 
+    def _decoded(self, row):
+        return self.source.decode_usable([(row.label, row.content)])[0]
+
+    def _next_usable(self, bad, samples):
+        """The first sample to come, and its image, that can take the place of the sample `bad`."""
+        for row in samples.peek():
+            if row.epoch > bad.epoch + 1:  # a whole pass has been tried
+                raise _nothing_left(self.name, self._left_out)
+            image = self._decoded(row)
+            if image is not None:
+                return row, image
+            self._leave_out(row.label)
+
+    def _leave_out(self, label):
+        if label not in self._left_out:
+            self._left_out[label] = None
+            if len(self._left_out).bit_count() == 1:  # a stream has no end: told at 1, 2, 4, 8, ...
+                _warn_of_left_out(self.name, list(self._left_out))
+
     def in_order(self, batch_size):
         """Every image of one pass over the source, neither shuffled nor mirrored, as [`ImageDataset.in_order`]."""
-        rows, start = itertools.islice(self.source.rows(), self.max_samples), 0
-        for images in _decoded_blocks(rows, self.source.decode, batch_size):
-            yield {
-                "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
-                "index": torch.arange(start, start + len(images)),
-            }
-            start += len(images)
+        rows, left_out, is_empty = itertools.islice(self.source.rows(), self.max_samples), [], True
+        for images, numbers, bad in _decoded_blocks(self.source, rows, batch_size):
+            left_out += [label for _, label in bad]
+            if numbers:
+                is_empty = False
+                yield {"pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2), "index": torch.tensor(numbers)}
+        if is_empty:
+            raise _nothing_left(self.name, left_out)
+        _warn_of_left_out(self.name, left_out)
 
     def _samples(self):
-        """Endless (label, content, mirrored), each pass over the source shuffled through a buffer."""
+        """Endless [`_Sample`]s, each pass over the source shuffled through a buffer."""
         for epoch in itertools.count():
             rng = np.random.default_rng([self.seed, epoch])
             buffer, is_empty = [], True
             for row in itertools.islice(self.source.rows(), self.max_samples):
                 is_empty = False
-                buffer.append((*row, self.random_flip and rng.random() < 0.5))
+                buffer.append(_Sample(*row, self.random_flip and rng.random() < 0.5, epoch))
                 if len(buffer) == self.shuffle_buffer:
                     # A random row moves to the end and leaves from there.
                     i = rng.integers(len(buffer))
                     buffer[i], buffer[-1] = buffer[-1], buffer[i]
                     yield buffer.pop()
             if is_empty:
-                raise ValueError(f"{self.name} holds no images, expected at least one; check the source and the split")
+                raise _nothing_left(self.name, [])
             rng.shuffle(buffer)
             yield from buffer

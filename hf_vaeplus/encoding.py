@@ -13,6 +13,7 @@ from pyarrow.parquet import ParquetWriter
 from tqdm.auto import tqdm
 
 from .cards import _plain
+from .data import FULL
 from .evaluation import provenance
 
 _ROWS_PER_GROUP = 8192  # rows that are held in memory and written together
@@ -61,6 +62,10 @@ def encode_to_parquet(
             os.replace(partial / "data" / f"{number}", partial / name)
         os.replace(partial, output)
         return [output / name for name in names]
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"{output} cannot be written ({error.strerror}): free some space or name another.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

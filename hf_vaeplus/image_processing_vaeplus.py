@@ -7,9 +7,11 @@ repository can carry it alone.
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+# What files are opened as. Left to itself Pillow would also hand PostScript to an interpreter of programs.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # What the library itself puts into a processor's keyword arguments; anything else unknown is a misspelling.
 _LIBRARY_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
@@ -35,9 +37,14 @@ def decode_image(content, label, resolution, crop, num_channels):
         elif isinstance(content, Image.Image):
             image = content
         else:
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+            Image.init()
+            known = [name for name in _FORMATS if name in Image.OPEN]  # older versions of Pillow lack some
+            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=known)
         image = ImageOps.exif_transpose(image)
         image.load()
+    except UnidentifiedImageError as error:
+        formats = ", ".join(_FORMATS)
+        raise ValueError(f"{label} is not a readable picture (none of {formats}); remove it or replace it") from error
     except Exception as error:  # damaged files make PIL raise nearly anything
         raise ValueError(f"{label} is not a readable picture ({error}); remove it or replace it") from error
     if image.mode.startswith(("I", "F")):

@@ -40,6 +40,11 @@ class VAEPlusConfig(PreTrainedConfig):
     """Base of both configs: refuses keyword arguments that no field has (transformers would store them silently)."""
 
     def __post_init__(self, **kwargs):
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(
+                f"got the config of a {kwargs['model_type']} where that of a {self.model_type} is expected: name the"
+                " folder of another model."
+            )
         known = [field.name for field in fields(self)]
         for name in kwargs:
             if name not in _LIBRARY_KEYS and name not in known:
@@ -447,7 +452,7 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`, but from safetensors alone, and never half random.
 
         Raises:
-            ValueError: weights are missing, unknown, of another shape, damaged, or pickled.
+            ValueError: weights are missing, unknown, of another shape, damaged, not finite, or pickled.
             OSError: nothing is there, or nothing in safetensors.
         """
         if kwargs.pop("use_safetensors", None) is False:
@@ -467,6 +472,12 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
                 f"the weights of {pretrained_model_name_or_path} do not belong to a {cls.__name__} with its"
                 f" config.json: {told}; save the model again or load it with the class that saved it."
             )
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+                raise ValueError(
+                    f"the weights of {pretrained_model_name_or_path} hold NaN or infinity in {name}: take an earlier"
+                    " checkpoint or download them again."
+                )
         return (model, info) if give_info else model
 
     @torch.no_grad()

@@ -115,11 +115,18 @@ class VAEPlusPipeline(DiffusionPipeline):
         # An exported index names the code files of the repository: its classes are those installed here, so that
         # users of the package are not asked to trust remote code. Local folders and Hub downloads both pass here.
         index = super()._dict_from_json_file(json_file, **kwargs)
+        if not isinstance(index, dict):
+            raise ValueError(f"{json_file} must hold the index of a pipeline, got a {type(index).__name__}.")
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][-1]
         for name in _COMPONENTS:
-            if index.get(name, [None])[0] == "modeling_vaeplus":
-                index[name] = ["hf_vaeplus", index[name][1]]
+            library, class_name = index.get(name) or (None, None)
+            if library == "modeling_vaeplus":
+                index[name] = ["hf_vaeplus", class_name]
+            elif library not in ("hf_vaeplus", None):  # diffusers would import any module that an index names
+                raise ValueError(
+                    f"{json_file} takes its {name} from {library!r}, so it is no pipeline of this package: name one."
+                )
         return index
 
     def push_to_hub(

@@ -9,6 +9,7 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 
 import difflib
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -25,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from .data import ON_BAD_IMAGE, keep_batch, load_images, stream_images, to_unit_range
 from .data import PRESETS as NAMED_DATA_SETS
-from .data import keep_batch, load_images, stream_images, to_unit_range
 from .hub import save_feature_extractor
 from .modeling_baselines import WAEMMDModel
 from .modeling_vaeplus import (
@@ -58,6 +59,9 @@ class StageOptions(TrainingOptions):
     num_channels: int | None = option(None, "1 grey, 3 colour; default: what the data set has")
     num_factors: int = option(8, "r: factors that vary in rendered-faces")
     max_train_samples: int | None = option(None, "use only so many images")
+    on_bad_image: str = option(
+        "raise", "raise, or skip and log the pictures that cannot be used", choices=ON_BAD_IMAGE
+    )
     random_flip: bool = option(False, "add every image's mirror image")
     streaming: bool = option(False, "train from the source without caching its decoded images")
     cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
@@ -82,6 +86,21 @@ class StageOptions(TrainingOptions):
                 f"mmd_weight={self.mmd_weight} is of a WAE straight on pixels: it must not be negative, with stage vae"
                 " and no --autoencoder."
             )
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{entry.name} must be a finite number, got {value}.")
+        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
+            raise ValueError(
+                f"adam_beta1 and adam_beta2 must lie in [0, 1), got {self.adam_beta1}, {self.adam_beta2}."
+            )
+        if self.adam_weight_decay < 0 or self.adam_epsilon < 0:
+            raise ValueError(
+                "adam_weight_decay and adam_epsilon must not be negative, got"
+                f" {self.adam_weight_decay} and {self.adam_epsilon}."
+            )
+        if self.on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {self.on_bad_image!r}.")
         if self.kl_warmup_steps < 0:
             raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
 
@@ -108,10 +127,21 @@ def load_preset(name: str | Path) -> dict:
         raise FileNotFoundError(f"no preset or file named {name}: the presets are {', '.join(names)}.")
     try:
         preset = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    _check_size(preset, name)
     _check_preset(preset, name)
     return preset
+
+
+def _check_size(preset, name, limit: int = 10_000):
+    """A few lines of YAML can name themselves, or a billion values: what prints them would never end."""
+    waiting, count = [preset], 0
+    while waiting:
+        item, count = waiting.pop(), count + 1
+        waiting.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+        if count > limit:
+            raise ValueError(f"{name} holds more than {limit:,} values, expected the options of a few stages.")
 
 
 def _check_preset(preset, name):
@@ -220,6 +250,7 @@ def open_images(options: StageOptions, split: str | None = None):
         num_channels=options.num_channels,
         num_factors=options.num_factors,
         max_samples=options.max_train_samples if split is None else None,
+        on_bad_image=options.on_bad_image,
         random_flip=options.random_flip and split is None,
     )
     if options.streaming and split is None:

@@ -187,10 +187,10 @@ def test_rendered_faces(load):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Stands for the Hub: `org/set` has a train split of three rows, the last of which is an address, not bytes."""
-    (tmp_path / "far.png").write_bytes(encoded(noise(2)))
+    """Stands for the Hub: `org/set` has a train split of three rows, the last with the name of a file that is here."""
+    (tmp_path / "near.png").write_bytes(encoded(noise(3)))
     rows = [{"bytes": encoded(noise(0)), "path": None}, {"bytes": encoded(noise(1)), "path": "1.png"}]
-    rows.append({"bytes": None, "path": str(tmp_path / "far.png")})
+    rows.append({"bytes": encoded(noise(2)), "path": str(tmp_path / "near.png")})
     train = datasets.Dataset.from_dict({"image": rows, "label": [0, 1, 2]}).to_iterable_dataset()
     calls = []
 
