@@ -353,12 +353,11 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
     if options.push_to_hub and accelerator.is_main_process:
         push = BackgroundPush(options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token)
 
-    def trained() -> PreTrainedModel:
-        return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False) if ema is None else ema.module
+    trained = model if ema is None else ema.module
 
     def snapshot(folder: Path):
         """What is pushed: the model as it would be saved now, and how it was made."""
-        trained().save_pretrained(folder)
+        trained.save_pretrained(folder)
         write_json(folder / "training_options.json", {n: v for n, v in written.items() if n not in _LOCAL_OPTIONS})
         shutil.copy(output_dir / "stats.jsonl", folder)
 
@@ -431,23 +430,23 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
             _stop_if_asked(stop, accelerator, state, options)
         due = options.sample_steps and state.step % options.sample_steps == 0
         if preview is not None and accelerator.is_main_process and due and state.step < options.max_train_steps:
-            _draw_preview(accelerator, preview, model if ema is None else ema.module, output_dir, state.step)
+            _draw_preview(accelerator, preview, trained, output_dir, state.step)
     progress.close()
 
-    final = trained()
-    final.eval()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # takes autocast off the model: only now
+    trained.eval()
     if finish is not None:
-        finish(final)
+        finish(trained)
     if accelerator.is_main_process:
-        save_model(final, output_dir)
+        save_model(trained, output_dir)
         if preview is not None:
-            _draw_preview(accelerator, preview, final, output_dir, state.step)
+            _draw_preview(accelerator, preview, trained, output_dir, state.step)
         if push is not None:
             push.finish(snapshot, f"{output_dir.name}: {options.max_train_steps} steps, the end")
     for tracker in accelerator.trackers:  # `end_training` would leave no process group for the next stage
         tracker.finish()
     accelerator.wait_for_everyone()
-    return final
+    return trained
 
 
 def _is_scalar(value) -> bool:

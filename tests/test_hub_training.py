@@ -48,8 +48,9 @@ def test_neither_token_nor_places_on_this_machine_are_pushed(hub, tmp_path):
     assert len(written) > 5 and not [content for content in written if TOKEN.encode() in content]
 
 
-def test_a_run_is_the_same_with_and_without_pushes(hub, tmp_path):
-    pushed, plain = run(tmp_path / "pushed", **PUSH), run(tmp_path / "plain")
+@pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16", "use_ema": False}])
+def test_a_run_is_the_same_with_and_without_pushes(hub, tmp_path, options):
+    pushed, plain = run(tmp_path / "pushed", **PUSH, **options), run(tmp_path / "plain", **options)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in pushed.state_dict().items())
     assert stats_of(tmp_path / "pushed") == stats_of(tmp_path / "plain")
 
