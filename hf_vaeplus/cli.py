@@ -287,7 +287,7 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
     images = open_images(last, evaluation_split)  # by all processes, and before hours of training
     if len(images) < 2:
         raise ValueError(f"{images.name} holds one image: the statistics of a posterior need at least two.")
-    pipe, options = train_all(preset, output_dir, **overrides)
+    pipe, _ = train_all(preset, output_dir, **overrides)
     if not process_state().is_main_process:
         return
     num_factors = last.num_factors if last.dataset_name == "rendered-faces" else None

@@ -238,20 +238,18 @@ class BackgroundPush:
         """Upload what `save(folder)` writes now, meanwhile; nothing is done while another upload is under way."""
         if self._thread is not None and self._thread.is_alive():
             return
-        folder = Path(tempfile.mkdtemp())
-        save(folder)
         retry = "the run goes on, and pushes again at its next checkpoint and at its end"
         # A daemon: a run that dies does not wait for the network; the Hub takes whole commits or nothing.
-        self._thread = threading.Thread(target=self._upload, args=(folder, message, retry), daemon=True)
+        self._thread = threading.Thread(target=self._upload, args=(_written(save), message, retry), daemon=True)
         self._thread.start()
 
     def finish(self, save: Callable[[Path], None], message: str) -> bool:
         """Wait for the upload that is under way, then upload the end of the run; whether that succeeded."""
         if self._thread is not None:
             self._thread.join()
-        folder = Path(tempfile.mkdtemp())
-        save(folder)
-        done = self._upload(folder, message, "the model is on disk; the same command, resumed, pushes it again")
+        done = self._upload(
+            _written(save), message, "the model is on disk; the same command, resumed, pushes it again"
+        )
         if self._show_bars:
             enable_progress_bars()
         return done
@@ -268,3 +266,10 @@ class BackgroundPush:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return True
+
+
+def _written(save: Callable[[Path], None]) -> Path:
+    """A new temporary folder, after `save(folder)`."""
+    folder = Path(tempfile.mkdtemp())
+    save(folder)
+    return folder

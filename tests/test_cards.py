@@ -126,7 +126,7 @@ def test_the_command_writes_into_the_pipeline_folder(run, capsys):
     assert main(["card", str(run), "somebody/digits"]) == 0
     assert capsys.readouterr().out == f"saved {run / 'pipeline' / 'README.md'}\n"
     assert "somebody/digits" in (run / "pipeline" / "README.md").read_text()
-    assert VAEPlusPipeline.from_pretrained(run / "pipeline") is not None
+    assert VAEPlusPipeline.from_pretrained(run / "pipeline").vae.config.latent_dim == 3
     assert "torchvision" not in sys.modules
     assert main(["card", str(run), "somebody/digits", "--json"]) == 0
     files = [str(run / "pipeline" / name) for name in ("README.md", "samples.png", "curves.png")]

@@ -12,18 +12,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import perturbed
+from helpers import two_stages
 from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 from test_cards import code_blocks
 
 from hf_vaeplus import (
-    VAEPlusAutoencoderConfig,
-    VAEPlusAutoencoderModel,
     VAEPlusPipeline,
-    VAEPlusVAEConfig,
-    VAEPlusVAEModel,
     encoding,
 )
 from hf_vaeplus.cli import main
@@ -35,12 +31,7 @@ SIZE, COUNT = 32, 21
 
 @pytest.fixture(scope="module")
 def pipe() -> VAEPlusPipeline:
-    torch.manual_seed(0)
-    vae = VAEPlusVAEConfig(input_shape=(6,), latent_dim=4, hidden_dim=8, num_blocks=1, reconstruction_space="image")
-    autoencoder = VAEPlusAutoencoderConfig(image_size=SIZE, latent_dim=6, hidden_channels=(4, 8))
-    return VAEPlusPipeline(
-        perturbed(VAEPlusVAEModel(vae)).eval(), perturbed(VAEPlusAutoencoderModel(autoencoder)).eval()
-    )
+    return two_stages(SIZE)
 
 
 @pytest.fixture(scope="module")

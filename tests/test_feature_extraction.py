@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import perturbed
+from helpers import perturbed, two_stages
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from hf_vaeplus import (
-    VAEPlusAutoencoderConfig,
-    VAEPlusAutoencoderModel,
     VAEPlusEncoderConfig,
     VAEPlusEncoderModel,
     VAEPlusImageProcessor,
@@ -34,12 +32,7 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def pipe() -> VAEPlusPipeline:
-    torch.manual_seed(0)
-    vae = VAEPlusVAEConfig(input_shape=(6,), latent_dim=4, hidden_dim=8, num_blocks=1, reconstruction_space="image")
-    autoencoder = VAEPlusAutoencoderConfig(image_size=SIZE, latent_dim=6, hidden_channels=(4, 8))
-    return VAEPlusPipeline(
-        perturbed(VAEPlusVAEModel(vae)).eval(), perturbed(VAEPlusAutoencoderModel(autoencoder)).eval()
-    )
+    return two_stages(SIZE)
 
 
 @pytest.fixture(scope="module")

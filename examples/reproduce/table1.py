@@ -29,6 +29,7 @@ PAPER = {  # kappa -> reconstruction error, NLL, active units
     400: (2.57, -743, 22),
     784: (2.78, -806, 22),
 }
+NETWORK = {"network": "mlp", "encoder_residual": False, "encoder_blocks": 2, "num_blocks": 3}
 MNIST = {"dataset_name": "mnist", "resolution": 28}
 CPU = {
     "kappas": [50, 100, 200, 400, 784],
@@ -78,8 +79,7 @@ def measure(settings, cells, args):
         for name in SKIPS if seed < settings["plain_seeds"] else ["skips"]:
             for kappa in args.kappas or settings["kappas"]:
                 cell = f"{name}-{kappa}-{seed}"
-                model = {"network": "mlp", "encoder_residual": False, "encoder_blocks": 2, "num_blocks": 3}
-                model |= {**settings["model"], **SKIPS[name], "latent_dim": kappa, "latent_init_scale": 0.1}
+                model = {**NETWORK, **settings["model"], **SKIPS[name], "latent_dim": kappa, "latent_init_scale": 0.1}
                 options = {**settings["options"], "train_data_dir": args.train_data_dir, "model": model}
                 cells(cell, lambda o=options, s=seed, c=cell: run(o, s, args.output_dir / c, settings))
 

@@ -10,17 +10,25 @@ import sys
 
 import torch
 from common import reproduce
-from table1 import MNIST, SKIPS, run
+from table1 import MNIST, NETWORK, SKIPS, run
+
+
+def torch_start(model):
+    """Weights and biases uniform in +-1 / sqrt(fan_in), a third of the variance that keeps a signal's size."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.reset_parameters()
+
 
 FROM_ONE = {"gamma": "learned", "gamma_init": 1.0}
 VARIANTS = {  # name -> fields of the config, start
     "as in Table 1 (gamma analytic)": ({}, None),
     "gamma learnt from 1": (FROM_ONE, None),
     "gamma fixed at 1": ({"gamma": "fixed", "gamma_init": 1.0}, None),
-    "torch's start, gamma analytic": ({}, "torch"),
-    "torch's start, gamma learnt from 1": (FROM_ONE, "torch"),
+    "torch's start, gamma analytic": ({}, torch_start),
+    "torch's start, gamma learnt from 1": (FROM_ONE, torch_start),
     "20 layers": ({"num_blocks": 9}, None),
-    "20 layers, torch's start, gamma learnt from 1": ({"num_blocks": 9, **FROM_ONE}, "torch"),
+    "20 layers, torch's start, gamma learnt from 1": ({"num_blocks": 9, **FROM_ONE}, torch_start),
     "20 layers, gamma learnt from 1": ({"num_blocks": 9, **FROM_ONE}, None),
 }
 CPU = {
@@ -52,20 +60,11 @@ SETTINGS = {
 }
 
 
-def torch_start(model):
-    """Weights and biases uniform in +-1 / sqrt(fan_in), a third of the variance that keeps a signal's size."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.reset_parameters()
-
-
 def measure(settings, cells, args):
     for name, (changes, start) in VARIANTS.items():
-        model = {"network": "mlp", "encoder_residual": False, "encoder_blocks": 2, "num_blocks": 3, **SKIPS["plain"]}
-        model |= {**settings["model"], "latent_dim": settings["latent_dim"], **changes}
+        model = {**NETWORK, **SKIPS["plain"], **settings["model"], "latent_dim": settings["latent_dim"], **changes}
         options = {**settings["options"], "train_data_dir": args.train_data_dir, "model": model}
         folder = args.output_dir / name.replace(" ", "-")
-        start = torch_start if start else None
         cells(name, lambda o=options, f=folder, s=start: run(o, 0, f, settings, s))
 
 
