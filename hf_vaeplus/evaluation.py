@@ -423,7 +423,7 @@ def _check(
             "bins of NDB (at least 2) and the Gaussians of a mixture need as many training images, got"
             f" {num_training} for num_bins={list(num_bins)} and the samplers {', '.join(samplers)}."
         )
-    if num_importance_samples and pipe.autoencoder is not None and pipe.vae.config.reconstruction_space != "image":
+    if num_importance_samples and pipe.autoencoder is not None and not pipe.vae.config.gamma_is_of_images:
         raise ValueError(
             "likelihoods need the decoder variance of images, but this VAE's gamma was measured on codes: leave"
             " num_importance_samples at 0."

@@ -146,8 +146,11 @@ class VAEPlusVAEConfig(VAEPlusConfig):
         min_gamma (`float`): floor of the learned and the analytic variance.
         max_gamma (`float`, *optional*): ceiling of the analytic variance, for second stages (0.1, say), where the
             closed-form optimum of an untrained network is a collapse.
-        reconstruction_space (`"input" | "image"`): where the data term is measured: on the inputs themselves, or on
-            images through the `target_decoder` given to `forward` (Section 4). gamma is a variance in that space.
+        reconstruction_space (`"input" | "image" | "pullback"`): where the data term is measured: on the inputs
+            themselves (for a first VAE also called `"code"`); on images through the `target_decoder` given to
+            `forward` (Section 4); or on images to second order, by the metric of
+            [`VAEPlusVAEModel.set_pullback_metric`], without a decoder. gamma is a variance in that space.
+        target_dim (`int`, *optional*): number of values in an image, for `reconstruction_space="pullback"`.
         matched_moments (`bool`): the weights hold the map of [`VAEPlusVAEModel.match_moments`], which sets this.
 
     Raises:
@@ -175,7 +178,8 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     gamma_momentum: float | int = 0.99
     min_gamma: float | int = 1e-8
     max_gamma: float | int | None = None
-    reconstruction_space: Literal["input", "image"] = "input"
+    reconstruction_space: Literal["input", "code", "image", "pullback"] = "input"
+    target_dim: int | None = None
     matched_moments: bool = False
 
     def __post_init__(self, **kwargs):
@@ -190,6 +194,19 @@ class VAEPlusVAEConfig(VAEPlusConfig):
             raise ValueError(f"VAEPlusVAEConfig.max_gamma must exceed min_gamma, got {self.max_gamma}.")
         if not 0 <= self.gamma_momentum < 1:
             raise ValueError(f"VAEPlusVAEConfig.gamma_momentum must lie in [0, 1), got {self.gamma_momentum}.")
+        if self.reconstruction_space == "code":
+            self.reconstruction_space = "input"
+        if (self.reconstruction_space == "pullback") != (self.target_dim is not None):
+            raise ValueError(
+                f"reconstruction_space={self.reconstruction_space!r} with target_dim={self.target_dim}:"
+                " 'pullback' needs the number of values in an image, the others take none."
+            )
+        if self.reconstruction_space == "pullback":
+            self._check_positive("target_dim")
+            if len(self.input_shape) != 1:
+                raise ValueError(
+                    f"reconstruction_space='pullback' is for VAEs of codes, not of inputs {self.input_shape}."
+                )
         if self.network in ("conv", "aggregate"):
             if len(self.input_shape) != 3 or self.input_shape[1] != self.input_shape[2]:
                 raise ValueError(
@@ -202,6 +219,11 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     def input_dim(self) -> int:
         """Number of values in one input."""
         return math.prod(self.input_shape)
+
+    @property
+    def gamma_is_of_images(self) -> bool:
+        """Whether gamma is the variance of pixels around the decoded image, not of the inputs."""
+        return self.reconstruction_space in ("image", "pullback")
 
 
 @strict
@@ -570,6 +592,35 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         _check_shape("code", code, (self.config.latent_dim,))
         return 0.5 * self.decoder(code.to(self.dtype)) + 0.5
 
+    @torch.no_grad()
+    def pullback_metric(self, codes: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
+        """How much an image changes, squared, with its code: the mean over `codes` of J^T J, J = d decode / d code.
+
+        To second order ||decode(c + e) - decode(c)||^2 = e^T J^T J e. The columns of J are Jacobian-vector products in
+        forward mode, all `latent_dim` of a code in one pass (docs/pullback.md).
+
+        Args:
+            codes (`torch.Tensor` of shape `(n, latent_dim)`).
+            chunk_size (`int`): codes at a time; each takes the memory of `latent_dim` images.
+
+        Returns:
+            float64 `torch.Tensor` of shape `(latent_dim, latent_dim)`: squared pixels per squared unit of the code.
+
+        Raises:
+            ValueError: wrong shape, integers instead of floats, or no codes.
+        """
+        _check_shape("codes", codes, (self.config.latent_dim,))
+        if not len(codes):
+            raise ValueError("pullback_metric got no codes: pass at least one.")
+        axes = torch.eye(self.config.latent_dim, dtype=self.dtype, device=codes.device)
+        total = torch.zeros(axes.shape, dtype=torch.float64, device=codes.device)
+        for part in codes.to(self.dtype).split(chunk_size):
+            along = torch.func.vmap(lambda axis, part=part: torch.func.jvp(
+                self.decode, (part,), (axis.expand_as(part),))[1])  # fmt: skip
+            columns = along(axes).flatten(2).transpose(0, 1)  # (codes, latent_dim, pixels)
+            total += (columns @ columns.mT).double().sum(0)
+        return total / len(codes)
+
     def sharpen(self, images: torch.Tensor, sharpness: float = 1.0) -> torch.Tensor:
         """Decoded images with every spatial frequency amplified by its gain to the power of `sharpness`.
 
@@ -692,6 +743,9 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             self.register_buffer("log_gamma", log_gamma)
         if config.gamma == "analytic":
             self.register_buffer("gamma_updates", torch.zeros((), dtype=torch.long))
+        if config.reconstruction_space == "pullback":
+            self.register_buffer("metric_root", torch.zeros(config.input_dim, config.input_dim))
+            self.register_buffer("error_floor", torch.zeros(()))
         if config.matched_moments:
             self._register_sample_map(config.input_dim)
         self.post_init()
@@ -710,6 +764,9 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         init.ones_(self.input_std)
         if self.config.network == "affine":
             init.zeros_(self.logvar)
+        if self.config.reconstruction_space == "pullback":
+            init.eye_(self.metric_root)
+            init.zeros_(self.error_floor)
         if self.config.matched_moments:
             init.eye_(self.sample_scale)
             init.zeros_(self.sample_noise)
@@ -742,6 +799,39 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             )
         self.input_mean.copy_(mean)
         self.input_std.copy_(std)
+
+    def set_pullback_metric(self, metric: torch.Tensor, error_floor: float):
+        """Measure errors of codes as the images see them: error_floor + (mean - target)^T metric (mean - target).
+
+        Args:
+            metric (`torch.Tensor` of shape `(dim, dim)`): of [`VAEPlusAutoencoderModel.pullback_metric`], positive
+                semi-definite.
+            error_floor (`float`): squared error per image of the autoencoder alone.
+
+        Raises:
+            ValueError: a VAE of another `reconstruction_space`, a wrong shape, or no metric.
+        """
+        if self.config.reconstruction_space != "pullback":
+            raise ValueError(
+                f"a VAE with reconstruction_space={self.config.reconstruction_space!r} has no metric: use 'pullback'."
+            )
+        if metric.shape != self.metric_root.shape:
+            raise ValueError(f"metric must have shape {tuple(self.metric_root.shape)}, got {tuple(metric.shape)}.")
+        if not (metric.isfinite().all() and 0 <= error_floor < math.inf):
+            raise ValueError(f"metric and error_floor must be finite, the latter not negative, got {error_floor}.")
+        values, axes = torch.linalg.eigh(metric.double().cpu())
+        if not values[-1] > 0 or values[0] < -1e-6 * values[-1]:
+            raise ValueError(
+                f"a metric has eigenvalues of at least 0, got some from {values[0]:.3g} to {values[-1]:.3g}."
+            )
+        self.metric_root.copy_(axes * values.clamp(min=0).sqrt())
+        self.error_floor.fill_(error_floor)
+
+    def _pullback_error(self, code: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        # The difference of two codes is small beside them: no half precision from here on.
+        with torch.autocast(code.device.type, enabled=False):
+            pixels = (_upcast(code) - _upcast(target)) @ _upcast(self.metric_root)
+            return _upcast(self.error_floor) + sum_of_squares(pixels, torch.zeros_like(pixels))
 
     def encode(self, inputs: torch.Tensor) -> GaussianPosterior:
         """q(z|x), with float32 `mean` and `logvar` `(batch, latent_dim)`, of inputs `(batch, *input_shape)`.
@@ -887,7 +977,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             given = "no" if target_decoder is None else "a"
             raise ValueError(
                 f"reconstruction_space={self.config.reconstruction_space!r} and {given} target_decoder: 'image' needs"
-                " a target_decoder and targets, 'input' takes none."
+                " a target_decoder and targets, the others take none."
             )
         if targets is not None and not targets.is_floating_point():
             raise ValueError(f"targets must be floats (pixels in [0, 1]), got {targets.dtype}.")
@@ -900,8 +990,10 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         if target_decoder is not None:
             reconstruction = target_decoder(reconstruction)
         targets = inputs if targets is None else targets
-        squared_error = sum_of_squares(reconstruction, targets)
-        num_dims = math.prod(targets.shape[1:])
+        if self.config.reconstruction_space == "pullback":
+            squared_error, num_dims = self._pullback_error(reconstruction, targets), self.config.target_dim
+        else:
+            squared_error, num_dims = sum_of_squares(reconstruction, targets), math.prod(targets.shape[1:])
         if self.config.gamma == "analytic" and self.training:
             self._track_gamma(squared_error.detach().mean() / num_dims)
         log_gamma = self.decoder_log_variance

@@ -367,10 +367,10 @@ class VAEPlusPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: as `encode`; also a VAE whose gamma was measured on codes instead of images.
         """
-        if self.autoencoder is not None and self.vae.config.reconstruction_space != "image":
+        if self.autoencoder is not None and not self.vae.config.gamma_is_of_images:
             raise ValueError(
                 "likelihoods need the decoder variance of images, but this VAE's gamma was measured on codes:"
-                " train it with reconstruction_space='image'."
+                " train it with reconstruction_space='pullback' or 'image'."
             )
         images = _to_tensor(images, self.image_shape)
         _check_count("num_importance_samples", num_importance_samples)
@@ -549,8 +549,11 @@ def _check_dimensions(vae, autoencoder, second_stage):
             f"the vae has input_shape={vae.input_shape} but the autoencoder's codes have {autoencoder.latent_dim}"
             " numbers: use the vae that was trained on these codes."
         )
-    if autoencoder is None and vae.reconstruction_space == "image":
-        raise ValueError("a vae with reconstruction_space='image' was trained through an autoencoder: pass that one.")
+    if autoencoder is None and vae.gamma_is_of_images:
+        raise ValueError(
+            f"a vae with reconstruction_space={vae.reconstruction_space!r} was trained for an autoencoder: pass that"
+            " one."
+        )
     if autoencoder is None and not (
         len(vae.input_shape) == 3 and vae.input_shape[0] in (1, 3) and vae.input_shape[1] == vae.input_shape[2]
     ):
@@ -567,7 +570,8 @@ def _check_dimensions(vae, autoencoder, second_stage):
         )
     if second_stage.reconstruction_space != "input":
         raise ValueError(
-            "the second_stage must have reconstruction_space='input', got 'image': its gamma must be a variance of z."
+            f"the second_stage must have reconstruction_space='input', got {second_stage.reconstruction_space!r}: its"
+            " gamma must be a variance of z."
         )
 
 

@@ -2,6 +2,7 @@
 
     autoencoder    x -> autoencoder                                               ||x - xhat||^2
     vae            x -> code of the autoencoder -> vae -> autoencoder (frozen)    nll of images + kl
+                   or, to second order, without the decoder: code -> vae -> code  nll by the pull-back metric + kl
     second_stage   x -> posterior of the vae -> z = mu + sigma eps, fresh each step -> second VAE    nll of z + kl
 
 Codes and posteriors are computed once per data set and kept beside the image cache.
@@ -67,6 +68,7 @@ class StageOptions(TrainingOptions):
     cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
     autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
     vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
+    pullback_codes: int = option(64, "first VAE, reconstruction_space pullback: codes that its metric is a mean of")
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
     match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
     match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
@@ -101,6 +103,8 @@ class StageOptions(TrainingOptions):
             )
         if self.on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {self.on_bad_image!r}.")
+        if self.pullback_codes < 1:
+            raise ValueError(f"pullback_codes must be at least 1, got {self.pullback_codes}.")
         if self.kl_warmup_steps < 0:
             raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
 
@@ -269,8 +273,10 @@ def _autoencoder_config(options: StageOptions, images) -> VAEPlusAutoencoderConf
 
 
 def _vae_config(options: StageOptions, autoencoder: VAEPlusAutoencoderConfig) -> VAEPlusVAEConfig:
-    defaults = dict(input_shape=(autoencoder.latent_dim,), reconstruction_space="image")
-    return VAEPlusVAEConfig(**{**defaults, **options.model})
+    fields = dict(input_shape=(autoencoder.latent_dim,), reconstruction_space="image") | options.model
+    if fields["reconstruction_space"] == "pullback":
+        fields.setdefault("target_dim", autoencoder.num_channels * autoencoder.image_size**2)
+    return VAEPlusVAEConfig(**fields)
 
 
 def _second_stage_config(options: StageOptions, vae: VAEPlusVAEConfig) -> VAEPlusVAEConfig:
@@ -310,25 +316,40 @@ def _vae_stage(options: StageOptions, images):
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder)
     config = _vae_config(options, autoencoder.config)
     model = VAEPlusVAEModel(config)
-    dataset = images
-    if not isinstance(images, IterableDataset):
-        codes = encode_dataset(images, autoencoder, autoencoder.encode)
-        dataset = EncodedImages(images, {"code": codes})
-    else:
+    through_decoder = config.reconstruction_space == "image"
+    if isinstance(images, IterableDataset):
+        dataset = images
         images.set_position(0, 1024)
         codes = autoencoder.encode(to_unit_range(next(iter(images))["pixel_values"]).to(autoencoder.device))
+    else:
+        codes = encode_dataset(images, autoencoder, autoencoder.encode)
+        dataset = EncodedImages(images, {"code": codes}) if through_decoder else TensorRows({"code": codes})
     # A code that never moves has no scale of its own: it gets a thousandth of the others'.
     std = codes.std(0)
     model.set_input_statistics(codes.mean(0).cpu(), std.clamp(min=1e-3 * std.mean()).cpu())
+    if config.reconstruction_space == "pullback":
+        model.set_pullback_metric(*_pullback_metric(autoencoder, images, codes, options.pullback_codes))
 
     def prepare(batch, noise, step):
-        pixels = to_unit_range(batch["pixel_values"])
+        pixels = to_unit_range(batch["pixel_values"]) if "pixel_values" in batch else None
         inputs = {"inputs": batch["code"] if "code" in batch else autoencoder.encode(pixels)}
-        if config.reconstruction_space == "image":
+        if through_decoder:
             inputs.update(targets=pixels, target_decoder=autoencoder.decode)
         return {**inputs, "noise": noise(config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
     return model, dataset, prepare
+
+
+@torch.no_grad()
+def _pullback_metric(autoencoder, images, codes, num_codes: int) -> tuple[torch.Tensor, float]:
+    """The metric of the autoencoder's decoder, a mean over codes spread over `codes`, and its own squared error."""
+    chosen = codes[:: max(1, len(codes) // num_codes)][:num_codes].to(autoencoder.device)
+    metric, error, count = 0.0, 0.0, 0
+    for part in tqdm(chosen.split(4), desc="metric", leave=False, disable=not process_state().is_main_process):
+        metric = metric + autoencoder.pullback_metric(part) * (len(part) / len(chosen))
+    for pixels in _some_images(images, autoencoder.device):
+        error, count = error + float(autoencoder(pixels).loss) * len(pixels), count + len(pixels)
+    return metric, error / count
 
 
 def _second_stage(options: StageOptions, images):

@@ -644,6 +644,102 @@ def test_analytic_gamma_in_image_space_is_a_variance_of_pixels():
     torch.testing.assert_close(output.gamma, (output.reconstruction - images).square().mean())
 
 
+# ------------------------------------------------------------------------------------------------------- pull-back
+
+
+def make_pullback_vae(**overrides) -> VAEPlusVAEModel:
+    return make_vae(reconstruction_space="pullback", target_dim=32 * 32, **overrides)
+
+
+def test_the_pullback_metric_is_the_mean_of_j_transposed_j():
+    autoencoder = randomise(make_autoencoder(latent_dim=5)).double()
+    codes = torch.randn(7, 5, dtype=torch.float64)
+    jacobians = [torch.autograd.functional.jacobian(autoencoder.decode, code[None]).reshape(-1, 5) for code in codes]
+    expected = torch.stack([jacobian.T @ jacobian for jacobian in jacobians]).mean(0)
+    for chunk_size in (1, 3, 100):
+        torch.testing.assert_close(autoencoder.pullback_metric(codes, chunk_size), expected)
+
+
+@torch.no_grad()
+def test_the_metric_predicts_how_images_change_to_second_order():
+    autoencoder = randomise(make_autoencoder()).double()
+    code, change = torch.randn(1, 6).double(), torch.randn(1, 6).double()
+    metric, gaps = autoencoder.pullback_metric(code), []
+    for size in (1e-2, 1e-3):
+        change_of_image = (autoencoder.decode(code + size * change) - autoencoder.decode(code)).square().sum()
+        gaps.append(abs(change_of_image / size**2 - change[0] @ metric @ change[0]))
+    assert 0 < gaps[1] < 0.2 * gaps[0]  # the next order is gone
+
+
+def test_where_the_decoder_is_affine_pullback_is_image_space():
+    """With targets that the decoder reaches: loss, gamma and every gradient are those through the decoder."""
+    autoencoder = randomise(make_autoencoder()).requires_grad_(False)
+    autoencoder.decoder = torch.nn.Sequential(torch.nn.Linear(6, 32 * 32), torch.nn.Unflatten(1, (1, 32, 32)))
+    code, noise = torch.randn(3, 6), torch.randn(3, 4)
+    images = autoencoder.decode(code).detach()
+    exact, model = (randomise(make(gamma="learned")) for make in (lambda **o: make_vae(
+        reconstruction_space="image", **o), make_pullback_vae))  # fmt: skip
+    model.load_state_dict(exact.state_dict(), strict=False)
+    model.set_pullback_metric(autoencoder.pullback_metric(code), 0.0)
+    expected = exact(code, targets=images, target_decoder=autoencoder.decode, noise=noise)
+    output = model(code, noise=noise)
+    for name in ("loss", "nll", "kl", "squared_error", "gamma"):
+        torch.testing.assert_close(output[name], expected[name], rtol=1e-4, atol=1e-3)
+    expected.loss.backward()
+    output.loss.backward()
+    for one, other in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-2 * float(other.grad.abs().max()))
+
+
+def test_the_error_of_pullback_has_the_floor_of_the_autoencoder():
+    model = randomise(make_pullback_vae()).eval()
+    root = torch.randn(6, 6)
+    model.set_pullback_metric(root @ root.T, 12.5)
+    codes, noise = torch.randn(3, 6), torch.randn(3, 4)
+    change = model.decode(model.encode(codes).sample(noise)) - codes
+    by_hand = 12.5 + torch.einsum("ni,ij,nj->n", change, root @ root.T, change)
+    output = model(codes, noise=noise)
+    torch.testing.assert_close(output.squared_error, by_hand.mean())
+    expected = gaussian_nll(by_hand, 32 * 32, model.log_gamma).mean()
+    torch.testing.assert_close(output.nll, expected)
+    with torch.autocast("cpu", torch.bfloat16):  # the metric itself is never applied in half precision
+        rounded = model(codes, noise=noise)
+    assert rounded.squared_error.dtype == torch.float32
+    change = rounded.reconstruction - codes
+    by_hand = 12.5 + torch.einsum("ni,ij,nj->n", change, root @ root.T, change)
+    torch.testing.assert_close(rounded.squared_error, by_hand.mean(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "floor", "message"),
+    [
+        (torch.eye(5), 1.0, r"metric must have shape \(6, 6\), got \(5, 5\)"),
+        (torch.full((6, 6), math.nan), 1.0, "must be finite"),
+        (torch.eye(6), math.inf, "must be finite, the latter not negative, got inf"),
+        (torch.eye(6), -1.0, "not negative, got -1.0"),
+        (-torch.eye(6), 1.0, "eigenvalues of at least 0, got some from -1 to -1"),
+    ],
+)
+def test_what_is_no_metric_is_refused(metric, floor, message):
+    model = make_pullback_vae()
+    with pytest.raises(ValueError, match=message):
+        model.set_pullback_metric(metric, floor)
+    assert torch.equal(model.metric_root, torch.eye(6)) and model.error_floor == 0
+
+
+def test_a_metric_needs_a_pullback_vae_and_codes():
+    with pytest.raises(ValueError, match="reconstruction_space='image' has no metric: use 'pullback'"):
+        make_vae(reconstruction_space="image").set_pullback_metric(torch.eye(6), 1.0)
+    with pytest.raises(ValueError, match="pullback_metric got no codes"):
+        make_autoencoder().pullback_metric(torch.zeros(0, 6))
+    with pytest.raises(ValueError, match=r"codes must be floats of shape \(batch, 6\)"):
+        make_autoencoder().pullback_metric(torch.zeros(2, 5))
+
+
+def test_code_is_another_word_for_input():
+    assert make_vae(reconstruction_space="code").config.to_dict() == make_vae().config.to_dict()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("overrides", [{}, {"network": "affine"}, CONV], ids=["mlp", "affine", "conv"])
 def test_input_statistics_standardise_inside_and_keep_the_units_outside(overrides):
@@ -711,7 +807,7 @@ def decode_nothing(code):
         ("image", {}, "'image' needs a target_decoder"),
         ("image", {"targets": torch.zeros(3, 6)}, "'image' needs a target_decoder"),
         ("image", {"target_decoder": decode_nothing}, "needs targets"),
-        ("input", {"target_decoder": decode_nothing, "targets": torch.zeros(3, 6)}, "'input' takes none"),
+        ("input", {"target_decoder": decode_nothing, "targets": torch.zeros(3, 6)}, "the others take none"),
         ("input", {"targets": torch.zeros(3, 5)}, r"shape \(3, 6\) and its target \(3, 5\)"),
         ("input", {"targets": torch.zeros(1, 6)}, r"shape \(3, 6\) and its target \(1, 6\)"),
         ("image", {"target_decoder": decode_nothing, "targets": torch.zeros(3, 7)}, r"its target \(3, 7\)"),
@@ -771,6 +867,14 @@ def test_wrong_images_are_refused(call, tensor, message):
         (VAEPlusVAEConfig, {"zzz": 3}, "no field 'zzz': the fields are .*'affine_skip'"),
         (VAEPlusVAEConfig, {"gamma": "analitic"}, "expected one of .*'analytic'.*got analitic"),
         (VAEPlusVAEConfig, {"network": "cnn"}, "expected one of .*'conv'"),
+        (VAEPlusVAEConfig, {"reconstruction_space": "pullback"}, "'pullback' needs the number of values"),
+        (VAEPlusVAEConfig, {"target_dim": 9}, "'input' with target_dim=9"),
+        (VAEPlusVAEConfig, {"reconstruction_space": "pullback", "target_dim": 0}, "must be positive, got 0"),
+        (
+            VAEPlusVAEConfig,
+            {"reconstruction_space": "pullback", "target_dim": 9, "input_shape": (1, 8, 8)},
+            r"is for VAEs of codes, not of inputs \(1, 8, 8\)",
+        ),
         (VAEPlusVAEConfig, {"reconstruction_space": "pixels"}, "expected one of .*'image'"),
         (VAEPlusVAEConfig, {"latent_dim": "4"}, "'latent_dim' expected int, got str"),
         (VAEPlusVAEConfig, {"latent_dim": 4.0}, "'latent_dim' expected int, got float"),
@@ -833,6 +937,9 @@ def vae_dicts(draw):
         min_gamma=st.floats(1e-12, 1e-3),
         reconstruction_space=st.sampled_from(["input", "image"]),
     )
+    if network != "conv" and draw(st.booleans()):
+        shape = st.integers(1, 4).map(lambda dim: (dim,))
+        rest |= dict(reconstruction_space=st.just("pullback"), input_shape=shape, target_dim=st.integers(1, 100))
     return draw(st.fixed_dictionaries(common | rest)) | dict(network=network)
 
 

@@ -121,6 +121,28 @@ def test_a_vae_that_measures_its_error_on_codes_gets_no_decoder(options):
     assert prepare(dataset.__getitems__(INDICES), noise_of(0), 0).keys() == {"inputs", "noise", "kl_weight"}
 
 
+def test_a_pullback_vae_sees_codes_alone_and_measures_them_as_its_autoencoder_shows_them(options, home):
+    settings = options("vae", model={**MLP, "latent_dim": Z_DIM, "reconstruction_space": "pullback"}, pullback_codes=7)
+    model, dataset, prepare = build(settings)
+    autoencoder = VAEPlusAutoencoderModel.from_pretrained(home / "autoencoder").eval()
+    assert prepare(dataset.__getitems__(INDICES), noise_of(0), 0).keys() == {"inputs", "noise", "kl_weight"}
+    assert model.config.target_dim == 32 * 32
+    with torch.no_grad():
+        images = open_images(settings).pixels(0, 40)
+        torch.testing.assert_close(model.error_floor, autoencoder(images).loss)
+        metric = autoencoder.pullback_metric(autoencoder.encode(images)[0:35:5])
+    root = model.metric_root
+    torch.testing.assert_close(root @ root.T, metric.float(), rtol=1e-3, atol=1e-4 * float(metric.max()))
+
+
+def test_a_streamed_pullback_vae_gets_the_same_arguments(options):
+    pullback = {**MLP, "latent_dim": Z_DIM, "reconstruction_space": "pullback"}
+    _, dataset, prepare = build(options("vae", model=pullback, streaming=True))
+    dataset.set_position(0, BATCH)
+    arguments = prepare(next(iter(dataset)), noise_of(0), 0)
+    assert arguments.keys() == {"inputs", "noise", "kl_weight"} and arguments["inputs"].shape == (BATCH, CODE_DIM)
+
+
 def test_a_vae_without_an_autoencoder_trains_on_pixels(options):
     small = {"latent_dim": Z_DIM, "hidden_channels": [4, 8], "num_blocks": 1}
     model, dataset, prepare = build(options("vae", autoencoder=None, model=small))
