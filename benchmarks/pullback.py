@@ -194,9 +194,15 @@ def summary_of(found: dict, run: dict, num_dims: int) -> dict:
     error = run["squared_error"]
     negative_elbo = 0.5 * num_dims * (math.log(2 * math.pi * error / num_dims) + 1) + found["vae"]["kl"]
     sets = {name: next(iter(one["distances"].values()))["frechet"] for name, one in found["sets"].items()}
-    return {"frechet": sets, "negative_elbo": negative_elbo, "kl": found["vae"]["kl"], "mmd": found["vae"]["mmd"], "second_stage_kl": found["second_stage"]["kl"],
-            "active_units_by_variance": found["vae"]["active_units_by_variance"],
-            "squared_error_of_the_mean": found["squared_error"]}  # fmt: skip
+    return {
+        "frechet": sets,
+        "negative_elbo": negative_elbo,
+        "kl": found["vae"]["kl"],
+        "mmd": found["vae"]["mmd"],
+        "second_stage_kl": found["second_stage"]["kl"],
+        "active_units_by_variance": found["vae"]["active_units_by_variance"],
+        "squared_error_of_the_mean": found["squared_error"],
+    }
 
 
 def table(results: dict) -> str:
