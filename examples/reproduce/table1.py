@@ -34,8 +34,8 @@ MNIST = {"dataset_name": "mnist", "resolution": 28}
 CPU = {
     "kappas": [50, 100, 200, 400, 784],
     "seeds": 3,
-    "plain_seeds": 1,
-    "num_cells": 20,
+    "plain_seeds": 3,
+    "num_cells": 30,
     "num_likelihood": 2_000,
     "num_importance_samples": 64,
     "options": {
