@@ -617,8 +617,9 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         for part in codes.to(self.dtype).split(chunk_size):
             along = torch.func.vmap(lambda axis, part=part: torch.func.jvp(
                 self.decode, (part,), (axis.expand_as(part),))[1])  # fmt: skip
-            columns = along(axes).flatten(2).transpose(0, 1)  # (codes, latent_dim, pixels)
-            total += (columns @ columns.mT).double().sum(0)
+            columns = _upcast(along(axes)).flatten(2).transpose(0, 1)  # (codes, latent_dim, pixels)
+            with torch.autocast(codes.device.type, enabled=False):  # a product in half precision may not be definite
+                total += (columns @ columns.mT).double().sum(0)
         return total / len(codes)
 
     def sharpen(self, images: torch.Tensor, sharpness: float = 1.0) -> torch.Tensor:

@@ -68,7 +68,7 @@ class StageOptions(TrainingOptions):
     cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
     autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
     vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
-    pullback_codes: int = option(64, "first VAE, reconstruction_space pullback: codes that its metric is a mean of")
+    pullback_codes: int = option(32, "first VAE, reconstruction_space pullback: codes that its metric is a mean of")
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
     match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
     match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
@@ -328,7 +328,7 @@ def _vae_stage(options: StageOptions, images):
     std = codes.std(0)
     model.set_input_statistics(codes.mean(0).cpu(), std.clamp(min=1e-3 * std.mean()).cpu())
     if config.reconstruction_space == "pullback":
-        model.set_pullback_metric(*_pullback_metric(autoencoder, images, codes, options.pullback_codes))
+        model.set_pullback_metric(*_pullback_metric(autoencoder, images, codes, options))
 
     def prepare(batch, noise, step):
         pixels = to_unit_range(batch["pixel_values"]) if "pixel_values" in batch else None
@@ -341,15 +341,17 @@ def _vae_stage(options: StageOptions, images):
 
 
 @torch.no_grad()
-def _pullback_metric(autoencoder, images, codes, num_codes: int) -> tuple[torch.Tensor, float]:
+def _pullback_metric(autoencoder, images, codes, options: StageOptions) -> tuple[torch.Tensor, float]:
     """The metric of the autoencoder's decoder, a mean over codes spread over `codes`, and its own squared error."""
-    chosen = codes[:: max(1, len(codes) // num_codes)][:num_codes].to(autoencoder.device)
-    metric, error, count = 0.0, 0.0, 0
-    for part in tqdm(chosen.split(4), desc="metric", leave=False, disable=not process_state().is_main_process):
-        metric = metric + autoencoder.pullback_metric(part) * (len(part) / len(chosen))
-    for pixels in _some_images(images, autoencoder.device):
-        error, count = error + float(autoencoder(pixels).loss) * len(pixels), count + len(pixels)
-    return metric, error / count
+    count, device = options.pullback_codes, autoencoder.device
+    chosen = codes[:: max(1, len(codes) // count)][:count].to(device)
+    metric, error, seen = 0.0, 0.0, 0
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
+        for part in tqdm(chosen.split(4), desc="metric", leave=False, disable=not process_state().is_main_process):
+            metric = metric + autoencoder.pullback_metric(part) * (len(part) / len(chosen))
+        for pixels in _some_images(images, device, 1_000):
+            error, seen = error + float(autoencoder(pixels).loss) * len(pixels), seen + len(pixels)
+    return metric, error / seen
 
 
 def _second_stage(options: StageOptions, images):

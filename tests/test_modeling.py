@@ -661,6 +661,17 @@ def test_the_pullback_metric_is_the_mean_of_j_transposed_j():
 
 
 @torch.no_grad()
+def test_a_metric_measured_in_half_precision_is_a_metric():
+    autoencoder = randomise(make_autoencoder())
+    autoencoder.decoder[0].weight[:, 2] = 0  # a number of the code that changes nothing
+    exact = autoencoder.pullback_metric(codes := torch.randn(3, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = autoencoder.pullback_metric(codes)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.02 * float(exact.max()))
+    make_pullback_vae().set_pullback_metric(rounded, 1.0)
+
+
+@torch.no_grad()
 def test_the_metric_predicts_how_images_change_to_second_order():
     autoencoder = randomise(make_autoencoder()).double()
     code, change = torch.randn(1, 6).double(), torch.randn(1, 6).double()
