@@ -234,9 +234,11 @@ class TrainingState:
                 if key.startswith(prefix)
             }
         self.optimizer.load_state_dict(state)
-        self.scheduler.load_state_dict(progress["scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        own = self.scheduler.base_lrs  # the run may go on with another learning rate
+        self.scheduler.load_state_dict({**progress["scheduler"], "base_lrs": own})
+        factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
+        for group, rate, factor in zip(self.optimizer.param_groups, own, factors, strict=True):
+            group["lr"] = rate * factor
         if self.ema is not None:
             self.ema.n_averaged.fill_(self.step)
         if self.scaler is not None:

@@ -55,11 +55,13 @@ def plot_curves(run_dirs: dict[str, Path], path: str | Path, num_factors: int | 
         lines = [json.loads(line) for line in (Path(run_dir) / "stats.jsonl").read_text().splitlines()]
         if not any("kl" in line for line in lines):  # an autoencoder: its loss is its squared error
             lines = [{"squared_error" if name == "loss" else name: line[name] for name in line} for line in lines]
-        shown = [name for name in CURVES if any(name in line for line in lines)]
+        shown = [name for name in CURVES if any(line.get(name) is not None for line in lines)]
         for axis in row[len(shown) :]:
             axis.set_axis_off()
         for axis, name in zip(row, shown, strict=False):
-            steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True)
+            steps, values = zip(
+                *[(line["step"], line[name]) for line in lines if line.get(name) is not None], strict=True
+            )
             axis.plot(steps, values)
             axis.set_title(f"{stage}: {CURVES[name]}", fontsize=8)
             axis.tick_params(labelsize=7)

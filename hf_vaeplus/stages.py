@@ -39,7 +39,7 @@ from .modeling_vaeplus import (
     VAEPlusVAEModel,
 )
 from .pictures import image_grid
-from .training import TrainingOptions, derived_seed, option, train
+from .training import TrainingOptions, derived_seed, option, refuse_fp16_on_cpu, train
 
 STAGES = ("autoencoder", "vae", "second_stage")
 
@@ -96,11 +96,8 @@ class StageOptions(TrainingOptions):
             raise ValueError(
                 f"adam_beta1 and adam_beta2 must lie in [0, 1), got {self.adam_beta1}, {self.adam_beta2}."
             )
-        if self.adam_weight_decay < 0 or self.adam_epsilon < 0:
-            raise ValueError(
-                "adam_weight_decay and adam_epsilon must not be negative, got"
-                f" {self.adam_weight_decay} and {self.adam_epsilon}."
-            )
+        if self.adam_weight_decay < 0:
+            raise ValueError(f"adam_weight_decay must not be negative, got {self.adam_weight_decay}.")
         if self.on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {self.on_bad_image!r}.")
         if self.pullback_codes < 1:
@@ -184,6 +181,7 @@ def stage_options(stage: str, preset: dict | None = None, **overrides) -> StageO
 
 def run_stage(options: StageOptions) -> VAEPlusPreTrainedModel:
     """Train one stage as [`StageOptions`] says; see [`~hf_vaeplus.training.train`] for what it leaves and raises."""
+    refuse_fp16_on_cpu(options, process_state().device)  # before the data is read
     return train(*build_stage(options))
 
 
@@ -238,6 +236,7 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
         earlier = {before: folders[before] for before in STAGES[:position]}
         own = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
         options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **own})
+        refuse_fp16_on_cpu(options[stage], process_state().device)
     return options
 
 

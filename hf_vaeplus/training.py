@@ -34,7 +34,15 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
-from .checkpoints import TrainingState, find_checkpoint, replace_text, save_model, sole_run, write_json
+from .checkpoints import (
+    TrainingState,
+    find_checkpoint,
+    list_checkpoints,
+    replace_text,
+    save_model,
+    sole_run,
+    write_json,
+)
 from .hub import BackgroundPush
 
 logger = logging.getLogger(__name__)
@@ -86,7 +94,8 @@ class TrainingOptions:
     def __post_init__(self):
         self._check_types()
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-                     "checkpointing_steps", "checkpoints_total_limit", "logging_steps"):  # fmt: skip
+                     "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
+                     "adam_epsilon"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("lr_warmup_steps", "max_grad_norm", "sample_steps", "dataloader_num_workers", "seed",
@@ -118,7 +127,7 @@ class TrainingOptions:
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or gradient was not finite. The last good state has been saved."""
+    """A loss, gradient or weight was not finite. The last good state is the newest checkpoint."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -210,36 +219,47 @@ def _ema_update(decay: float) -> Callable:
 
 
 class HealthWatch:
-    """Says in words, once each, that a VAE is collapsing. Fed with each line of stats.jsonl."""
+    """Says in words, once each, that a VAE is collapsing or its gamma at its floor. Fed with lines of stats.jsonl.
+
+    Args:
+        latent_dim: dimensions that could be active.
+        first_step: before it no VAE counts as collapsed.
+        min_gamma: the floor of gamma; 0 if it has none.
+    """
 
     min_kl = 0.5  # nats: a posterior that says less than this about its input says nothing
     patience = 5  # lines
 
-    def __init__(self, latent_dim: int, first_step: int):
-        self.latent_dim, self.first_step = latent_dim, first_step
+    def __init__(self, latent_dim: int, first_step: int, min_gamma: float = 0.0):
+        self.latent_dim, self.first_step, self.min_gamma = latent_dim, first_step, min_gamma
         self.low_kl_lines, self.said = 0, set()
 
     def __call__(self, stats: dict) -> list[str]:
-        """The warnings, if any, that this line of statistics gives cause for."""
-        if "kl" not in stats or stats["step"] < self.first_step:
-            return []
-        warnings = {}
-        self.low_kl_lines = self.low_kl_lines + 1 if stats["kl"] < self.min_kl else 0
-        if self.low_kl_lines >= self.patience:
-            warnings["kl"] = (
-                f"KL has stayed below {self.min_kl} nats up to step {stats['step']} ({stats['kl']:.3g} now): the"
-                " posterior equals the prior and this VAE has collapsed. Start gamma lower (gamma_init=0.1) or use"
-                " kl_warmup_steps."
+        """What, if anything, this line of statistics gives cause to say."""
+        found = {}
+        if stats.get("gamma", math.inf) <= 1.01 * self.min_gamma:  # an analytic gamma comes ever nearer to its floor
+            found["floor"] = (
+                f"note: gamma has reached its floor of {self.min_gamma:g} at step {stats['step']}: whatever varies by"
+                " less than that counts as noise. This is as it should be where min_gamma was set for it; if not, the"
+                " inputs are reproduced all but exactly: see whether they vary, or set a lower min_gamma."
             )
-        elif stats["active_units"] < self.latent_dim / 4:
-            warnings["units"] = (
-                f"only {stats['active_units']:.0f} of {self.latent_dim} latent dimensions are active at step"
-                f" {stats['step']}. That is balanced regularization if the data has no more factors than that; if"
-                f" reconstructions are poor, gamma ({stats['gamma']:.3g}) lags behind the error and prunes: use"
-                " gamma='analytic' or a larger gamma_lr_multiplier."
-            )
-        new = [text for kind, text in warnings.items() if kind not in self.said]
-        self.said.update(warnings)
+        if "kl" in stats and stats["step"] >= self.first_step:
+            self.low_kl_lines = self.low_kl_lines + 1 if stats["kl"] < self.min_kl else 0
+            if self.low_kl_lines >= self.patience:
+                found["kl"] = (
+                    f"warning: KL has stayed below {self.min_kl} nats up to step {stats['step']} ({stats['kl']:.3g}"
+                    " now): the posterior equals the prior and this VAE has collapsed. Start gamma lower"
+                    " (gamma_init=0.1) or use kl_warmup_steps."
+                )
+            elif stats["active_units"] < self.latent_dim / 4:
+                found["units"] = (
+                    f"warning: only {stats['active_units']:.0f} of {self.latent_dim} latent dimensions are active at"
+                    f" step {stats['step']}. That is balanced regularization if the data has no more factors than"
+                    f" that; if reconstructions are poor, gamma ({stats['gamma']:.3g}) lags behind the error and"
+                    " prunes: use gamma='analytic' or a larger gamma_lr_multiplier."
+                )
+        new = [text for kind, text in found.items() if kind not in self.said]
+        self.said.update(found)
         return new
 
 
@@ -282,11 +302,12 @@ def train(
         The trained model, its moving average if `use_ema`, in evaluation mode.
 
     Raises:
-        TrainingDiverged: a loss or gradient was not finite; the state before that step is the newest checkpoint.
+        TrainingDiverged: a loss, gradient or weight was not finite; the newest checkpoint is the last good state.
         TrainingInterrupted: SIGTERM or Ctrl-C; the state is the newest checkpoint.
         FileExistsError: `output_dir` holds a run already and nothing says to resume it, or another process is
             training there.
         ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist, is damaged or does not fit.
+        ValueError: fp16 on a CPU.
     """
     # A stage may differ from the one before in its precision, and a bare `PartialState()` before this (unlike
     # `Accelerator`) ignores ACCELERATE_USE_CPU: two CPU processes would each train alone.
@@ -297,6 +318,7 @@ def train(
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    refuse_fp16_on_cpu(options, accelerator.device)
     alone = sole_run(output_dir) if accelerator.is_main_process else contextlib.nullcontext()
     with alone, _StopSignals() as stop:
         return _train(model, dataset, prepare, options, preview, finish, accelerator, output_dir, stop)
@@ -365,7 +387,8 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
         _drop_lines_after(output_dir / "stats.jsonl", state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
     latent_dim = getattr(model.config, "latent_dim", 0)
-    watch = HealthWatch(latent_dim, first_step=min(500, options.max_train_steps // 2))
+    floor = model.config.min_gamma if getattr(model.config, "gamma", "fixed") != "fixed" else 0.0
+    watch = HealthWatch(latent_dim, min(500, options.max_train_steps // 2), floor)
     progress = tqdm(
         total=options.max_train_steps,
         initial=state.step,
@@ -390,15 +413,16 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
             last = number == passes_per_step - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
                 output = wrapped(**prepare(batch, noise, state.step))
-                accelerator.backward(output.loss / passes_per_step)
+                one = 1 + 0 * output.loss.detach()  # NaN if the loss is not finite: then no gradient is, anywhere
+                accelerator.backward(one * output.loss / passes_per_step)
             scalars = {name: value.detach() for name, value in output.items() if _is_scalar(value)}
             values = torch.stack([value.double() for value in scalars.values()])
             state.window = values if state.window is None else state.window + values
             state.window_passes += 1
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
         # The gradient holds every process's loss, so all processes come to the same decision.
-        if not math.isfinite(grad_norm) and accelerator.scaler is None:
-            _stop_diverged(accelerator, state, before, options, list(scalars))
+        if not math.isfinite(grad_norm):
+            _stop_if_diverged(accelerator, state, before, options, list(scalars))
         prepared_optimizer.step()
         scheduler.step()
         prepared_optimizer.zero_grad(set_to_none=True)
@@ -410,7 +434,8 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
 
         if state.step % options.logging_steps == 0 or state.step == options.max_train_steps:
             means = accelerator.reduce(state.window / state.window_passes, "mean").tolist()
-            stats = {"step": state.step, **dict(zip(scalars, means, strict=True)), "grad_norm": float(grad_norm)}
+            stats = {"step": state.step, **dict(zip(scalars, means, strict=True))}
+            stats["grad_norm"] = float(grad_norm) if math.isfinite(grad_norm) else None  # a step that fp16 skipped
             stats["learning_rate"] = scheduler.get_last_lr()[0]
             state.window, state.window_passes = None, 0
             speed, since, samples_since = samples_since / (time.perf_counter() - since), time.perf_counter(), 0
@@ -418,8 +443,8 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
                 with open(output_dir / "stats.jsonl", "a") as file:
                     file.write(json.dumps(stats) + "\n")
                 progress.set_postfix(_postfix(stats, speed))
-                for warning in watch(stats):
-                    progress.write(f"warning: {warning}", file=sys.stderr)
+                for sentence in watch(stats):
+                    progress.write(sentence, file=sys.stderr)
             accelerator.log({**stats, "samples_per_second": speed}, step=state.step)
         if state.step % options.checkpointing_steps == 0 or state.step == options.max_train_steps:
             _save(accelerator, state, options)
@@ -490,6 +515,12 @@ def _refuse_other_options(written: Path, options: dict):
         )
 
 
+def refuse_fp16_on_cpu(options: TrainingOptions, device: torch.device):
+    """Raises ValueError for what Accelerate would silently train in float32."""
+    if options.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU, and this is a CPU: use bf16, or no for float32.")
+
+
 class _StopSignals:
     """While it is entered, a first SIGTERM or Ctrl-C is only noted, as `number`; a second one acts at once."""
 
@@ -525,25 +556,48 @@ def _stop_if_asked(stop: _StopSignals, accelerator, state: TrainingState, option
     )
 
 
-def _save(accelerator, state: TrainingState, options: TrainingOptions):
+def _save(accelerator, state: TrainingState, options: TrainingOptions, beside: int = 0):
+    """Save a checkpoint and keep `beside` more of the others than usual; weights that are not finite stop the run."""
+    spoilt = [name for name, tensor in state.model.state_dict().items() if not tensor.isfinite().all()]
+    if spoilt:
+        terms = ", ".join(["gamma"] * ("log_gamma" in spoilt) + [name for name in spoilt if name != "log_gamma"][:3])
+        good = list_checkpoints(options.output_dir)
+        raise TrainingDiverged(
+            f"up to step {state.step} weights have become not finite ({terms}), and are not saved;"
+            f" {f'the last good state is {good[-1].name}' if good else 'no step before was saved'}."
+            f" {'Resume' if good else 'Start anew'} with a lower learning_rate."
+        )
     if state.window is not None:  # one process writes, so all must hold the same sums
         state.window = accelerator.reduce(state.window, "mean")
     if accelerator.is_main_process:
-        state.save(Path(options.output_dir), options.checkpoints_total_limit)
+        state.save(Path(options.output_dir), options.checkpoints_total_limit + beside)
     accelerator.wait_for_everyone()
 
 
-def _stop_diverged(accelerator, state: TrainingState, before: tuple, options: TrainingOptions, scalars: list[str]):
-    """Save the state before the step that went wrong, and say which term was not finite, in whichever process."""
+_MIN_LOSS_SCALE = 1e-4  # as in fairseq: from the 65536 at the start, 30 steps that overflow in a row
+
+
+def _stop_if_diverged(accelerator, state: TrainingState, before: tuple, options: TrainingOptions, scalars: list[str]):
+    """Save the state before the step that went wrong, and say which term was not finite, in whichever process.
+
+    In fp16 a gradient that is not finite, of a loss that is, only means that the scale of the loss is too large: the
+    scaler skips such a step and halves the scale. It goes wrong when that does not help.
+    """
     finite = accelerator.reduce(state.window).isfinite().tolist()
-    names = [name for name, is_finite in zip(scalars, finite, strict=True) if not is_finite] or ["the gradient"]
+    names = [name for name, is_finite in zip(scalars, finite, strict=True) if not is_finite]
+    advice = "Resume with a lower learning_rate or with max_grad_norm"
+    if not names and accelerator.scaler is not None:
+        if accelerator.scaler.get_scale() > _MIN_LOSS_SCALE:
+            return
+        names = ["the gradient, however small the loss is scaled"]
+        advice = "The model is out of fp16's range: start anew with mixed_precision bf16"
     state.window, state.window_passes, buffers = before
     for buffer, value in zip(state.model.buffers(), buffers, strict=True):  # an analytic gamma has moved
         buffer.copy_(value)
-    _save(accelerator, state, options)
+    _save(accelerator, state, options, beside=1)
     raise TrainingDiverged(
-        f"step {state.step + 1} gave values that are not finite ({', '.join(names)}); the state before it is saved as"
-        f" checkpoint-{state.step}. Resume with a lower learning_rate or with max_grad_norm."
+        f"step {state.step + 1} gave values that are not finite ({', '.join(names or ['the gradient'])}); the state"
+        f" before it is saved as checkpoint-{state.step}. {advice}."
     )
 
 

@@ -90,7 +90,14 @@ def test_the_known_number_of_factors_is_drawn_for_the_first_vae_only(tmp_path):
     assert drawn["second_stage", None] == drawn["second_stage", 2]
 
 
-@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": math.nan, "kl": 0.0}], [{"step": 1, "loss": -2.0}]])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"step": 1, "loss": math.nan, "kl": 0.0}],
+        [{"step": 1, "loss": -2.0, "grad_norm": None}],  # a step that fp16 skipped
+    ],
+)
 def test_curves_of_a_run_that_logged_nothing_or_strange_values(tmp_path, lines):
     plot_curves({"vae": write_stats(tmp_path / "run", lines)}, tmp_path / "curves.png", num_factors=4)
     with Image.open(tmp_path / "curves.png") as picture:
