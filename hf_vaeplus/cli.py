@@ -458,7 +458,7 @@ def _evaluate(args):
         return None
     found = {**provenance(), "pipeline": args.pipeline, **results}
     text = json.dumps(found, indent=2) + "\n"
-    _write_whole(output, lambda partial: partial.write_text(text))
+    _write_output(output, lambda partial: partial.write_text(text))
     print(f"\n{results_table(results)}\n\nsaved in {output}")
     return found
 
@@ -562,18 +562,16 @@ def _writable(path: Path, folder: Path, option: str = "--output") -> Path:
     return path
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]):
+def _write_output(path: Path, write: Callable[[Path], object]):
     """`write(path)`, whole or not at all: what was there stays until there is something in its place."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    from .checkpoints import write_whole
+
     try:
-        write(partial)
-        os.replace(partial, path)
+        write_whole(path, write)
     except OSError as error:
         raise OSError(
             f"{path} cannot be written ({error.strerror or error}): free some space or name another --output."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _add_card(commands):
@@ -833,10 +831,10 @@ def _sample(args):
     if args.separate:
         files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
         for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
-            _write_whole(file, image.save)
+            _write_output(file, image.save)
     else:
         files = [output]
-        _write_whole(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
+        _write_output(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
     return _made(args, files, "num_images", "seed", "temperature", "sharpness")
 
 
@@ -856,7 +854,7 @@ def _reconstruct(args):
     images = _read_pictures(args, pipe)
     decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
     pairs = torch.stack([images, decoded], 1)
-    _write_whole(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
+    _write_output(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
     return _made(args, [output], "sharpness", num_images=len(images))
 
 
@@ -867,7 +865,7 @@ def _interpolate(args):
     pipe = _load_pipeline(args)
     first, last = _read_pictures(args, pipe)
     path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
-    _write_whole(output, image_grid(path[0], columns=args.steps).save)
+    _write_output(output, image_grid(path[0], columns=args.steps).save)
     return _made(args, [output], "steps")
 
 

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
-from .checkpoints import TrainingState, find_checkpoint, replace_text, save_model, sole_run, write_json
+from .checkpoints import TrainingState, find_checkpoint, save_model, sole_run, write_json, write_text
 from .hub import BackgroundPush
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def _drop_lines_after(path: Path, step: int):
                 kept.append(line)
         except json.JSONDecodeError:
             break
-    replace_text(path, "".join(line + "\n" for line in kept))
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 # ----------------------------------------------------------------------------------------------------------- loop
