@@ -18,6 +18,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
+from safetensors import SafetensorError
 
 from . import image_processing_vaeplus, modeling_vaeplus
 from .image_processing_vaeplus import VAEPlusImageProcessor
@@ -114,14 +115,16 @@ def push(
         `str`: address of the commit.
 
     Raises:
-        ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository, a variant for
-            a repository that holds no such pipeline.
+        ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository, one that is a
+            link to elsewhere, a variant for a repository that holds no such pipeline.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused or failed; what was uploaded is not uploaded again.
     """
     api = HfApi(token=token)
     repo_id = full_repo_id(repo_id, api)
     source = card_folder or pipe.name_or_path
-    card = Path(source) / "README.md" if source and Path(source, "README.md").is_file() else None
+    card = None
+    if source and variant is None and Path(source, "README.md").is_file():  # a variant is weights alone
+        card = _own(Path(source), Path(source, "README.md"))
     if card and (others := set(_WHOSE_CARD.findall(card.read_text())) - {repo_id}):
         raise ValueError(
             f"{card} is the card of {min(others)}: write one for {repo_id} with `vaeplus card RUN {repo_id}`, or"
@@ -139,8 +142,8 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if card is not None:
             for path in [card, *card.parent.glob("*.png")]:
-                shutil.copy(path, folder)
-        elif not api.file_exists(repo_id, "README.md", revision=revision):
+                shutil.copy(_own(card.parent, path), folder)
+        elif variant is None and not api.file_exists(repo_id, "README.md", revision=revision):
             from .cards import short_card
 
             short_card(repo_id, pipe.image_shape[1]).save(folder / "README.md")
@@ -155,6 +158,17 @@ def push(
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
+
+
+def _own(folder: Path, path: Path) -> Path:
+    """`path`, unless it is a link to what is not part of `folder`: that could be anything, and would be published.
+
+    What the Hub's client downloads is links into the repository's `blobs`, two folders above.
+    """
+    folder, target = folder.resolve(), path.resolve()
+    if not target.is_relative_to(folder) and target.parent != folder.parent.parent / "blobs":
+        raise ValueError(f"{path} is a link to {target}, outside its folder: put the file itself there, or remove it.")
+    return path
 
 
 def _processor(source) -> VAEPlusImageProcessor | None:
@@ -240,19 +254,33 @@ class BackgroundPush:
             return
         retry = "the run goes on, and pushes again at its next checkpoint and at its end"
         # A daemon: a run that dies does not wait for the network; the Hub takes whole commits or nothing.
-        self._thread = threading.Thread(target=self._upload, args=(_written(save), message, retry), daemon=True)
-        self._thread.start()
+        if (folder := self._written(save, retry)) is not None:
+            self._thread = threading.Thread(target=self._upload, args=(folder, message, retry), daemon=True)
+            self._thread.start()
 
     def finish(self, save: Callable[[Path], None], message: str) -> bool:
         """Wait for the upload that is under way, then upload the end of the run; whether that succeeded."""
         if self._thread is not None:
             self._thread.join()
-        done = self._upload(
-            _written(save), message, "the model is on disk; the same command, resumed, pushes it again"
-        )
+        again = "the model is on disk; the same command, resumed, pushes it again"
+        folder = self._written(save, again)
+        done = folder is not None and self._upload(folder, message, again)
         if self._show_bars:
             enable_progress_bars()
         return done
+
+    def _written(self, save: Callable[[Path], None], consequence: str) -> Path | None:
+        """A new temporary folder, after `save(folder)`; `None` if there is no room for it."""
+        folder = None
+        try:
+            folder = Path(tempfile.mkdtemp())
+            save(folder)
+        except (OSError, SafetensorError) as error:
+            self._warn(consequence, error)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return folder
 
     def _upload(self, folder: Path, message: str, consequence: str) -> bool:
         try:
@@ -261,15 +289,11 @@ class BackgroundPush:
             wanted = dict(repo_id=repo_id, folder_path=folder, path_in_repo=place, commit_message=message)
             _upload_folder(self._api, **wanted)
         except Exception as error:  # whatever the network did, training does not depend on it
-            logger.warning("push to %s failed, %s: %s", self.repo_id, consequence, explain(error))
+            self._warn(consequence, error)
             return False
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return True
 
-
-def _written(save: Callable[[Path], None]) -> Path:
-    """A new temporary folder, after `save(folder)`."""
-    folder = Path(tempfile.mkdtemp())
-    save(folder)
-    return folder
+    def _warn(self, consequence: str, error: Exception):
+        logger.warning("push to %s failed, %s: %s", self.repo_id, consequence, explain(error))

@@ -9,7 +9,6 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 
 import difflib
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
@@ -84,19 +83,6 @@ class StageOptions(TrainingOptions):
             raise ValueError(
                 f"mmd_weight={self.mmd_weight} is of a WAE straight on pixels: it must not be negative, with stage vae"
                 " and no --autoencoder."
-            )
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{entry.name} must be a finite number, got {value}.")
-        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
-            raise ValueError(
-                f"adam_beta1 and adam_beta2 must lie in [0, 1), got {self.adam_beta1}, {self.adam_beta2}."
-            )
-        if self.adam_weight_decay < 0 or self.adam_epsilon < 0:
-            raise ValueError(
-                "adam_weight_decay and adam_epsilon must not be negative, got"
-                f" {self.adam_weight_decay} and {self.adam_epsilon}."
             )
         if self.on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {self.on_bad_image!r}.")

@@ -19,8 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, ProjectConfiguration
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
@@ -90,13 +91,18 @@ class TrainingOptions:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("lr_warmup_steps", "max_grad_norm", "sample_steps", "dataloader_num_workers", "seed",
-                     "gamma_lr_multiplier"):  # fmt: skip
+                     "gamma_lr_multiplier", "adam_weight_decay", "adam_epsilon"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{entry.name} must be a finite number, got {value}.")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
         known = {"lr_scheduler": [*SchedulerType], "report_to": ["none", *LoggerType]}
@@ -106,6 +112,11 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}.")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id: name the repository, such as 'your-name/vaeplus-faces'.")
+        if self.hub_model_id:
+            validate_repo_id(self.hub_model_id)
+        place = PurePosixPath(self.hub_subfolder)
+        if place.is_absolute() or ".." in place.parts:
+            raise ValueError(f"hub_subfolder must be a folder in the repository, got {self.hub_subfolder!r}.")
 
     def _check_types(self):
         for name, annotation in get_type_hints(type(self)).items():

@@ -285,12 +285,12 @@ CATALOGUE = {
     "a rate of nothing": (f"{TRAIN} --learning_rate 0", "learning_rate must be positive, got 0"),
     "a rate that is not a number": (f"{TRAIN} --learning_rate nan", "learning_rate must be positive, got nan"),
     "an infinite rate": (f"{TRAIN} --learning_rate inf", "learning_rate must be a finite number, got inf"),
-    "a beta of one": (f"{TRAIN} --adam_beta2 1", r"adam_beta2 must lie in \[0, 1\), got 0.9, 1.0"),
-    "a negative decay of weights": (
+    "a beta of one": (f"{TRAIN} --adam_beta2 1", r"adam_beta2 must lie in \[0, 1\), got 1.0"),
+    "a negative weight decay": (
         f"{TRAIN} --adam_weight_decay -1",
-        "adam_weight_decay .* must not be negative, got -1",
+        "adam_weight_decay must not be negative, got -1",
     ),
-    "a negative epsilon": (f"{TRAIN} --adam_epsilon -1", "adam_epsilon must not be negative, got 0.0 and -1"),
+    "a negative epsilon": (f"{TRAIN} --adam_epsilon -1", "adam_epsilon must not be negative, got -1"),
     "a decay beyond one": (f"{TRAIN} --ema_decay 1.5", r"ema_decay must lie in \[0, 1\), got 1.5"),
     "a norm that is not a number": (f"{TRAIN} --max_grad_norm nan", "max_grad_norm must .*got nan"),
     "negative workers": (f"{TRAIN} --dataloader_num_workers -1", "dataloader_num_workers must not be negative"),
