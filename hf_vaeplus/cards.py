@@ -33,6 +33,7 @@ _METADATA = {
     "pipeline_tag": "unconditional-image-generation",
     "tags": ["hf_vaeplus", "vae", "autoencoder", "image-generation"],
 }
+_TOLD = ("commit", "date", "machine", "seed", "num_images", "images")  # of summary.json, as it is
 
 
 def write_card(
@@ -121,11 +122,9 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
         people=people,
         stages=[_stage_row(stage, run_dir / stage, options[stage], configs[stage]) for stage in STAGES],
         command=_code(summary["command"]),
-        summary={
-            name: _plain(summary[name]) for name in ("commit", "date", "machine", "seed", "num_images", "images")
-        },
+        summary={name: _plain(summary[name]) for name in _TOLD},
         torch=_plain(summary["versions"]["torch"]),
-        figures=_figures(summary),
+        figures=[(name, _plain(value)) for name, value in _figures(summary)],
         sharpens=configs["autoencoder"].get("matched_spectrum", False),
     )
     if evaluation is not None:

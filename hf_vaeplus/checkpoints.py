@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked against their checksums before use, one run in a folder at a time.
+"""Files that survive a crash: written whole or not at all, checkpoints with their checksums, one run in a folder.
 
 A checkpoint is a folder `checkpoint-<step>`; while it is written it has another name. `checksums.json` holds the
 SHA-256 of each of its files.
@@ -151,6 +151,47 @@ def write_text(path: Path, text: str):
 def write_json(path: Path, content):
     """Replace a file by `content` as JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def build_once(path: Path, build: Callable[[Path], object], load: Callable[[Path], object]):
+    """A file of the cache beside the images: made by one process while the others wait, and again if it is damaged.
+
+    Args:
+        path: the file, in safetensors; its name says what is in it.
+        build: writes it, under another name.
+        load: reads it, and raises ValueError if it holds something else.
+
+    Returns:
+        What `load(path)` returns.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def loaded():
+        try:
+            return load(path)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, ValueError) as error:
+            logger.warning("%s is damaged (%s) and will be made again", path, error)
+            return None
+
+    if (found := loaded()) is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # the system frees it when its holder is killed
+        if (found := loaded()) is not None:  # another process made it meanwhile
+            return found
+        for leftover in path.parent.glob(f".partial.*.{path.name}"):  # of a process that was killed
+            leftover.unlink()
+        try:
+            write_whole(path, build)
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
+            raise OSError(
+                f"the cache {path.parent} cannot be written ({error}): free some space or name another cache_dir."
+            ) from error
+        return load(path)
 
 
 def save_model(model: PreTrainedModel, folder: Path):

@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -61,17 +62,23 @@ def run_command(command, argv: list[str] | None = None) -> int:
         LocalTokenNotFoundError,
         StrictDataclassError,
     )
+    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
-    from .hub import explain
+    from .hub import explain, redact_record, redacted
     from .training import TrainingDiverged
 
     disable_progress_bar()  # one bar for the training, none for each file that is read or written
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for name in (None, "huggingface_hub", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(redact_record)
     words = sys.argv if argv is None else argv
+    if argv is None:  # this process is the command's
+        sys.excepthook = lambda *error: print(redacted("".join(traceback.format_exception(*error))), file=sys.stderr)
 
     def complain(error, code: int) -> int:
-        sentence = " ".join(str(error).split())
+        sentence = redacted(" ".join(str(error).split()))
         print(f"vaeplus: error: {sentence}", file=sys.stderr)
         if "--json" in words:
             print(json.dumps({"error": sentence}))
@@ -85,7 +92,7 @@ def run_command(command, argv: list[str] | None = None) -> int:
         return complain(error, 2)
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError, HTTPError, StrictDataclassError) as error:
+    except (ValueError, TypeError, OSError, HTTPError, SafetensorError, StrictDataclassError) as error:
         if "--debug" in words:
             raise
         if isinstance(error, HTTPError | LocalTokenNotFoundError):
@@ -101,12 +108,14 @@ def run_command(command, argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv):
+    from .hub import redacted
+
     args = build_parser().parse_args(argv)
     as_json = getattr(args, "json", False)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         found = args.run(args)
     if as_json and found is not None:  # of the main process, where there are several
-        print(json.dumps(found))
+        print(redacted(json.dumps(found)))
 
 
 def build_parser() -> CommandParser:
@@ -425,6 +434,7 @@ def _add_evaluate(commands):
 def _evaluate(args):
     from .evaluation import evaluate, provenance, results_table
     from .features import open_extractor
+    from .hub import redacted
     from .stages import open_images, process_state
 
     output = Path(args.output)
@@ -457,7 +467,7 @@ def _evaluate(args):
     if not process_state().is_main_process:
         return None
     found = {**provenance(), "pipeline": args.pipeline, **results}
-    text = json.dumps(found, indent=2) + "\n"
+    text = redacted(json.dumps(found, indent=2)) + "\n"
     _write_output(output, lambda partial: partial.write_text(text))
     print(f"\n{results_table(results)}\n\nsaved in {output}")
     return found
@@ -653,6 +663,7 @@ def _encode(args):
     from pyarrow.parquet import read_metadata
 
     from .encoding import check_output, encode_to_parquet, latents_card, open_repository, push_latents
+    from .hub import redacted
     from .stages import open_images
 
     output = check_output(args.output)
@@ -677,7 +688,7 @@ def _encode(args):
         address = push_latents(files, latents_card(*about, args.push_to_hub), args.push_to_hub, args.split)
     except (HTTPError, OSError) as error:
         raise OSError(f"{output} is complete, but pushing it to {args.push_to_hub} failed: {error}") from error
-    print(f"pushed to {address}")
+    print(redacted(f"pushed to {address}"))
     return {**found, "repository": args.push_to_hub, "url": address}
 
 
@@ -739,12 +750,14 @@ def _add_push(commands):
 def _push(args):
     import torch
 
+    from .hub import redacted
+
     pipe = _load_pipeline(args)
     if args.variant:
         pipe.to({"bf16": torch.bfloat16, "fp16": torch.float16}[args.variant])
     names = dict(revision=args.revision, tag=args.tag, variant=args.variant)
     commit = pipe.push_to_hub(args.repo_id, args.message, private=args.private or None, **names)
-    print(f"pushed: {commit}")
+    print(redacted(f"pushed: {commit}"))
     return {"repository": args.repo_id, **names, "url": commit}
 
 

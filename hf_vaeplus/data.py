@@ -21,7 +21,6 @@ import tempfile
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -31,11 +30,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
-from safetensors import SafetensorError
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from .checkpoints import write_whole
 from .image_processing_vaeplus import decode_image
 from .rendered_faces import FACTOR_NAMES, factors_of, render_faces
 
@@ -560,54 +557,12 @@ def _build_cache(folder, source, max_samples, progress):
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise _full(folder.parent, error) from error
+        raise OSError(
+            f"the cache {folder.parent} cannot be written ({error.strerror}); free some space, name another cache_dir"
+            " or stream"
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _full(cache_dir, error):
-    return OSError(
-        f"the cache {cache_dir} cannot be written ({error}); free some space, name another cache_dir or stream"
-    )
-
-
-def build_once(path: Path, build: Callable[[Path], object], load: Callable[[Path], object]):
-    """A file of the cache beside the images: made by one process while the others wait, and again if it is damaged.
-
-    Args:
-        path: the file, in safetensors; its name says what is in it.
-        build: writes it, under another name.
-        load: reads it, and raises ValueError if it holds something else.
-
-    Returns:
-        What `load(path)` returns.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-
-    def loaded():
-        try:
-            return load(path)
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, ValueError) as error:
-            logger.warning("%s is damaged (%s) and will be made again", path, error)
-            return None
-
-    if (found := loaded()) is not None:
-        return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # the system frees it when its holder is killed
-        if (found := loaded()) is not None:  # another process made it meanwhile
-            return found
-        for leftover in path.parent.glob(f".partial.*.{path.name}"):  # of a process that was killed
-            leftover.unlink()
-        try:
-            write_whole(path, build)
-        except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
-            raise _full(path.parent, error) from error
-        return load(path)
 
 
 def _decoded_blocks(source, rows, size=_BLOCK):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -24,9 +23,10 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoints import write_json
-from .data import build_once, to_uint8, to_unit_range
+from .checkpoints import build_once, write_json
+from .data import to_uint8, to_unit_range
 from .features import FeatureExtractor, distance_name
+from .hub import redacted
 from .metrics.frechet import frechet_distance
 from .metrics.kernel import kernel_distance
 from .metrics.latents import active_units, active_units_by_variance, kl_per_dimension
@@ -581,7 +581,7 @@ def provenance() -> dict:
 
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
     return {
-        "command": re.sub(r"(--hub_token[ =])\S+", r"\1...", " ".join(words)),
+        "command": redacted(" ".join(words)),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -27,6 +27,11 @@ from .modeling_vaeplus import VAEPlusEncoderConfig
 logger = logging.getLogger(__name__)
 
 _PACKAGE_ONLY = re.compile(r"^ *# <package-only>\n.*?^ *# </package-only>\n", re.DOTALL | re.MULTILINE)
+_SECRETS = re.compile(
+    r"(?<=://)[^\s/@\"']+(?=@)"  # user:password of an address
+    r"|\bhf_\w{20,}"  # what the Hub's tokens look like
+    r"|(?<=--hub_token[ =])(?!expected)[^\s\"']+|(?<=hub_token[=:])(?! expected) ?[^\s\"']+"
+)
 _WHOSE_CARD = re.compile(r'from_pretrained\("([^"]+)"')
 
 
@@ -211,13 +216,29 @@ def _check_same_pipeline(api: HfApi, repo_id: str, revision: str | None, folder:
             raise ValueError(f"{name} of {repo_id} is not that of this pipeline: push its variants elsewhere.")
 
 
+def redacted(text: str, *secrets: str | None) -> str:
+    """`text` without `secrets`, the Hub's token in use, what looks like one, and what stands before a host's name."""
+    for secret in (*secrets, get_token()):
+        if secret and len(secret) >= 8:
+            text = text.replace(secret, "...")
+    return _SECRETS.sub("...", text)
+
+
+def redact_record(record: logging.LogRecord) -> bool:
+    """A filter for handlers of `logging`: takes secrets out of what is about to be written, tracebacks included."""
+    record.msg, record.args = redacted(record.getMessage()), None
+    if record.exc_info:
+        record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
+    return True
+
+
 def explain(error: Exception) -> str:
-    """What an error of the Hub's client means for its user; one sentence."""
+    """What an error of the Hub's client means for its user; one sentence, without secrets."""
     if isinstance(error, LocalTokenNotFoundError):
         return "this needs a token of the Hub: log in with `hf auth login`, or set HF_TOKEN"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     reason = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-    reason = " ".join(reason.split())
+    reason = redacted(" ".join(reason.split()))
     if status == 401:
         return f"the Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN ({reason})"
     if status == 403:
@@ -242,7 +263,7 @@ class BackgroundPush:
     """
 
     def __init__(self, repo_id: str, subfolder: str = "", private: bool = False, token: str | None = None):
-        self.repo_id, self.subfolder, self.private = repo_id, subfolder, private
+        self.repo_id, self.subfolder, self.private, self._token = repo_id, subfolder, private, token
         self._api = HfApi(token=token)
         self._thread: threading.Thread | None = None
         self._show_bars = not are_progress_bars_disabled()
@@ -296,4 +317,4 @@ class BackgroundPush:
         return True
 
     def _warn(self, consequence: str, error: Exception):
-        logger.warning("push to %s failed, %s: %s", self.repo_id, consequence, explain(error))
+        logger.warning("push to %s failed, %s: %s", self.repo_id, consequence, redacted(explain(error), self._token))

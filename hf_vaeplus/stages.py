@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from .data import ON_BAD_IMAGE, build_once, keep_batch, load_images, stream_images, to_unit_range
+from .checkpoints import build_once
+from .data import ON_BAD_IMAGE, keep_batch, load_images, stream_images, to_unit_range
 from .data import PRESETS as NAMED_DATA_SETS
 from .hub import save_feature_extractor
 from .modeling_baselines import WAEMMDModel

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
 from .checkpoints import TrainingState, find_checkpoint, save_model, sole_run, write_json, write_text
-from .hub import BackgroundPush
+from .hub import BackgroundPush, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,8 @@ class TrainingOptions:
             if isinstance(value, bool) != (bool in wanted) or not isinstance(value, wanted):
                 names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
                 hint = " (YAML needs the dot in 1.0e-3)" if float in wanted and isinstance(value, str) else ""
-                raise ValueError(f"{name} must be {names}, got {value!r}{hint}.")
+                got = type(value).__name__ if name == "hub_token" else repr(value)
+                raise ValueError(f"{name} must be {names}, got {got}{hint}.")
 
 
 class TrainingDiverged(RuntimeError):
@@ -465,8 +466,12 @@ def _is_scalar(value) -> bool:
 
 
 def _public(options: TrainingOptions) -> dict:
-    """The options as they may be written down: without the token."""
-    return {name: value for name, value in asdict(options).items() if name != "hub_token"}
+    """The options as they may be written down: without the token, or another secret in an address."""
+    return {
+        name: redacted(value, options.hub_token) if isinstance(value, str) else value
+        for name, value in asdict(options).items()
+        if name != "hub_token"
+    }
 
 
 def _postfix(stats: dict, speed: float) -> dict:
