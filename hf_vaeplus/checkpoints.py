@@ -277,7 +277,8 @@ class TrainingState:
         """Take over a checkpoint that `find_checkpoint` has found good.
 
         Raises:
-            ValueError, FileNotFoundError: it is of another model, or of a run without a moving average.
+            ValueError, FileNotFoundError: it is of another model, of a run without a moving average, or not in
+                safetensors.
         """
         if self.ema is not None and not (checkpoint / "ema").is_dir():
             raise FileNotFoundError(
@@ -289,7 +290,7 @@ class TrainingState:
             _load_weights(self.ema.module, checkpoint / "ema" / "model.safetensors")
         progress = json.loads((checkpoint / "progress.json").read_text())
         self.step, self.window_passes = progress["step"], progress["window_passes"]
-        tensors = load_file(checkpoint / "optimizer.safetensors")
+        tensors = _tensors(checkpoint / "optimizer.safetensors")
         window = tensors.pop("window", None)
         self.window = None if window is None else window.to(self.model.device)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -317,9 +318,16 @@ def _laid_out_as(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path} is no safetensors file ({error}): resume from another checkpoint.") from error
+
+
 def _load_weights(model: nn.Module, path: Path):
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        model.load_state_dict(_tensors(path), strict=True)
     except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit the model: start with the model options that the run was started with. {error}"

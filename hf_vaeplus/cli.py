@@ -275,10 +275,9 @@ def _add_train(commands):
 
 
 def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), evaluation_split: str | None = None):
-    from .evaluation import report
-    from .stages import all_stage_options, load_preset, open_images, process_state, train_all
+    from .checkpoints import sole_run
+    from .stages import all_stage_options, load_preset, process_state
 
-    started = time.perf_counter()
     preset = load_preset(preset_name)
     for name, value in settings:
         stage, _, option = name.partition(".")
@@ -290,6 +289,15 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
         target[option] = value
     options = all_stage_options(preset, output_dir, **overrides)
     _writable(output_dir, output_dir, "--output_dir")
+    with sole_run(output_dir) if process_state().is_main_process else contextlib.nullcontext():
+        _train_and_report(preset, options, output_dir, overrides, evaluation_split)
+
+
+def _train_and_report(preset: dict, options: dict, output_dir: Path, overrides: dict, evaluation_split: str | None):
+    from .evaluation import report
+    from .stages import open_images, process_state, train_all
+
+    started = time.perf_counter()
     last = dataclasses.replace(options["second_stage"], random_flip=False, streaming=False)
     if options["second_stage"].streaming:  # no cache was wanted: one of the images that `report` looks at
         last.max_train_samples = min(last.max_train_samples or 2_000, 2_000)

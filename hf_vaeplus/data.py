@@ -257,7 +257,7 @@ def _named(hub_id):
     """The errors of `datasets` seldom say which data set they are about."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, RuntimeError, ValueError) as error:  # RuntimeError: it would have to run code
         raise ValueError(f"{hub_id} cannot be read as a data set ({error}); look at its page on the Hub") from error
 
 

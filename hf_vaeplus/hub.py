@@ -127,9 +127,9 @@ def push(
     api = HfApi(token=token)
     repo_id = full_repo_id(repo_id, api)
     source = card_folder or pipe.name_or_path
-    card = None
+    card, pictures = None, []
     if source and variant is None and Path(source, "README.md").is_file():  # a variant is weights alone
-        card = _own(Path(source), Path(source, "README.md"))
+        card, *pictures = (_own(path) for path in (Path(source, "README.md"), *Path(source).glob("*.png")))
     if card and (others := set(_WHOSE_CARD.findall(card.read_text())) - {repo_id}):
         raise ValueError(
             f"{card} is the card of {min(others)}: write one for {repo_id} with `vaeplus card RUN {repo_id}`, or"
@@ -146,8 +146,8 @@ def push(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if card is not None:
-            for path in [card, *card.parent.glob("*.png")]:
-                shutil.copy(_own(card.parent, path), folder)
+            for path in (card, *pictures):
+                shutil.copy(path, folder)
         elif variant is None and not api.file_exists(repo_id, "README.md", revision=revision):
             from .cards import short_card
 
@@ -165,12 +165,12 @@ def push(
     return commit.commit_url
 
 
-def _own(folder: Path, path: Path) -> Path:
-    """`path`, unless it is a link to what is not part of `folder`: that could be anything, and would be published.
+def _own(path: Path) -> Path:
+    """`path`, unless it is a link to what is not in its folder: that could be anything, and would be published.
 
     What the Hub's client downloads is links into the repository's `blobs`, two folders above.
     """
-    folder, target = folder.resolve(), path.resolve()
+    folder, target = path.parent.resolve(), path.resolve()
     if not target.is_relative_to(folder) and target.parent != folder.parent.parent / "blobs":
         raise ValueError(f"{path} is a link to {target}, outside its folder: put the file itself there, or remove it.")
     return path
