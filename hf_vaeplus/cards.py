@@ -2,13 +2,14 @@
 
 import html
 import json
+import re
 import shutil
 from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .evaluation import results_table
 from .stages import STAGES
@@ -32,6 +33,7 @@ _METADATA = {
     "pipeline_tag": "unconditional-image-generation",
     "tags": ["hf_vaeplus", "vae", "autoencoder", "image-generation"],
 }
+_TOLD = ("commit", "date", "machine", "seed", "num_images", "images")  # of summary.json, as it is
 
 
 def write_card(
@@ -56,7 +58,8 @@ def write_card(
         Path of the `README.md`.
 
     Raises:
-        ValueError: a model id that the Hub would refuse, or images of unknown licence.
+        ValueError: a model id that the Hub would refuse, images of unknown licence, or files of the run that are
+            damaged or of something else.
         FileNotFoundError: a file of the run is missing.
     """
     validate_repo_id(model_id)
@@ -69,47 +72,22 @@ def write_card(
     for name in needed:
         if not (run_dir / name).is_file():
             raise FileNotFoundError(f"{run_dir} lacks {name}: give the --output_dir of a finished `vaeplus train`.")
-    summary = json.loads((run_dir / "summary.json").read_text())
-    options = {stage: json.loads((run_dir / stage / "training_options.json").read_text()) for stage in STAGES}
-    configs = {stage: json.loads((run_dir / stage / "config.json").read_text()) for stage in STAGES}
-    last = options["second_stage"]
-    told, known_license, hub_id, people = DATA.get(last["dataset_name"], (None, None, last["dataset_name"], None))
-    if not (data_license or known_license):
+    try:
+        fields, hub_id, eval_results = _told_by(run_dir, evaluation)
+    except (AttributeError, KeyError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the licence of the images in {summary['images']!r} is not known: state it with --data_license, such as"
+            f"{run_dir} holds no run that a card can tell of ({error!r}): give the --output_dir of a finished"
+            " `vaeplus train`."
+        ) from error
+    data_license = data_license or fields["data_license"]
+    if not data_license:
+        raise ValueError(
+            f"the licence of the images in {fields['images']!r} is not known: state it with --data_license, such as"
             " 'CC BY 4.0, photographs by the author'."
         )
-    told = told or f"Images of the {'data set' if hub_id else 'folder'} {summary['images']!r}."
-    if last["max_train_samples"]:
-        told += f" The first {last['max_train_samples']:,} of them."
-    told += " Their mirror images as well." if last["random_flip"] else ""
-    sampling = f"64 samples, seed {summary['seed']}, not selected."
-    fields = dict(
-        model_id=model_id,
-        size=configs["autoencoder"]["image_size"],
-        sampling=sampling,
-        data=_plain(told),
-        data_license=_plain(data_license or known_license),
-        people=people,
-        stages=[_stage_row(stage, run_dir / stage, options[stage], configs[stage]) for stage in STAGES],
-        summary={**summary, "command": summary["command"].replace("`", "'")},
-        measured_on=_plain(summary["images"]),
-        figures=_figures(summary),
-        sharpens=configs["autoencoder"].get("matched_spectrum", False),
-    )
-    if evaluation is not None:
-        fields |= dict(
-            evaluation=results_table(evaluation),
-            evaluation_command=evaluation["command"].replace("`", "'"),
-            evaluation_commit=evaluation["commit"],
-            evaluation_date=evaluation["date"],
-        )
+    fields |= dict(model_id=model_id, data_license=_plain(data_license))
     data = ModelCardData(
-        **_METADATA,
-        license=license,
-        datasets=hub_id,
-        model_name=model_id.split("/")[-1],
-        eval_results=_eval_results(summary, evaluation),
+        **_METADATA, license=license, datasets=hub_id, model_name=model_id.split("/")[-1], eval_results=eval_results
     )
     template = (resources.files(__package__) / "card_template.md").read_text()
     card = ModelCard.from_template(data, template_str=template, **fields)
@@ -121,6 +99,44 @@ def write_card(
     return path
 
 
+def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, list[EvalResult]]:
+    """Fields of the template, the data set on the Hub, and results, of a run that may be damaged or a stranger's."""
+
+    def read(name: str) -> dict:
+        return json.loads((run_dir / name).read_text())
+
+    summary = read("summary.json")
+    options = {stage: read(f"{stage}/training_options.json") for stage in STAGES}
+    configs = {stage: read(f"{stage}/config.json") for stage in STAGES}
+    last, images = options["second_stage"], summary["images"]
+    told, data_license, hub_id, people = DATA.get(last["dataset_name"], (None, None, last["dataset_name"], None))
+    told = told or f"Images of the {'data set' if hub_id else 'folder'} {images!r}."
+    if last["max_train_samples"]:
+        told += f" The first {last['max_train_samples']:,} of them."
+    told += " Their mirror images as well." if last["random_flip"] else ""
+    fields = dict(
+        size=_plain(configs["autoencoder"]["image_size"]),
+        images=images,
+        data=_plain(told),
+        data_license=data_license,
+        people=people,
+        stages=[_stage_row(stage, run_dir / stage, options[stage], configs[stage]) for stage in STAGES],
+        command=_code(summary["command"]),
+        summary={name: _plain(summary[name]) for name in _TOLD},
+        torch=_plain(summary["versions"]["torch"]),
+        figures=[(name, _plain(value)) for name, value in _figures(summary)],
+        sharpens=configs["autoencoder"].get("matched_spectrum", False),
+    )
+    if evaluation is not None:
+        fields |= dict(
+            evaluation=results_table(evaluation).replace("`", "'"),
+            evaluation_command=_code(evaluation["command"]),
+            evaluation_commit=_plain(evaluation["commit"]),
+            evaluation_date=_plain(evaluation["date"]),
+        )
+    return fields, hub_id, _eval_results(summary, evaluation)
+
+
 def short_card(model_id: str, size: int) -> ModelCard:
     """The card of a pipeline of which nothing but the weights is known: what it is and how to use it."""
     data = ModelCardData(model_name=model_id.split("/")[-1], **_METADATA)
@@ -128,9 +144,15 @@ def short_card(model_id: str, size: int) -> ModelCard:
     return ModelCard.from_template(data, template_str=template, model_id=model_id, size=size)
 
 
-def _plain(text: str) -> str:
-    """Text from outside as text: on one line, and neither Markdown's table nor HTML."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|").replace("`", "'")
+def _plain(text) -> str:
+    """Text from outside as text: on one line, without HTML, code, and Markdown's tables, links and pictures."""
+    text = html.escape(" ".join(str(text).split()), quote=False).replace("`", "'")
+    return re.sub(r"[\\|\[\]]", r"\\\g<0>", text)
+
+
+def _code(text) -> str:
+    """Text from outside between backticks."""
+    return " ".join(str(text).split()).replace("`", "'")
 
 
 def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[str]:
@@ -142,7 +164,7 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
     if stage != "autoencoder":
         model = model.replace(f"hidden_channels {config['hidden_channels']}, ", "")
     batch = options["train_batch_size"] * options["gradient_accumulation_steps"] * options["num_processes"]
-    return [
+    row = [
         {"vae": "first VAE", "second_stage": "second stage"}.get(stage, stage),
         f"{parameters / 1e6:.2f} M",
         f"{options['max_train_steps']:,} x {batch}",
@@ -150,6 +172,7 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
         options["mixed_precision"] if options["mixed_precision"] != "no" else "float32",
         model,
     ]
+    return [_plain(cell) for cell in row]
 
 
 def _product(shape: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked against their checksums before use, one run in a folder at a time.
+"""Files that survive a crash: written whole or not at all, checkpoints with their checksums, one run in a folder.
 
 A checkpoint is a folder `checkpoint-<step>`; while it is written it has another name. `checksums.json` holds the
 SHA-256 of each of its files.
@@ -11,12 +11,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -88,16 +89,17 @@ def check(checkpoint: Path):
     advice = "resume from another checkpoint with --resume_from_checkpoint, or start anew in another --output_dir."
     try:
         expected = json.loads((checkpoint / CHECKSUMS).read_text())
-        files = {name: (checkpoint / name, expected[name]) for name in {*expected, *_ALWAYS}}
+        files = {name: expected[name] for name in {*expected, *_ALWAYS}}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{checkpoint} lacks {CHECKSUMS}: {advice}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{checkpoint / CHECKSUMS} is damaged: {advice}") from error
-    for name, (path, digest) in sorted(files.items()):
-        if not path.is_file():
+    inside = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
+    for name, digest in sorted(files.items()):
+        if name not in inside:  # nothing else is opened, whatever the list names
             raise DamagedCheckpoint(f"{checkpoint} lacks {name}: {advice}")
-        if _sha256(path) != digest:
-            raise DamagedCheckpoint(f"{path} is damaged, its checksum has changed: {advice}")
+        if _sha256(inside[name]) != digest:
+            raise DamagedCheckpoint(f"{inside[name]} is damaged, its checksum has changed: {advice}")
 
 
 def _sha256(path: Path) -> str:
@@ -129,31 +131,95 @@ def sole_run(output_dir: Path) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def replace_text(path: Path, text: str):
-    """Replace a file by new content, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def write_whole(path: Path, write: Callable[[Path], object]):
+    """Replace a file by what `write(partial)` writes, whole or not at all: `partial` has the suffix of `path`."""
+    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
+    try:
+        write(partial)
+        _flush_to_disk(partial)
+        os.replace(partial, path)
+    except BaseException:  # a full disk, Ctrl-C
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str):
+    """Replace a file by `text`, whole or not at all."""
+    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def write_json(path: Path, content):
     """Replace a file by `content` as JSON, whole or not at all."""
-    replace_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def build_once(path: Path, build: Callable[[Path], object], load: Callable[[Path], object]):
+    """A file of the cache beside the images: made by one process while the others wait, and again if it is damaged.
+
+    Args:
+        path: the file, in safetensors; its name says what is in it.
+        build: writes it, under another name.
+        load: reads it, and raises ValueError if it holds something else.
+
+    Returns:
+        What `load(path)` returns.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def loaded():
+        try:
+            return load(path)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, ValueError) as error:
+            logger.warning("%s is damaged (%s) and will be made again", path, error)
+            return None
+
+    if (found := loaded()) is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # the system frees it when its holder is killed
+        if (found := loaded()) is not None:  # another process made it meanwhile
+            return found
+        for leftover in path.parent.glob(f".partial.*.{path.name}"):  # of a process that was killed
+            leftover.unlink()
+        try:
+            write_whole(path, build)
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
+            raise OSError(
+                f"the cache {path.parent} cannot be written ({error}): free some space or name another cache_dir."
+            ) from error
+        return load(path)
 
 
 def save_model(model: PreTrainedModel, folder: Path):
     """`save_pretrained`, but no reader ever sees half a file."""
     partial = folder / ".model.partial"
+    with _room_for(folder, partial):
+        model.save_pretrained(partial)
+        _flush_to_disk(partial)
+        for path in sorted(partial.iterdir()):
+            os.replace(path, folder / path.name)
+        partial.rmdir()
+
+
+@contextlib.contextmanager
+def _room_for(path: Path, partial: Path) -> Iterator[None]:
+    """`partial` is no folder when this is entered, nor after a full disk, of which the error speaks of `path`."""
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    _flush_to_disk(partial)
-    for path in sorted(partial.iterdir()):
-        os.replace(path, folder / path.name)
-    partial.rmdir()
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"{path} cannot be written ({error}): free some space, then resume from the newest checkpoint."
+        ) from error
 
 
-def _flush_to_disk(folder: Path):
-    for path in [*folder.rglob("*"), folder]:
+def _flush_to_disk(written: Path):
+    for path in [*written.rglob("*"), written]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -180,7 +246,14 @@ class TrainingState:
     def save(self, output_dir: Path, total_limit: int):
         """Write checkpoint-<step> beside the others, rename it into place when complete, then drop the oldest."""
         final, partial = output_dir / f"checkpoint-{self.step}", output_dir / f".checkpoint-{self.step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        with _room_for(final, partial):
+            self._write(partial)
+            shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
+            os.replace(partial, final)
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
+
+    def _write(self, partial: Path):
         self.model.save_pretrained(partial)
         if self.ema is not None:
             self.ema.module.save_pretrained(partial / "ema")
@@ -199,16 +272,13 @@ class TrainingState:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         write_json(partial / CHECKSUMS, {path.relative_to(partial).as_posix(): _sha256(path) for path in files})
         _flush_to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
-        os.replace(partial, final)
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
 
     def load(self, checkpoint: Path):
         """Take over a checkpoint that `find_checkpoint` has found good.
 
         Raises:
-            ValueError, FileNotFoundError: it is of another model, or of a run without a moving average.
+            ValueError, FileNotFoundError: it is of another model, of a run without a moving average, or not in
+                safetensors.
         """
         if self.ema is not None and not (checkpoint / "ema").is_dir():
             raise FileNotFoundError(
@@ -220,7 +290,7 @@ class TrainingState:
             _load_weights(self.ema.module, checkpoint / "ema" / "model.safetensors")
         progress = json.loads((checkpoint / "progress.json").read_text())
         self.step, self.window_passes = progress["step"], progress["window_passes"]
-        tensors = load_file(checkpoint / "optimizer.safetensors")
+        tensors = _tensors(checkpoint / "optimizer.safetensors")
         window = tensors.pop("window", None)
         self.window = None if window is None else window.to(self.model.device)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -250,9 +320,16 @@ def _laid_out_as(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{path} is no safetensors file ({error}): resume from another checkpoint.") from error
+
+
 def _load_weights(model: nn.Module, path: Path):
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        model.load_state_dict(_tensors(path), strict=True)
     except RuntimeError as error:
         raise ValueError(
             f"{path} does not fit the model: start with the model options that the run was started with. {error}"

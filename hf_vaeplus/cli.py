@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -61,17 +62,23 @@ def run_command(command, argv: list[str] | None = None) -> int:
         LocalTokenNotFoundError,
         StrictDataclassError,
     )
+    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
-    from .hub import explain
+    from .hub import explain, redact_record, redacted
     from .training import TrainingDiverged
 
     disable_progress_bar()  # one bar for the training, none for each file that is read or written
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for name in (None, "huggingface_hub", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(redact_record)
     words = sys.argv if argv is None else argv
+    if argv is None:  # this process is the command's
+        sys.excepthook = lambda *error: print(redacted("".join(traceback.format_exception(*error))), file=sys.stderr)
 
     def complain(error, code: int) -> int:
-        sentence = " ".join(str(error).split())
+        sentence = redacted(" ".join(str(error).split()))
         print(f"vaeplus: error: {sentence}", file=sys.stderr)
         if "--json" in words:
             print(json.dumps({"error": sentence}))
@@ -85,7 +92,7 @@ def run_command(command, argv: list[str] | None = None) -> int:
         return complain(error, 2)
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError, HTTPError, StrictDataclassError) as error:
+    except (ValueError, TypeError, OSError, HTTPError, SafetensorError, StrictDataclassError) as error:
         if "--debug" in words:
             raise
         if isinstance(error, HTTPError | LocalTokenNotFoundError):
@@ -101,12 +108,14 @@ def run_command(command, argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv):
+    from .hub import redacted
+
     args = build_parser().parse_args(argv)
     as_json = getattr(args, "json", False)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         found = args.run(args)
     if as_json and found is not None:  # of the main process, where there are several
-        print(json.dumps(found))
+        print(redacted(json.dumps(found)))
 
 
 def build_parser() -> CommandParser:
@@ -266,10 +275,9 @@ def _add_train(commands):
 
 
 def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), evaluation_split: str | None = None):
-    from .evaluation import report
-    from .stages import all_stage_options, load_preset, open_images, process_state, train_all
+    from .checkpoints import sole_run
+    from .stages import all_stage_options, load_preset, process_state
 
-    started = time.perf_counter()
     preset = load_preset(preset_name)
     for name, value in settings:
         stage, _, option = name.partition(".")
@@ -281,6 +289,15 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
         target[option] = value
     options = all_stage_options(preset, output_dir, **overrides)
     _writable(output_dir, output_dir, "--output_dir")
+    with sole_run(output_dir) if process_state().is_main_process else contextlib.nullcontext():
+        _train_and_report(preset, options, output_dir, overrides, evaluation_split)
+
+
+def _train_and_report(preset: dict, options: dict, output_dir: Path, overrides: dict, evaluation_split: str | None):
+    from .evaluation import report
+    from .stages import open_images, process_state, train_all
+
+    started = time.perf_counter()
     last = dataclasses.replace(options["second_stage"], random_flip=False, streaming=False)
     if options["second_stage"].streaming:  # no cache was wanted: one of the images that `report` looks at
         last.max_train_samples = min(last.max_train_samples or 2_000, 2_000)
@@ -425,6 +442,7 @@ def _add_evaluate(commands):
 def _evaluate(args):
     from .evaluation import evaluate, provenance, results_table
     from .features import open_extractor
+    from .hub import redacted
     from .stages import open_images, process_state
 
     output = Path(args.output)
@@ -457,8 +475,8 @@ def _evaluate(args):
     if not process_state().is_main_process:
         return None
     found = {**provenance(), "pipeline": args.pipeline, **results}
-    text = json.dumps(found, indent=2) + "\n"
-    _write_whole(output, lambda partial: partial.write_text(text))
+    text = redacted(json.dumps(found, indent=2)) + "\n"
+    _write_output(output, lambda partial: partial.write_text(text))
     print(f"\n{results_table(results)}\n\nsaved in {output}")
     return found
 
@@ -562,18 +580,16 @@ def _writable(path: Path, folder: Path, option: str = "--output") -> Path:
     return path
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]):
+def _write_output(path: Path, write: Callable[[Path], object]):
     """`write(path)`, whole or not at all: what was there stays until there is something in its place."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    from .checkpoints import write_whole
+
     try:
-        write(partial)
-        os.replace(partial, path)
+        write_whole(path, write)
     except OSError as error:
         raise OSError(
             f"{path} cannot be written ({error.strerror or error}): free some space or name another --output."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _add_card(commands):
@@ -655,6 +671,7 @@ def _encode(args):
     from pyarrow.parquet import read_metadata
 
     from .encoding import check_output, encode_to_parquet, latents_card, open_repository, push_latents
+    from .hub import redacted
     from .stages import open_images
 
     output = check_output(args.output)
@@ -679,7 +696,7 @@ def _encode(args):
         address = push_latents(files, latents_card(*about, args.push_to_hub), args.push_to_hub, args.split)
     except (HTTPError, OSError) as error:
         raise OSError(f"{output} is complete, but pushing it to {args.push_to_hub} failed: {error}") from error
-    print(f"pushed to {address}")
+    print(redacted(f"pushed to {address}"))
     return {**found, "repository": args.push_to_hub, "url": address}
 
 
@@ -741,12 +758,14 @@ def _add_push(commands):
 def _push(args):
     import torch
 
+    from .hub import redacted
+
     pipe = _load_pipeline(args)
     if args.variant:
         pipe.to({"bf16": torch.bfloat16, "fp16": torch.float16}[args.variant])
     names = dict(revision=args.revision, tag=args.tag, variant=args.variant)
     commit = pipe.push_to_hub(args.repo_id, args.message, private=args.private or None, **names)
-    print(f"pushed: {commit}")
+    print(redacted(f"pushed: {commit}"))
     return {"repository": args.repo_id, **names, "url": commit}
 
 
@@ -833,10 +852,10 @@ def _sample(args):
     if args.separate:
         files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
         for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
-            _write_whole(file, image.save)
+            _write_output(file, image.save)
     else:
         files = [output]
-        _write_whole(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
+        _write_output(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
     return _made(args, files, "num_images", "seed", "temperature", "sharpness")
 
 
@@ -856,7 +875,7 @@ def _reconstruct(args):
     images = _read_pictures(args, pipe)
     decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
     pairs = torch.stack([images, decoded], 1)
-    _write_whole(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
+    _write_output(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
     return _made(args, [output], "sharpness", num_images=len(images))
 
 
@@ -867,7 +886,7 @@ def _interpolate(args):
     pipe = _load_pipeline(args)
     first, last = _read_pictures(args, pipe)
     path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
-    _write_whole(output, image_grid(path[0], columns=args.steps).save)
+    _write_output(output, image_grid(path[0], columns=args.steps).save)
     return _made(args, [output], "steps")
 
 

@@ -46,6 +46,7 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".
 CACHE_VERSION = 1  # part of every cache key: raise it when the same options give other pixels
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an `OSError`: there is no room for the file
 ON_BAD_IMAGE = ("raise", "skip")
+MAX_UNPACKED = 2**30  # bytes of a gzipped idx file: a bomb unpacks to a thousand times its size
 _BLOCK = 32  # rows decoded by one task of the thread pool, for the cache
 _NAMED = 5  # pictures named in a warning that counts them
 
@@ -156,16 +157,19 @@ class _Idx(_Source):
 
     def __init__(self, *args, file):
         super().__init__(*args)
-        content = file.read_bytes()
-        if file.suffix == ".gz":
-            try:
-                content = gzip.decompress(content)
-            except (EOFError, OSError, zlib.error):
-                content = b""
-        magic, self.count, height, width = struct.unpack(">4I", content[:16].ljust(16, b"\0"))
-        if magic != 0x803 or len(content) != 16 + self.count * height * width or not height * width:
+        packed = file.suffix == ".gz"
+        try:
+            with gzip.open(file) if packed else open(file, "rb") as opened:
+                magic, self.count, height, width = struct.unpack(">4I", opened.read(16).ljust(16, b"\0"))
+                size = self.count * height * width
+                if magic == 0x803 and packed and size > MAX_UNPACKED:
+                    raise ValueError(f"{file} says that it unpacks to {size:,} bytes; unpack it if that is right")
+                pixels = opened.read(min(size, MAX_UNPACKED if packed else file.stat().st_size) + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            magic = None
+        if magic != 0x803 or not height * width or len(pixels) != size:
             raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
-        self.images = np.frombuffer(content, np.uint8, offset=16).reshape(self.count, height, width)
+        self.images = np.frombuffer(pixels, np.uint8).reshape(self.count, height, width)
         self.identity = {"files": _content_hash({file.name: file})}
 
     def rows(self):
@@ -253,7 +257,7 @@ def _named(hub_id):
     """The errors of `datasets` seldom say which data set they are about."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, RuntimeError, ValueError) as error:  # RuntimeError: it would have to run code
         raise ValueError(f"{hub_id} cannot be read as a data set ({error}); look at its page on the Hub") from error
 
 

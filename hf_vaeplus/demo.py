@@ -6,9 +6,12 @@
 Whatever a request holds is checked here and not by the page: a client can call the API without it.
 """
 
+import asyncio
+import contextlib
 import functools
 import html
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,10 @@ from .metrics.reconstruction import psnr, squared_error
 
 try:
     import gradio as gr
-    from starlette.exceptions import HTTPException  # of the web framework that Gradio runs on
+    from fastapi.exceptions import RequestValidationError  # of the web framework that Gradio runs on
+    from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
 except ImportError as error:
     raise ImportError("the demo needs Gradio: pip install 'hf-vaeplus[demo]'.") from error
 
@@ -32,6 +37,7 @@ MAX_SEED = 2**32 - 1
 MAX_BYTES = 10 * 2**20  # of an uploaded file
 MAX_PIXELS = 40_000_000
 MIN_SIDE = 8  # pixels
+MAX_SECONDS = 60  # that the networks work for one request, or that one takes to arrive
 MAX_WAITING = 64  # requests in the queue; one runs at a time
 MAX_SESSIONS = 256  # whose state is kept
 KEEP_FILES = 3600  # seconds, of uploads and of pictures made
@@ -85,6 +91,23 @@ class Handlers:
         self.active = statistics.active_units_by_variance()
         self.kl = statistics.kl_per_dimension()  # nats, of each dimension of z
         self.directions = self.kl.argsort(descending=True)[:NUM_DIRECTIONS].tolist()
+
+    @contextlib.contextmanager
+    def time_limit(self):
+        """What runs in it ends with a ValueError at the first layer of a network after `MAX_SECONDS`."""
+        end = time.monotonic() + MAX_SECONDS
+
+        def check(layer, inputs):
+            if time.monotonic() > end:
+                raise ValueError(f"this takes longer than {MAX_SECONDS} seconds: ask for fewer pictures.")
+
+        networks = [part for part in self.pipe.components.values() if part is not None]
+        hooks = [layer.register_forward_pre_hook(check) for part in networks for layer in part.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def sample(self, seed, count, temperature, sharpness=0.0) -> list[Image.Image]:
         """The pictures that `vaeplus sample` draws with these values."""
@@ -335,7 +358,8 @@ def _on(event, handler, inputs, outputs, **options):
     @functools.wraps(handler)
     def answer(*values):
         try:
-            return handler(*values)
+            with handler.__self__.time_limit():
+                return handler(*values)
         except (ValueError, TypeError, OSError) as error:
             raise _refusal(str(error)) from error
 
@@ -370,23 +394,33 @@ def _plain(value) -> bool:
 
 
 class _LimitBody:
-    """ASGI middleware: no request body, an upload or not, is longer than the largest upload and what surrounds it."""
+    """ASGI middleware: no request body, an upload or not, is longer than the largest upload and what surrounds it, nor
+    takes longer than `MAX_SECONDS` to arrive."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        received = 0
+        received, is_whole, end = 0, scope["type"] != "http", time.monotonic() + MAX_SECONDS
 
         async def limited():
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            try:  # after the body there comes nothing until the client is gone
+                message = await asyncio.wait_for(receive(), None if is_whole else max(0, end - time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(408, f"a request must arrive within {MAX_SECONDS} seconds.") from None
+            is_whole = is_whole or not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > MAX_BYTES + 2**16:
                 raise HTTPException(413, f"a request may have {MAX_BYTES:,} bytes.")
             return message
 
         await self.app(scope, limited, send)
+
+
+async def _no_request(request, error):
+    """In place of the framework's answer, which quotes the request and fails where that is not text."""
+    return PlainTextResponse("this is no request of this page.", 422)
 
 
 def serve(demo: gr.Blocks, block: bool = True, **options) -> str:
@@ -404,7 +438,10 @@ def serve(demo: gr.Blocks, block: bool = True, **options) -> str:
         head=f"<style>{CSS}</style>",  # not css=: Gradio changes its selectors
         max_file_size=MAX_BYTES,
         state_session_capacity=MAX_SESSIONS,
-        app_kwargs={"middleware": [Middleware(_LimitBody)]},
+        app_kwargs={
+            "middleware": [Middleware(_LimitBody)],
+            "exception_handlers": {RequestValidationError: _no_request},
+        },
         ssr_mode=False,
         run_history=False,
         footer_links=[],

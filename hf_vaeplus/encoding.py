@@ -1,5 +1,6 @@
 """Latents as a data set: the first VAE's posterior of every image, as parquet files and on the Hub."""
 
+import json
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from pyarrow.parquet import ParquetWriter
 from tqdm.auto import tqdm
 
-from .cards import _plain
+from .cards import _code, _plain
 from .data import FULL
 from .evaluation import provenance
 
@@ -146,11 +147,11 @@ q(z|x) = N(mean, diag(variance)) of its first VAE, over {latent_dim} latent dime
 ```python
 from datasets import load_dataset
 
-latents = load_dataset("{repo_id}", split="{name}").with_format("torch")
+latents = load_dataset({repo_id}, split={name}).with_format("torch")
 z = latents["mean"][:8]
 ```
 
-Images: `{images}`, split `{split}`, {size} x {size} with {channels} channels, crop {crop}.
+Images: `{source}`, split `{split}`, {size} x {size} with {channels} channels, crop {crop}.
 Command: `{command}`, commit {commit}, {date}, torch {torch}.
 
 The model's decoder turns a mean back into a likeness of its image: licence and care that the images ask for hold for
@@ -171,16 +172,17 @@ def latents_card(pipe, pipeline: str, images, split: str, crop: int | None, num_
     channels, size, _ = pipe.image_shape
     text = _CARD.format(
         images=_plain(images.name),
-        pipeline=_plain(os.path.basename(pipeline) if os.path.isabs(pipeline) else pipeline),
+        source=_code(images.name),
+        pipeline=_code(os.path.basename(pipeline) if os.path.isabs(pipeline) else pipeline),
         num_images=num_images,
         latent_dim=pipe.vae.config.latent_dim,
-        split=split,
-        name=split_name(split),
-        repo_id=repo_id,
+        split=_code(split).replace("|", "\\|"),  # in a table
+        name=json.dumps(split_name(split)),
+        repo_id=json.dumps(repo_id),
         size=size,
         channels=channels,
         crop="the largest square" if crop is None else f"{crop} pixels",
-        command=made["command"].replace("`", "'"),
+        command=_code(made["command"]),
         commit=made["commit"],
         date=made["date"],
         torch=made["versions"]["torch"],

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -24,8 +23,10 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .checkpoints import build_once, write_json
 from .data import to_uint8, to_unit_range
 from .features import FeatureExtractor, distance_name
+from .hub import redacted
 from .metrics.frechet import frechet_distance
 from .metrics.kernel import kernel_distance
 from .metrics.latents import active_units, active_units_by_variance, kl_per_dimension
@@ -434,13 +435,12 @@ def _fitted_bins(images, count: int, num_bins: int, shares: _Shares) -> NDB:
     """Bins of the first `count` images, fitted once and kept beside the image cache."""
     key = hashlib.sha256(f"NDB 1 {images.fingerprint} {count} {num_bins}".encode()).hexdigest()[:32]
     path = Path(images.path).parent.parent / "bins" / f"{key}.safetensors"
+
+    def build(path: Path):
+        NDB.fit(_uint8(images, range(count)), num_bins).save(path)
+
     with shares.accelerator.main_process_first():
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            NDB.fit(_uint8(images, range(count)), num_bins).save(partial)
-            os.replace(partial, path)
-    return NDB.load(path)
+        return build_once(path, build, NDB.load)
 
 
 def _other_images(images, training_images, count: int) -> tuple | None:
@@ -581,7 +581,7 @@ def provenance() -> dict:
 
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
     return {
-        "command": re.sub(r"(--hub_token[ =])\S+", r"\1...", " ".join(words)),
+        "command": redacted(" ".join(words)),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
@@ -613,5 +613,5 @@ def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int,
     plot_curves(run_dirs, output_dir / "curves.png", num_factors)
     summary = {**provenance(), "images": images.name, "num_factors": num_factors, "seed": seed}
     summary.update(summarize(pipe, images))
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(output_dir / "summary.json", summary)
     return summary

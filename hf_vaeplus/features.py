@@ -8,6 +8,7 @@ import io
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch.nn.functional import interpolate
 
@@ -159,7 +160,10 @@ class FIDInception(FeatureExtractor):
         content = Path(path).read_bytes()
         self.weights_sha256 = hashlib.sha256(content).hexdigest()
         if Path(path).suffix == ".safetensors":
-            state_dict = load_safetensors(content)
+            try:
+                state_dict = load_safetensors(content)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is no safetensors file ({error}): download it again.") from error
         elif self.weights_sha256.startswith("6726825d"):
             # The bytes that were hashed. Eight digits can be forged, so code in the pickle is refused all the same.
             state_dict = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

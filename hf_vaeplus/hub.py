@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -18,6 +18,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
+from safetensors import SafetensorError
 
 from . import image_processing_vaeplus, modeling_vaeplus
 from .image_processing_vaeplus import VAEPlusImageProcessor
@@ -26,6 +27,11 @@ from .modeling_vaeplus import VAEPlusEncoderConfig
 logger = logging.getLogger(__name__)
 
 _PACKAGE_ONLY = re.compile(r"^ *# <package-only>\n.*?^ *# </package-only>\n", re.DOTALL | re.MULTILINE)
+_SECRETS = re.compile(
+    r"(?<=://)[^\s/@\"']+(?=@)"  # user:password of an address
+    r"|\bhf_\w{20,}"  # what the Hub's tokens look like
+    r"|(?<=--hub_token[ =])(?!expected)[^\s\"']+|(?<=hub_token[=:])(?! expected) ?[^\s\"']+"
+)
 _WHOSE_CARD = re.compile(r'from_pretrained\("([^"]+)"')
 
 
@@ -114,14 +120,16 @@ def push(
         `str`: address of the commit.
 
     Raises:
-        ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository, a variant for
-            a repository that holds no such pipeline.
+        ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository, one that is a
+            link to elsewhere, a variant for a repository that holds no such pipeline.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused or failed; what was uploaded is not uploaded again.
     """
     api = HfApi(token=token)
     repo_id = full_repo_id(repo_id, api)
     source = card_folder or pipe.name_or_path
-    card = Path(source) / "README.md" if source and Path(source, "README.md").is_file() else None
+    card, pictures = None, []
+    if source and variant is None and Path(source, "README.md").is_file():  # a variant is weights alone
+        card, *pictures = (_own(path) for path in (Path(source, "README.md"), *Path(source).glob("*.png")))
     if card and (others := set(_WHOSE_CARD.findall(card.read_text())) - {repo_id}):
         raise ValueError(
             f"{card} is the card of {min(others)}: write one for {repo_id} with `vaeplus card RUN {repo_id}`, or"
@@ -138,9 +146,9 @@ def push(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if card is not None:
-            for path in [card, *card.parent.glob("*.png")]:
+            for path in (card, *pictures):
                 shutil.copy(path, folder)
-        elif not api.file_exists(repo_id, "README.md", revision=revision):
+        elif variant is None and not api.file_exists(repo_id, "README.md", revision=revision):
             from .cards import short_card
 
             short_card(repo_id, pipe.image_shape[1]).save(folder / "README.md")
@@ -155,6 +163,17 @@ def push(
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
+
+
+def _own(path: Path) -> Path:
+    """`path`, unless it is a link to what is not in its folder: that could be anything, and would be published.
+
+    What the Hub's client downloads is links into the repository's `blobs`, two folders above.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    if not target.is_relative_to(folder) and target.parent != folder.parent.parent / "blobs":
+        raise ValueError(f"{path} is a link to {target}, outside its folder: put the file itself there, or remove it.")
+    return path
 
 
 def _processor(source) -> VAEPlusImageProcessor | None:
@@ -197,13 +216,29 @@ def _check_same_pipeline(api: HfApi, repo_id: str, revision: str | None, folder:
             raise ValueError(f"{name} of {repo_id} is not that of this pipeline: push its variants elsewhere.")
 
 
+def redacted(text: str, *secrets: str | None) -> str:
+    """`text` without `secrets`, the Hub's token in use, what looks like one, and what stands before a host's name."""
+    for secret in (*secrets, get_token()):
+        if secret and len(secret) >= 8:
+            text = text.replace(secret, "...")
+    return _SECRETS.sub("...", text)
+
+
+def redact_record(record: logging.LogRecord) -> bool:
+    """A filter for handlers of `logging`: takes secrets out of what is about to be written, tracebacks included."""
+    record.msg, record.args = redacted(record.getMessage()), None
+    if record.exc_info:
+        record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
+    return True
+
+
 def explain(error: Exception) -> str:
-    """What an error of the Hub's client means for its user; one sentence."""
+    """What an error of the Hub's client means for its user; one sentence, without secrets."""
     if isinstance(error, LocalTokenNotFoundError):
         return "this needs a token of the Hub: log in with `hf auth login`, or set HF_TOKEN"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     reason = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-    reason = " ".join(reason.split())
+    reason = redacted(" ".join(reason.split()))
     if status == 401:
         return f"the Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN ({reason})"
     if status == 403:
@@ -228,7 +263,7 @@ class BackgroundPush:
     """
 
     def __init__(self, repo_id: str, subfolder: str = "", private: bool = False, token: str | None = None):
-        self.repo_id, self.subfolder, self.private = repo_id, subfolder, private
+        self.repo_id, self.subfolder, self.private, self._token = repo_id, subfolder, private, token
         self._api = HfApi(token=token)
         self._thread: threading.Thread | None = None
         self._show_bars = not are_progress_bars_disabled()
@@ -240,19 +275,33 @@ class BackgroundPush:
             return
         retry = "the run goes on, and pushes again at its next checkpoint and at its end"
         # A daemon: a run that dies does not wait for the network; the Hub takes whole commits or nothing.
-        self._thread = threading.Thread(target=self._upload, args=(_written(save), message, retry), daemon=True)
-        self._thread.start()
+        if (folder := self._written(save, retry)) is not None:
+            self._thread = threading.Thread(target=self._upload, args=(folder, message, retry), daemon=True)
+            self._thread.start()
 
     def finish(self, save: Callable[[Path], None], message: str) -> bool:
         """Wait for the upload that is under way, then upload the end of the run; whether that succeeded."""
         if self._thread is not None:
             self._thread.join()
-        done = self._upload(
-            _written(save), message, "the model is on disk; the same command, resumed, pushes it again"
-        )
+        again = "the model is on disk; the same command, resumed, pushes it again"
+        folder = self._written(save, again)
+        done = folder is not None and self._upload(folder, message, again)
         if self._show_bars:
             enable_progress_bars()
         return done
+
+    def _written(self, save: Callable[[Path], None], consequence: str) -> Path | None:
+        """A new temporary folder, after `save(folder)`; `None` if there is no room for it."""
+        folder = None
+        try:
+            folder = Path(tempfile.mkdtemp())
+            save(folder)
+        except (OSError, SafetensorError) as error:
+            self._warn(consequence, error)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return folder
 
     def _upload(self, folder: Path, message: str, consequence: str) -> bool:
         try:
@@ -261,15 +310,11 @@ class BackgroundPush:
             wanted = dict(repo_id=repo_id, folder_path=folder, path_in_repo=place, commit_message=message)
             _upload_folder(self._api, **wanted)
         except Exception as error:  # whatever the network did, training does not depend on it
-            logger.warning("push to %s failed, %s: %s", self.repo_id, consequence, explain(error))
+            self._warn(consequence, error)
             return False
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return True
 
-
-def _written(save: Callable[[Path], None]) -> Path:
-    """A new temporary folder, after `save(folder)`."""
-    folder = Path(tempfile.mkdtemp())
-    save(folder)
-    return folder
+    def _warn(self, consequence: str, error: Exception):
+        logger.warning("push to %s failed, %s: %s", self.repo_id, consequence, redacted(explain(error), self._token))

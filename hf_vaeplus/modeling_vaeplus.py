@@ -12,10 +12,12 @@ means over the batch, in nats.
 """
 
 import difflib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -474,11 +476,14 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`, but from safetensors alone, and never half random.
 
         Raises:
-            ValueError: weights are missing, unknown, of another shape, damaged, not finite, or pickled.
+            ValueError: weights are missing, unknown, of another shape, damaged, not finite, pickled, or in a place
+                outside their folder.
             OSError: nothing is there, or nothing in safetensors.
         """
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("use_safetensors=False is refused: pickled weights can run code, so leave it out.")
+        for name in ("use_safetensors", "weights_only"):
+            if kwargs.pop(name, None) is False:
+                raise ValueError(f"{name}=False is refused: pickled weights can run code, so leave it out.")
+        _check_shards(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         give_info = kwargs.pop("output_loading_info", False)
         kwargs.update(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)  # refused below
         try:
@@ -501,6 +506,14 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
                     " checkpoint or download them again."
                 )
         return (model, info) if give_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        # The library opens what an index names, from the Hub as well; with another suffix it would be unpickled.
+        for file in checkpoint_files or ():
+            if not str(file).endswith(".safetensors"):
+                raise ValueError(f"{file} is named as weights but is no safetensors file: no other is opened.")
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -1097,6 +1110,20 @@ class VAEPlusEncoderModel(VAEPlusPreTrainedModel):
             posterior = self.vae.encode(inputs)
             output = VAEPlusEncoderOutput(features=posterior.mean, logvar=posterior.logvar)
         return output if return_dict else output.to_tuple()
+
+
+def _check_shards(folder: str):
+    """Refuse an index of weights in a local folder that names anything but safetensors files beside it."""
+    for path in sorted(Path(folder).glob("*.safetensors.index*.json")):
+        try:
+            names = set(json.loads(path.read_text())["weight_map"].values())
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): save or download the model again.") from error
+        for name in names:
+            if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{path} names {str(name)[:100]!r}, expected safetensors files beside it: nothing else is opened."
+                )
 
 
 def _upcast(tensor: torch.Tensor) -> torch.Tensor:

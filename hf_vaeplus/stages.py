@@ -10,8 +10,6 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 
 import difflib
 import hashlib
-import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
@@ -27,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from .checkpoints import build_once
 from .data import ON_BAD_IMAGE, keep_batch, load_images, stream_images, to_unit_range
 from .data import PRESETS as NAMED_DATA_SETS
 from .hub import save_feature_extractor
@@ -88,16 +87,6 @@ class StageOptions(TrainingOptions):
                 f"mmd_weight={self.mmd_weight} is of a WAE straight on pixels: it must not be negative, with stage vae"
                 " and no --autoencoder."
             )
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{entry.name} must be a finite number, got {value}.")
-        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
-            raise ValueError(
-                f"adam_beta1 and adam_beta2 must lie in [0, 1), got {self.adam_beta1}, {self.adam_beta2}."
-            )
-        if self.adam_weight_decay < 0:
-            raise ValueError(f"adam_weight_decay must not be negative, got {self.adam_weight_decay}.")
         if self.on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {self.on_bad_image!r}.")
         if self.pullback_codes < 1:
@@ -442,18 +431,23 @@ def encode_dataset(images, model: VAEPlusPreTrainedModel, encode: Callable) -> t
     for name, tensor in sorted(model.state_dict().items()):
         key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     path = Path(images.path).parent.parent / "encoded" / f"{key.hexdigest()[:32]}.safetensors"
+
+    def build(path: Path):
+        loader = DataLoader(images, batch_size=256, collate_fn=keep_batch)
+        parts = []
+        for batch in tqdm(loader, desc="encoding", disable=not state.is_main_process):
+            pixels = to_unit_range(batch["pixel_values"].to(state.device))
+            parts.append(encode(pixels).float().cpu())
+        save_file({"rows": torch.cat(parts)}, path)
+
+    def load(path: Path) -> torch.Tensor:
+        rows = load_file(path).get("rows")
+        if rows is None or rows.ndim != 2 or len(rows) != len(images):
+            raise ValueError(f"expected one row for each of {len(images)} images")
+        return rows
+
     with state.main_process_first():
-        if not path.exists():
-            loader = DataLoader(images, batch_size=256, collate_fn=keep_batch)
-            parts = []
-            for batch in tqdm(loader, desc="encoding", disable=not state.is_main_process):
-                pixels = to_unit_range(batch["pixel_values"].to(state.device))
-                parts.append(encode(pixels).float().cpu())
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            save_file({"rows": torch.cat(parts)}, partial)
-            os.replace(partial, path)
-        return load_file(path)["rows"]
+        return build_once(path, build, load)
 
 
 class TensorRows(Dataset):

@@ -19,8 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, ProjectConfiguration
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
@@ -38,12 +39,12 @@ from .checkpoints import (
     TrainingState,
     find_checkpoint,
     list_checkpoints,
-    replace_text,
     save_model,
     sole_run,
     write_json,
+    write_text,
 )
-from .hub import BackgroundPush
+from .hub import BackgroundPush, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +100,18 @@ class TrainingOptions:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("lr_warmup_steps", "max_grad_norm", "sample_steps", "dataloader_num_workers", "seed",
-                     "gamma_lr_multiplier"):  # fmt: skip
+                     "gamma_lr_multiplier", "adam_weight_decay"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{entry.name} must be a finite number, got {value}.")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
         known = {"lr_scheduler": [*SchedulerType], "report_to": ["none", *LoggerType]}
@@ -115,6 +121,11 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}.")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id: name the repository, such as 'your-name/vaeplus-faces'.")
+        if self.hub_model_id:
+            validate_repo_id(self.hub_model_id)
+        place = PurePosixPath(self.hub_subfolder)
+        if place.is_absolute() or ".." in place.parts:
+            raise ValueError(f"hub_subfolder must be a folder in the repository, got {self.hub_subfolder!r}.")
 
     def _check_types(self):
         for name, annotation in get_type_hints(type(self)).items():
@@ -123,7 +134,8 @@ class TrainingOptions:
             if isinstance(value, bool) != (bool in wanted) or not isinstance(value, wanted):
                 names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
                 hint = " (YAML needs the dot in 1.0e-3)" if float in wanted and isinstance(value, str) else ""
-                raise ValueError(f"{name} must be {names}, got {value!r}{hint}.")
+                got = type(value).__name__ if name == "hub_token" else repr(value)
+                raise ValueError(f"{name} must be {names}, got {got}{hint}.")
 
 
 class TrainingDiverged(RuntimeError):
@@ -272,7 +284,7 @@ def _drop_lines_after(path: Path, step: int):
                 kept.append(line)
         except json.JSONDecodeError:
             break
-    replace_text(path, "".join(line + "\n" for line in kept))
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 # ----------------------------------------------------------------------------------------------------------- loop
@@ -479,8 +491,12 @@ def _is_scalar(value) -> bool:
 
 
 def _public(options: TrainingOptions) -> dict:
-    """The options as they may be written down: without the token."""
-    return {name: value for name, value in asdict(options).items() if name != "hub_token"}
+    """The options as they may be written down: without the token, or another secret in an address."""
+    return {
+        name: redacted(value, options.hub_token) if isinstance(value, str) else value
+        for name, value in asdict(options).items()
+        if name != "hub_token"
+    }
 
 
 def _postfix(stats: dict, speed: float) -> dict:

@@ -285,10 +285,10 @@ CATALOGUE = {
     "a rate of nothing": (f"{TRAIN} --learning_rate 0", "learning_rate must be positive, got 0"),
     "a rate that is not a number": (f"{TRAIN} --learning_rate nan", "learning_rate must be positive, got nan"),
     "an infinite rate": (f"{TRAIN} --learning_rate inf", "learning_rate must be a finite number, got inf"),
-    "a beta of one": (f"{TRAIN} --adam_beta2 1", r"adam_beta2 must lie in \[0, 1\), got 0.9, 1.0"),
-    "a negative decay of weights": (
+    "a beta of one": (f"{TRAIN} --adam_beta2 1", r"adam_beta2 must lie in \[0, 1\), got 1.0"),
+    "a negative weight decay": (
         f"{TRAIN} --adam_weight_decay -1",
-        "adam_weight_decay .* must not be negative, got -1",
+        "adam_weight_decay must not be negative, got -1",
     ),
     "an epsilon of nothing": (f"{TRAIN} --adam_epsilon 0", "adam_epsilon must be positive, got 0"),
     "fp16 on a CPU": (f"{TRAIN} --mixed_precision fp16", "fp16 needs a GPU, and this is a CPU: use bf16, or no"),

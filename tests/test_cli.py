@@ -230,7 +230,7 @@ def test_a_mistake_gives_one_sentence_and_exit_code_2(command, message, working_
     assert re.search(message, errors), errors
     assert capfd.readouterr() == ("", "")  # nothing past Python's own streams
     left = {path.name for path in working_folder.rglob("*") if path.is_file()}
-    assert left <= {"training_options.json"}
+    assert left <= {".lock", "training_options.json"}
     assert set(home.iterdir()) == before
 
 
@@ -354,7 +354,7 @@ def test_train_leaves_what_it_says(trained):
     code, output, folder = trained
     assert code == 0
     named = output.split("saved in")[1].splitlines()[0].split(":")[1].split()
-    assert {path.name for path in folder.iterdir()} == {name.strip("/") for name in named} | set(stages.STAGES)
+    assert {path.name for path in folder.iterdir()} == {name.strip("/") for name in named} | {*stages.STAGES, ".lock"}
     cell = 2 * SIZE + 1  # small images are drawn twice as large in a report
     sizes = {"samples": (8, 8), "reconstructions": (8, 8), "interpolation": (9, 8)}
     for name, (columns, rows) in sizes.items():

@@ -3,13 +3,18 @@
 import base64
 import io
 import json
+import random
 import re
 import runpy
 import shutil
+import socket
 import sys
+import time
 from argparse import Namespace
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -346,6 +351,71 @@ def test_a_request_that_is_too_long_is_refused(address, files):
     assert size.status_code == 413
     body = httpx.post(f"{address}/gradio_api/call/sample", content=b" " * (MAX_BYTES + 2**17), timeout=60)
     assert body.status_code == 413
+    assert ask(address, "sample", [7, 1, 1])[0] == "complete"
+
+
+def test_a_thousand_hostile_requests_in_a_row_leave_a_demo_that_answers(address, files, capfd):
+    """Uploads that cannot be read, values of every wrong kind, too much at once, and answers that nobody fetches."""
+    good = [7, 3, 1]
+    before = ask(address, "sample", good)
+    short = [name for name in BAD_UPLOADS if (files / name).is_file() and name != "long.png"]
+    names = ["sample", "reconstruct", "interpolate", "start_from_sample", "start_from_picture", "explore", "reset"]
+    deep = json.loads("[" * 100 + "]" * 100)
+    values = [*BAD_NUMBERS[:-2], deep, "x" * 10_000, upload(Path("/etc/passwd")), {"path": "../../etc/passwd"}, []]
+    source = random.Random(0)
+    kinds = Counter()
+    with httpx.Client(base_url=f"{address}/gradio_api", timeout=60) as client:
+        for number in range(1000):
+            match number % 5:
+                case 0:  # an upload that is no picture, and something done with it
+                    name = source.choice(short)
+                    kind, _ = ask(address, "reconstruct", [sent(address, files / name)])
+                case 1:  # wrong values, as many as there should be or not
+                    data = {"data": [source.choice(values) for _ in range(source.randrange(6))]}
+                    content = json.dumps(data).encode()  # NaN and infinity are no JSON, and are sent all the same
+                    begun = client.post(f"/call/{source.choice(names)}", content=content)
+                    kind = str(begun.status_code)
+                    if begun.status_code == 200:
+                        client.get(f"/call/sample/{begun.json()['event_id']}")
+                case 2:  # far too much, and nobody waits for the answer
+                    kind = str(client.post("/call/sample", json={"data": [0, 10**9, 1]}).status_code)
+                case 3:  # no request at all
+                    content = source.randbytes(source.randrange(2_000))
+                    kind = str(client.post("/call/sample", content=content).status_code)
+                case 4:  # files that are none of the page's
+                    path = source.choice(["/etc/passwd", "../../../etc/passwd", "https://example.org/a.png", "\0"])
+                    kind = str(client.get("/file=" + quote(path)).status_code)
+            kinds[number % 5, kind] += 1
+    assert kinds[0, "error"] == 200
+    assert not [kind for _, kind in kinds if kind.startswith("5")], kinds
+    assert "Traceback" not in capfd.readouterr().err
+    assert sum(kinds[4, str(status)] for status in (400, 403, 404)) == 200, kinds
+    assert not kinds[3, "200"]
+    assert ask(address, "sample", good) == before
+
+
+def test_work_that_takes_too_long_is_ended(address, handlers, pipe, monkeypatch):
+    before = ask(address, "sample", [7, 3, 1])
+    monkeypatch.setattr("hf_vaeplus.demo.MAX_SECONDS", 0.5)
+    slow = pipe.autoencoder.decoder[0].register_forward_pre_hook(lambda *_: time.sleep(0.6))
+    answer = ask(address, "sample", [7, 3, 1])
+    slow.remove()
+    monkeypatch.undo()
+    assert answer == ("error", "This takes longer than 0.5 seconds: ask for fewer pictures.")
+    assert ask(address, "sample", [7, 3, 1]) == before
+    with pytest.raises(ValueError, match="longer than 60 seconds"), handlers.time_limit():
+        later = time.monotonic() + 61
+        monkeypatch.setattr("time.monotonic", lambda: later)
+        handlers.sample(7, 3, 1.0)
+
+
+def test_a_request_that_never_ends_is_ended(address, monkeypatch):
+    monkeypatch.setattr("hf_vaeplus.demo.MAX_SECONDS", 0.5)
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /gradio_api/call/sample HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+    monkeypatch.undo()
     assert ask(address, "sample", [7, 1, 1])[0] == "complete"
 
 
