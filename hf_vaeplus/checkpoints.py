@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -238,7 +237,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None
-    ema: AveragedModel | None
+    ema: PreTrainedModel | None
     window: torch.Tensor | None = None  # sums of the logged scalars since the last line of stats.jsonl
     window_passes: int = 0
     step: int = 0
@@ -256,7 +255,7 @@ class TrainingState:
     def _write(self, partial: Path):
         self.model.save_pretrained(partial)
         if self.ema is not None:
-            self.ema.module.save_pretrained(partial / "ema")
+            self.ema.save_pretrained(partial / "ema")
         tensors = {
             f"{name}/{key}": value
             for name, parameter in self.model.named_parameters()
@@ -287,7 +286,7 @@ class TrainingState:
             )
         _load_weights(self.model, checkpoint / "model.safetensors")
         if self.ema is not None:
-            _load_weights(self.ema.module, checkpoint / "ema" / "model.safetensors")
+            _load_weights(self.ema, checkpoint / "ema" / "model.safetensors")
         progress = json.loads((checkpoint / "progress.json").read_text())
         self.step, self.window_passes = progress["step"], progress["window_passes"]
         tensors = _tensors(checkpoint / "optimizer.safetensors")
@@ -309,8 +308,6 @@ class TrainingState:
         factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
         for group, rate, factor in zip(self.optimizer.param_groups, own, factors, strict=True):
             group["lr"] = rate * factor
-        if self.ema is not None:
-            self.ema.n_averaged.fill_(self.step)
         if self.scaler is not None:
             self.scaler.load_state_dict(progress["scaler"])
 

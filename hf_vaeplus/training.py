@@ -9,6 +9,7 @@ with twice the batch sees.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -30,7 +31,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, ProjectConfiguration
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, SchedulerType, get_scheduler
@@ -218,13 +220,13 @@ def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: 
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, **loading)
 
 
-def _ema_update(decay: float) -> Callable:
-    def update(averages, parameters, num_averaged):
-        steps = int(num_averaged)
-        warm_decay = min(decay, (1 + steps) / (10 + steps))  # the first weights are forgotten fast
-        get_ema_multi_avg_fn(warm_decay)(averages, parameters, num_averaged)
-
-    return update
+@torch.no_grad()
+def _update_average(average: list[torch.Tensor], parameters: list[nn.Parameter], steps: int, decay: float):
+    """The moving average after `steps` + 1 steps; the first weights are forgotten fast."""
+    if steps == 0:
+        torch._foreach_copy_(average, parameters)
+    else:
+        torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + steps) / (10 + steps)))
 
 
 # ----------------------------------------------------------------------------------------------------------- logs
@@ -364,7 +366,7 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
         fused=True,
     )
     scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, options.max_train_steps)
-    ema = AveragedModel(model, multi_avg_fn=_ema_update(options.ema_decay)) if options.use_ema else None
+    ema = copy.deepcopy(model) if options.use_ema else None
     state = TrainingState(model, optimizer, scheduler, accelerator.scaler, ema)
     if checkpoint is not None:
         state.load(checkpoint)
@@ -387,7 +389,11 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
     if options.push_to_hub and accelerator.is_main_process:
         push = BackgroundPush(options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token)
 
-    trained = model if ema is None else ema.module
+    trained = model if ema is None else ema
+    # Walks through the modules of a small model take as long as a tenth of its steps: once is enough.
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    average = [] if ema is None else [parameter.detach() for parameter in ema.parameters()]
+    ema_buffers = [] if ema is None else list(ema.buffers())
 
     def snapshot(folder: Path):
         """What is pushed: the model as it would be saved now, and how it was made."""
@@ -410,7 +416,7 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
     wrapped.train()
     since, samples_since = time.perf_counter(), 0
     while state.step < options.max_train_steps:
-        before = state.window, state.window_passes, [buffer.clone() for buffer in model.buffers()]
+        before = state.window, state.window_passes, [buffer.clone() for buffer in buffers]
         for number in range(passes_per_step):
             forward_pass = state.step * passes_per_step + number
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
@@ -431,15 +437,20 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
             values = torch.stack([value.double() for value in scalars.values()])
             state.window = values if state.window is None else state.window + values
             state.window_passes += 1
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or math.inf)
+        accelerator.unscale_gradients()
+        grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         # The gradient holds every process's loss, so all processes come to the same decision.
         if not math.isfinite(grad_norm):
             _stop_if_diverged(accelerator, state, before, options, list(scalars))
+        elif 0 < options.max_grad_norm < grad_norm:
+            clip_grads_with_norm_(parameters, options.max_grad_norm, grad_norm)
         prepared_optimizer.step()
         scheduler.step()
         prepared_optimizer.zero_grad(set_to_none=True)
         if ema is not None:
-            ema.update_parameters(model)
+            _update_average(average, parameters, state.step, options.ema_decay)
+            for copied, buffer in zip(ema_buffers, buffers, strict=True):
+                copied.copy_(buffer)
         state.step += 1
         samples_since += options.train_batch_size * passes_per_step * accelerator.num_processes
         progress.update()
