@@ -173,9 +173,9 @@ def main():
     parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
+    found = {**provenance(), "allowed_growth": MAX_GROWTH}
     with tempfile.TemporaryDirectory() as folder:
-        rows = soak(args.steps, args.calls, Path(folder))
-    found = {**provenance(), "allowed_growth": MAX_GROWTH, "parts": rows}
+        found["parts"] = rows = soak(args.steps, args.calls, Path(folder))
     for row in rows:
         print({name: value for name, value in row.items() if name != "readings"})
     if args.output:
