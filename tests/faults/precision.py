@@ -119,10 +119,10 @@ def main():
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    found = {**provenance(), "steps": args.steps, "tolerances": TOLERANCES}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VAEPLUS_CACHE"] = f"{folder}/cache"
-        rows = compare(Path(folder), args.steps)
-    found = {**provenance(), "steps": args.steps, "tolerances": TOLERANCES, "differences": rows}
+        found["differences"] = rows = compare(Path(folder), args.steps)
     print(json.dumps(found, indent=1))
     if args.output:
         args.output.write_text(json.dumps(found, indent=1) + "\n")
