@@ -3,6 +3,7 @@
 `interrupted` and `reference` are those of test_training.py: runs of 8 steps, one of them cut off after step 6.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -15,6 +16,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_bad_input import full_disk
 from test_training import contents, interrupted, prepare_rows, reference, resume, run  # noqa: F401 (fixtures)
 
 from hf_vaeplus import checkpoints
@@ -160,6 +162,22 @@ def test_a_checkpoint_by_name_is_refused_when_damaged(interrupted):  # noqa: F81
     flip_a_bit(interrupted / "checkpoint-6" / "model.safetensors")
     with pytest.raises(DamagedCheckpoint, match="model.safetensors is damaged, its checksum has changed: resume from"):
         run(interrupted, resume_from_checkpoint=str(interrupted / "checkpoint-6"))
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_the_run_goes_on_later(tmp_path, reference, monkeypatch):  # noqa: F811
+    real = checkpoints.TrainingState.save
+
+    def save(state, *arguments):
+        with full_disk() if state.step == 6 else contextlib.nullcontext():
+            real(state, *arguments)
+
+    monkeypatch.setattr(checkpoints.TrainingState, "save", save)
+    with pytest.raises(OSError, match="checkpoint-6 cannot be written .* free some space, then resume"):
+        run(tmp_path, checkpoints_total_limit=10)
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    resume(tmp_path, checkpoints_total_limit=10)
+    assert contents(tmp_path) == contents(reference)
 
 
 def test_without_any_good_checkpoint_nothing_is_started(interrupted):  # noqa: F811
