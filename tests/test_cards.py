@@ -87,9 +87,7 @@ def test_text_from_outside_cannot_leave_its_place(run, tmp_path):
     assert r"Licence: free &lt;script&gt;alert(1)&lt;/script&gt; \| a \| b \| 'code'" in text
 
 
-HOSTILE = (
-    "x</p><img src=//evil.invalid onerror=x()>`\n---\nlicense: evil\n```\n# [click](https://evil.invalid) | ![p](y)"
-)
+HOSTILE = "x</p><img src=//evil.invalid>`\n---\nlicense: evil\n```\n# [click](https://evil.invalid) | ![p](y)"
 
 
 def outside_code(text: str) -> str:
