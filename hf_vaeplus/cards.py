@@ -74,7 +74,7 @@ def write_card(
             raise FileNotFoundError(f"{run_dir} lacks {name}: give the --output_dir of a finished `vaeplus train`.")
     try:
         fields, hub_id, eval_results = _told_by(run_dir, evaluation)
-    except (AttributeError, KeyError, SafetensorError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(
             f"{run_dir} holds no run that a card can tell of ({error!r}): give the --output_dir of a finished"
             " `vaeplus train`."

@@ -631,7 +631,7 @@ def _read_results(path: Path) -> dict:
 
     try:
         results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"--evaluation {path} is no JSON ({error}): give evaluate's output.") from error
     if not isinstance(results, dict) or "protocol" not in results:
         raise ValueError(f"--evaluation {path} holds no protocol: give evaluate's output.")

@@ -136,6 +136,9 @@ FILES = {
     "idx/none/train-images-idx3-ubyte": idx(DIGITS[:0]),
     "idx/gzip/train-images-idx3-ubyte.gz": gzip.compress(idx(DIGITS))[:-20],
     "idx/plain/train-images-idx3-ubyte.gz": idx(DIGITS),
+    "idx/bomb/train-images-idx3-ubyte.gz": gzip.compress(idx(DIGITS, shape=(2**21, 28, 28)) + bytes(100_000_000)),
+    "idx/long/train-images-idx3-ubyte.gz": gzip.compress(idx(DIGITS) + bytes(100_000_000)),
+    "idx/claim/train-images-idx3-ubyte": idx(DIGITS, shape=(2**30, 2**30, 2**30)),
     # presets
     "list.yaml": b"- vae\n- second_stage\n",
     "number.yaml": b"3\n",
@@ -250,6 +253,9 @@ CATALOGUE = {
     "an idx file of no images": (f"{OWN} --train_data_dir idx/none", "holds no images"),
     "a truncated gzip": (f"{OWN} --train_data_dir idx/gzip", "not a complete file of images .* download it again"),
     "a gzip that is none": (f"{OWN} --train_data_dir idx/plain", "not a complete file of images"),
+    "a gzip bomb": (f"{OWN} --train_data_dir idx/bomb", "says that it unpacks to 1,644,167,168 bytes; unpack it if"),
+    "a gzip with more than it says": (f"{OWN} --train_data_dir idx/long", "not a complete file of images"),
+    "an idx file that says it is huge": (f"{OWN} --train_data_dir idx/claim", "not a complete file of images"),
     "a data set that the Hub lacks": (f"{OWN} --dataset_name nobody/nothing", "'nobody/nothing' .* is not on the Hub"),
     "a revision that the Hub lacks": (
         f"{OWN} --dataset_name org/folder --dataset_revision v9",

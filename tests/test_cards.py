@@ -2,16 +2,19 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.cards import write_card
 from hf_vaeplus.cli import main
+from hf_vaeplus.encoding import latents_card
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -82,6 +85,72 @@ def test_text_from_outside_cannot_leave_its_place(run, tmp_path):
     text = write_card(run, "somebody/digits", tmp_path, data_license=hostile).read_text()
     assert "<script>" not in text and "\n| a | b" not in text
     assert r"Licence: free &lt;script&gt;alert(1)&lt;/script&gt; \| a \| b \| 'code'" in text
+
+
+HOSTILE = "x</p><img src=//evil.invalid>`\n---\nlicense: evil\n```\n# [click](https://evil.invalid) | ![p](y)"
+
+
+def outside_code(text: str) -> str:
+    """A card without its header, blocks and spans of code, and its own pictures."""
+    body = text.split("\n---\n", 1)[1]
+    body = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`|!\[[^\]]*\]\((samples|curves)\.png\)", "", body)
+
+
+def test_hostile_text_in_every_field_is_text(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {name: spoil(each) for name, each in value.items()}
+        return HOSTILE if isinstance(value, str) else value
+
+    for path in (copy / "summary.json", *copy.glob("*/training_options.json"), *copy.glob("*/config.json")):
+        path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+    evaluation = spoil(json.loads((run.parent / "evaluation.json").read_text()))
+    for each in evaluation["protocol"]["extractors"]:
+        each["extractor"] = "pixels:16"  # by which the table finds its numbers
+    path = write_card(copy, "somebody/digits", tmp_path / "card", evaluation, HOSTILE, HOSTILE)
+    text, card = path.read_text(), ModelCard.load(path)
+    assert "evil.invalid" in text and card.data.license == HOSTILE and card.data.datasets == HOSTILE
+    assert card.data.model_name == "digits" and card.data.eval_results[0].dataset_name == HOSTILE
+    body = outside_code(text)
+    assert "evil.invalid" in body and not re.search(r"<\w|(?<!\\)\]\(|(?<!\\)!\[|^---|^# \[", body, re.MULTILINE)
+    assert body.count("\n#") == ModelCard.load(write_card(run, "somebody/digits", tmp_path)).text.count("\n#")
+    assert len(re.findall("^```", text, re.MULTILINE)) == 6
+
+
+def test_hostile_text_in_the_card_of_latents_is_text(run):
+    pipe = VAEPlusPipeline.from_pretrained(run / "pipeline")
+    images = SimpleNamespace(name=HOSTILE)
+    text = latents_card(pipe, HOSTILE, images, HOSTILE, None, 3, HOSTILE)
+    assert DatasetCard(text).data.license is None
+    body = outside_code(text)
+    assert "evil.invalid" in body and not re.search(r"<\w|(?<!\\)\]\(|(?<!\\)!\[|^---|^# \[", body, re.MULTILINE)
+    assert len(code_blocks(text)) == 1
+    compile(code_blocks(text)[0], "card", "exec")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "vae/config.json", "second_stage/training_options.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", "null", '{"images": 3}', "[" * 3000, "\xff"])
+def test_damaged_files_of_a_run_give_one_sentence(run, tmp_path, capsys, name, content):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / name).write_text(content, encoding="latin-1")
+    assert main(["card", str(copy), "somebody/digits", "--output", str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err
+    assert re.search("holds no run that a card can tell of .* give the --output_dir of a finished", errors), errors
+    assert errors.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ["vae", "commit", "versions", "squared_error", "images", "command", "seed"])
+@pytest.mark.parametrize("value", ["text", 3, None, [], {}])
+def test_a_foreign_summary_gives_a_card_or_one_sentence(run, tmp_path, capsys, field, value):
+    copy = shutil.copytree(run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps(summary | {field: value}))
+    code = main(["card", str(copy), "somebody/digits", "--output", str(tmp_path / "out")])
+    errors = capsys.readouterr().err
+    assert code == 0 and not errors or code == 2 and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 `interrupted` and `reference` are those of test_training.py: runs of 8 steps, one of them cut off after step 6.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +17,14 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
+from test_bad_input import full_disk
+from test_cards import TINY
 from test_training import contents, interrupted, prepare_rows, reference, resume, run  # noqa: F401 (fixtures)
 
 from hf_vaeplus import checkpoints
 from hf_vaeplus.checkpoints import DamagedCheckpoint, check, list_checkpoints, sole_run
+from hf_vaeplus.cli import main
 from hf_vaeplus.training import TrainingInterrupted
 
 FILES = ["model.safetensors", "config.json", "optimizer.safetensors", "progress.json", "ema/model.safetensors"]
@@ -162,6 +168,22 @@ def test_a_checkpoint_by_name_is_refused_when_damaged(interrupted):  # noqa: F81
         run(interrupted, resume_from_checkpoint=str(interrupted / "checkpoint-6"))
 
 
+def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_the_run_goes_on_later(tmp_path, reference, monkeypatch):  # noqa: F811
+    real = checkpoints.TrainingState.save
+
+    def save(state, *arguments):
+        with full_disk() if state.step == 6 else contextlib.nullcontext():
+            real(state, *arguments)
+
+    monkeypatch.setattr(checkpoints.TrainingState, "save", save)
+    with pytest.raises(OSError, match="checkpoint-6 cannot be written .* free some space, then resume"):
+        run(tmp_path, checkpoints_total_limit=10)
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    resume(tmp_path, checkpoints_total_limit=10)
+    assert contents(tmp_path) == contents(reference)
+
+
 def test_without_any_good_checkpoint_nothing_is_started(interrupted):  # noqa: F811
     for path in list_checkpoints(interrupted):
         truncate(path / "model.safetensors")
@@ -223,6 +245,24 @@ def hold(folder, held, let_go):
     with sole_run(Path(folder)):
         held.set()
         let_go.wait(60)
+
+
+def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
+    """Between the stages and while it reports, `vaeplus train` holds its folder as well."""
+    monkeypatch.setenv("VAEPLUS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    command = ["train", "--config", str(tmp_path / "tiny.yaml"), "--output_dir", str(tmp_path / "run")]
+    context = multiprocessing.get_context("spawn")
+    held, let_go = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(tmp_path / "run"), held, let_go))
+    other.start()
+    assert held.wait(60)
+    assert main(command) == 2
+    assert re.search("another process is training in .*run: wait for it, or choose another", capsys.readouterr().err)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    other.kill()
+    other.join()
+    assert main(command) == 0
 
 
 def test_two_runs_in_one_folder(tmp_path):

@@ -290,7 +290,8 @@ def build_slowly(barrier, folder, cache, log, pause):
 
     data.decode_image = slow
     barrier.wait()
-    load_images(train_data_dir=folder, cache_dir=cache, progress=False, resolution=8)
+    images = load_images(train_data_dir=folder, cache_dir=cache, progress=False, resolution=8).images
+    np.save(log.with_name(f"read-{os.getpid()}.npy"), images)
 
 
 def start_builders(number, *args):
@@ -304,13 +305,16 @@ def start_builders(number, *args):
     return processes
 
 
-def test_two_processes_build_once(folder, tmp_path, load):
-    for process in start_builders(2, folder, tmp_path / "cache", tmp_path / "log", 0.1):
+def test_of_four_processes_one_builds_and_all_read_the_same(folder, tmp_path, load):
+    for process in start_builders(4, folder, tmp_path / "cache", tmp_path / "log", 0.1):
         process.join()
         assert process.exitcode == 0
     names = (tmp_path / "log").read_text().split()
     assert sorted(names) == sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
-    np.testing.assert_array_equal(load(train_data_dir=folder).images[-1], noise(NUM_PICTURES - 1))
+    read = [np.load(path) for path in tmp_path.glob("read-*.npy")]
+    assert len(read) == 4
+    for images in read:
+        np.testing.assert_array_equal(images, np.stack([noise(i) for i in range(NUM_PICTURES)]))
 
 
 def test_what_a_killed_builder_left_is_removed(folder, tmp_path, load):

@@ -141,6 +141,16 @@ def test_a_variant_adds_weights_and_nothing_else(hub, pipe):
         make_pipeline(hidden_dim=9).push_to_hub(REPO, variant="bf16")
 
 
+def test_a_variant_needs_no_card_and_takes_none(hub, pipe, saved, monkeypatch):
+    pipe.push_to_hub(REPO)
+    before = hub[REPO].files().keys()
+    (saved / "README.md").write_text('VAEPlusPipeline.from_pretrained("org/else")')  # it stays where it is
+    (saved / "samples.png").write_bytes(b"a picture")
+    monkeypatch.setattr("hf_vaeplus.hub.shutil.copy", None)
+    VAEPlusPipeline.from_pretrained(saved).push_to_hub(REPO, variant="bf16")
+    assert hub[REPO].files().keys() - before == {f"{name}/model.bf16.safetensors" for name in COMPONENTS}
+
+
 def test_dtype_and_cache_dir(hub, pipe, tmp_path, cache):
     pipe.push_to_hub(REPO)
     pulled = VAEPlusPipeline.from_pretrained(REPO, dtype=torch.bfloat16, cache_dir=tmp_path / "elsewhere")

@@ -9,6 +9,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, Fault
+from safetensors import SafetensorError
 from safetensors.torch import load
 from test_cards import TINY
 from test_training import run, stats_of
@@ -81,6 +82,32 @@ def test_what_fails_in_mid_run_is_tried_again_at_the_end(hub, caplog, no_waiting
     hub.faults.clear()
     assert push.finish(snapshot("late"), "end")
     assert hub[REPO].titles == ["initial commit", "end"] and hub[REPO].files()["note.txt"] == b"late"
+
+
+@pytest.mark.parametrize("which", ["mkdtemp", "save_pretrained"])
+def test_a_full_temporary_folder_is_a_warning(hub, tmp_path, caplog, monkeypatch, which):
+    """The folder of the run is on another disk, which has room."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    real = VAEPlusVAEModel.save_pretrained
+
+    def save(model, folder, **options):
+        real(model, folder, **options)
+        if tmp_path / "temporary" in folder.parents:
+            raise SafetensorError("I/O error: No space left on device")
+
+    def no_room(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    if which == "mkdtemp":
+        monkeypatch.setattr("hf_vaeplus.hub.tempfile.mkdtemp", no_room)
+    else:
+        monkeypatch.setattr(VAEPlusVAEModel, "save_pretrained", save)
+    run(tmp_path / "run", **PUSH)
+    assert "the run goes on, and pushes again at its next checkpoint" in caplog.text
+    assert "the model is on disk; the same command, resumed, pushes it again: " in caplog.text
+    assert "No space left" in caplog.text and not list((tmp_path / "temporary").iterdir()) and not hub.repositories
+    VAEPlusVAEModel.from_pretrained(tmp_path / "run")
 
 
 def test_one_upload_at_a_time_and_the_run_does_not_wait(hub):
