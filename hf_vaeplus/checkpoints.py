@@ -226,6 +226,14 @@ def _flush_to_disk(written: Path):
             os.close(descriptor)
 
 
+def drop_oldest(output_dir: Path, total_limit: int):
+    """Keep so many checkpoints, the newest. What is killed in mid-way leaves a whole one, or none by that name."""
+    for old in list_checkpoints(output_dir)[:-total_limit]:
+        going = output_dir / f".{old.name}.partial"
+        os.replace(old, going)
+        shutil.rmtree(going)
+
+
 # ---------------------------------------------------------------------------------------------------------- state
 
 
@@ -249,8 +257,7 @@ class TrainingState:
             self._write(partial)
             shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
             os.replace(partial, final)
-        for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+        drop_oldest(output_dir, total_limit)
 
     def _write(self, partial: Path):
         self.model.save_pretrained(partial)

@@ -39,6 +39,7 @@ from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
 from .checkpoints import (
     TrainingState,
+    drop_oldest,
     find_checkpoint,
     list_checkpoints,
     save_model,
@@ -486,6 +487,7 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
     if finish is not None:
         finish(trained)
     if accelerator.is_main_process:
+        drop_oldest(output_dir, options.checkpoints_total_limit)  # a save that was killed at its end did not
         save_model(trained, output_dir)
         if preview is not None:
             _draw_preview(accelerator, preview, trained, output_dir, state.step)

@@ -193,6 +193,27 @@ def test_without_any_good_checkpoint_nothing_is_started(interrupted):  # noqa: F
     assert contents(interrupted) == before
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_a_kill_while_the_oldest_is_dropped_leaves_no_part_of_it(tmp_path, monkeypatch, half):
+    class Killed(BaseException):
+        pass
+
+    def rmtree(path, **options):
+        if "checkpoint-6" not in path.name or not path.exists():
+            return remove(path, **options)
+        if half:
+            (path / "model.safetensors").unlink()
+        raise Killed
+
+    run(tmp_path / "whole", checkpoints_total_limit=1)
+    remove = shutil.rmtree
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # after the last save: nothing comes to save again
+        patch.setattr(checkpoints.shutil, "rmtree", rmtree)
+        run(tmp_path / "cut", checkpoints_total_limit=1)
+    resume(tmp_path / "cut", checkpoints_total_limit=1)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
 # -------------------------------------------------------------------------------------------------------- signals
 
 
