@@ -469,7 +469,8 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
                 progress.set_postfix(_postfix(stats, speed))
                 for sentence in watch(stats):
                     progress.write(sentence, file=sys.stderr)
-            accelerator.log({**stats, "samples_per_second": speed}, step=state.step)
+            trackers = {**stats, "grad_norm": float(grad_norm), "samples_per_second": speed}  # they know no null
+            accelerator.log(trackers, step=state.step)
         if state.step % options.checkpointing_steps == 0 or state.step == options.max_train_steps:
             _save(accelerator, state, options)
             if push is not None and state.step < options.max_train_steps:
