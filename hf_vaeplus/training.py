@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, SchedulerType, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from .checkpoints import (
     TrainingState,
@@ -50,6 +50,11 @@ from .checkpoints import (
 from .hub import BackgroundPush, redacted
 
 logger = logging.getLogger(__name__)
+
+# Those of `transformers.get_scheduler` that need no metric and no setting of their own.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+)  # fmt: skip
 
 
 def option(default, help: str, **metadata):
@@ -67,7 +72,7 @@ class TrainingOptions:
     train_batch_size: int = option(64, "samples per process in one forward pass")
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
-    lr_scheduler: str = option("cosine", "a name that transformers.get_scheduler knows: cosine, linear, constant, ...")
+    lr_scheduler: str = option("cosine", f"{', '.join(SCHEDULES)}: as in transformers.get_scheduler")
     lr_warmup_steps: int = option(100, "steps of linear warm-up of the learning rate")
     gamma_lr_multiplier: float = option(10.0, "learning rate of a learned log_gamma, as a multiple of learning_rate")
     adam_beta1: float = option(0.9, "AdamW's beta1")
@@ -117,7 +122,7 @@ class TrainingOptions:
             raise ValueError(f"seed must be below 2**63, got {self.seed}.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
-        known = {"lr_scheduler": [*SchedulerType], "report_to": ["none", *LoggerType]}
+        known = {"lr_scheduler": SCHEDULES, "report_to": ["none", *LoggerType]}
         for name, values in known.items():
             names = sorted(str(getattr(value, "value", value)) for value in values)
             if getattr(self, name) not in names:

@@ -299,6 +299,10 @@ CATALOGUE = {
     "an epsilon of nothing": (f"{TRAIN} --adam_epsilon 0", "adam_epsilon must be positive, got 0"),
     "fp16 on a CPU": (f"{TRAIN} --mixed_precision fp16", "fp16 needs a GPU, and this is a CPU: use bf16, or no"),
     "fp16 of a stage on a CPU": (f"{FIRST} --mixed_precision fp16", "fp16 needs a GPU, and this is a CPU"),
+    "a schedule that waits for a metric": (
+        f"{TRAIN} --lr_scheduler reduce_lr_on_plateau",
+        "lr_scheduler must be one of constant, .*, got 'reduce_lr_on_plateau'",
+    ),
     "a decay beyond one": (f"{TRAIN} --ema_decay 1.5", r"ema_decay must lie in \[0, 1\), got 1.5"),
     "a norm that is not a number": (f"{TRAIN} --max_grad_norm nan", "max_grad_norm must .*got nan"),
     "negative workers": (f"{TRAIN} --dataloader_num_workers -1", "dataloader_num_workers must not be negative"),

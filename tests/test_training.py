@@ -26,6 +26,7 @@ from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel, VAEPlu
 from hf_vaeplus.checkpoints import list_checkpoints
 from hf_vaeplus.stages import StageOptions, TensorRows
 from hf_vaeplus.training import (
+    SCHEDULES,
     BatchNoise,
     GlobalBatchSampler,
     HealthWatch,
@@ -242,6 +243,13 @@ def test_two_accumulated_passes_equal_one_of_twice_the_batch(tmp_path, kind):
         assert left == pytest.approx(right, rel=1e-5)
     start = make_autoencoder() if kind == "autoencoder" else make_vae(gamma=kind, gamma_init=0.5)
     assert any(not torch.allclose(value, double[name], rtol=1e-3) for name, value in start.state_dict().items())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_trains(tmp_path, name):
+    run(tmp_path, lr_scheduler=name)
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert len(rates) == 4 and rates[1] > 0 and (rates[-1] == rates[1]) == name.startswith("constant")
 
 
 def test_moving_average_is_its_recurrence(tmp_path):
