@@ -250,6 +250,29 @@ class TrainingState:
     window_passes: int = 0
     step: int = 0
 
+    def _progress(self) -> dict:
+        progress = {"step": self.step, "window_passes": self.window_passes, "scheduler": self.scheduler.state_dict()}
+        return progress if self.scaler is None else {**progress, "scaler": self.scaler.state_dict()}
+
+    def _read_progress(self, path: Path) -> dict:
+        own = self._progress()
+        try:
+            found = json.loads(path.read_text())
+            progress = {key: found[key] for key in own}
+            schedule = dict(found["scheduler"])
+            progress["scheduler"] = {"last_epoch": schedule["last_epoch"], "_last_lr": schedule["_last_lr"]}
+            for key, value in own["scheduler"].items():  # other versions of PyTorch keep a little more or less
+                progress["scheduler"].setdefault(key, schedule.get(key, value))
+            fits = _alike(progress, own)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{path} is not the progress of such a run: resume with the options that the run was started with"
+                " (training_options.json), or from another checkpoint."
+            )
+        return progress
+
     def save(self, output_dir: Path, total_limit: int):
         """Write checkpoint-<step> beside the others, rename it into place when complete, then drop the oldest."""
         final, partial = output_dir / f"checkpoint-{self.step}", output_dir / f".checkpoint-{self.step}.partial"
@@ -271,10 +294,7 @@ class TrainingState:
         if self.window is not None:
             tensors["window"] = self.window
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
-        progress = {"step": self.step, "window_passes": self.window_passes, "scheduler": self.scheduler.state_dict()}
-        if self.scaler is not None:
-            progress["scaler"] = self.scaler.state_dict()
-        write_json(partial / "progress.json", progress)
+        write_json(partial / "progress.json", self._progress())
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         write_json(partial / CHECKSUMS, {path.relative_to(partial).as_posix(): _sha256(path) for path in files})
         _flush_to_disk(partial)
@@ -283,18 +303,18 @@ class TrainingState:
         """Take over a checkpoint that `find_checkpoint` has found good.
 
         Raises:
-            ValueError, FileNotFoundError: it is of another model, of a run without a moving average, or not in
-                safetensors.
+            ValueError, FileNotFoundError: it is of another model, of a run without a moving average, not in
+                safetensors, or its progress.json is not what `save` writes.
         """
         if self.ema is not None and not (checkpoint / "ema").is_dir():
             raise FileNotFoundError(
                 f"checkpoint {checkpoint} lacks ema: resume with the options that the run was started with"
                 " (training_options.json)."
             )
+        progress = self._read_progress(checkpoint / "progress.json")
         _load_weights(self.model, checkpoint / "model.safetensors")
         if self.ema is not None:
             _load_weights(self.ema, checkpoint / "ema" / "model.safetensors")
-        progress = json.loads((checkpoint / "progress.json").read_text())
         self.step, self.window_passes = progress["step"], progress["window_passes"]
         tensors = _tensors(checkpoint / "optimizer.safetensors")
         window = tensors.pop("window", None)
@@ -329,6 +349,21 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{path} is no safetensors file ({error}): resume from another checkpoint.") from error
+
+
+def _alike(found, expected) -> bool:
+    """Whether a value of JSON has the keys, the lengths and the types of another, and numbers that can be."""
+    if isinstance(expected, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == expected.keys()
+            and all(_alike(found[key], value) for key, value in expected.items())
+        )
+    if isinstance(expected, list):
+        return isinstance(found, list) and len(found) == len(expected) and all(map(_alike, found, expected))
+    if isinstance(expected, float):
+        return isinstance(found, int | float) and abs(found) < 1e300
+    return type(found) is type(expected) and (not isinstance(found, int) or 0 <= found < 2**63)
 
 
 def _load_weights(model: nn.Module, path: Path):

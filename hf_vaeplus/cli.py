@@ -175,7 +175,7 @@ def _assignment(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     try:
         return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except Exception as error:  # PyYAML lets through nearly anything that its constructors meet
         raise argparse.ArgumentTypeError(f"{text!r} has no readable value") from error
 
 

@@ -167,7 +167,7 @@ class _Idx(_Source):
                 pixels = opened.read(min(size, MAX_UNPACKED if packed else file.stat().st_size) + 1)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             magic = None
-        if magic != 0x803 or not height * width or len(pixels) != size:
+        if magic != 0x803 or not 0 < height * width < 2**31 or len(pixels) != size:
             raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
         self.images = np.frombuffer(pixels, np.uint8).reshape(self.count, height, width)
         self.identity = {"files": _content_hash({file.name: file})}
@@ -523,7 +523,7 @@ def _cached_info(folder):
     try:
         info = json.loads((folder / "info.json").read_text())
         return info if (folder / "images.bin").stat().st_size == math.prod(info["shape"]) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -53,7 +53,13 @@ def decode_image(content, label, resolution, crop, num_channels):
     if side > min(image.size):
         raise ValueError(f"{label} is {image.width}x{image.height}, smaller than crop={crop}; choose a smaller crop")
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).convert("L" if num_channels == 1 else "RGB")
+    image, mode = image.crop((left, top, left + side, top + side)), "L" if num_channels == 1 else "RGB"
+    try:
+        image = image.convert(mode)
+    except ValueError as error:  # LAB, for one
+        raise ValueError(
+            f"{label} has pixel type {image.mode}, expected one that {mode} can show; convert it first"
+        ) from error
     if side != resolution:
         box_or_cubic = Image.Resampling.BOX if side > resolution else Image.Resampling.BICUBIC
         image = image.resize((resolution, resolution), box_or_cubic)

@@ -68,7 +68,8 @@ class PenalizedAutoencoderConfig(VAEPlusConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.input_shape = tuple(self.input_shape)
-        self._check_positive("input_shape", "latent_dim", "hidden_dim", "num_blocks")
+        self._check_positive("input_shape", "latent_dim", "hidden_dim")
+        self._check_positive("num_blocks", limit=1000)
         self._check_positive("penalty_eps", "penalty_power", "active_threshold")
         if self.penalty_power > 1:
             raise ValueError(f"PenalizedAutoencoderConfig.penalty_power must be at most 1, got {self.penalty_power}.")

@@ -34,8 +34,21 @@ from transformers.utils import ModelOutput
 # What the libraries themselves put into a config's keyword arguments; anything else unknown is a misspelling.
 _LIBRARY_KEYS = frozenset(
     "_attn_implementation _commit_hash _name_or_path attn_implementation auto_map experts_implementation model_type"
-    " name_or_path num_labels torch_dtype".split()
+    " name_or_path output_attentions torch_dtype".split()
 )
+# Fields that the library gives to every config, and what models are run in.
+_LIBRARY_FIELDS = {
+    "architectures": list | None,
+    "chunk_size_feed_forward": int,
+    "id2label": dict | None,
+    "is_encoder_decoder": bool,
+    "label2id": dict | None,
+    "output_hidden_states": bool | None,
+    "problem_type": str | None,
+    "return_dict": bool | None,
+    "transformers_version": str | None,
+}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class VAEPlusConfig(PreTrainedConfig):
@@ -53,18 +66,50 @@ class VAEPlusConfig(PreTrainedConfig):
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"the fields are {sorted(self._own_fields())}."
                 raise ValueError(f"{type(self).__name__} has no field {name!r}: {hint}")
+        self._check_library_fields(kwargs)
         super().__post_init__(**kwargs)
+
+    def _check_library_fields(self, others: dict):
+        """The library checks none of them, and fails later, in many ways."""
+
+        def refuse(name, value):
+            raise ValueError(f"{type(self).__name__}.{name} cannot be {value!r}: leave it out.")
+
+        for name, kinds in _LIBRARY_FIELDS.items():
+            if not isinstance(getattr(self, name), kinds):
+                refuse(name, getattr(self, name))
+        if not all(str(number).isdecimal() for number in self.id2label or ()):
+            refuse("id2label", self.id2label)
+        for dtype in (self.dtype, others.get("torch_dtype")):
+            if dtype not in (None, *_DTYPES, *(str(each).removeprefix("torch.") for each in _DTYPES)):
+                refuse("dtype", dtype)
+        for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+            if others.get(name) not in (None, "eager"):
+                refuse(name, others[name])
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        try:
+            found = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is nested too deeply for a config: write or download it again.") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{json_file} must hold the fields of a config, got a {type(found).__name__}.")
+        return found
 
     @classmethod
     def _own_fields(cls) -> list[str]:
         return [field.name for field in fields(cls) if field.name not in PreTrainedConfig.__dataclass_fields__]
 
-    def _check_positive(self, *names: str):
+    def _check_positive(self, *names: str, limit: int = 2**20):
+        """Refuses what no machine builds, too; of a number of layers that is far less (`limit`)."""
         for name in names:
             value = getattr(self, name)
             for number in value or (0,) if isinstance(value, tuple) else (value,):
-                if not 0 < number < math.inf:
+                if not number > 0:
                     raise ValueError(f"{type(self).__name__}.{name} must be positive, got {value}.")
+                if number > limit:
+                    raise ValueError(f"{type(self).__name__}.{name} must be at most {limit:,}, got {value}.")
 
     def _check_grid(self, image_size: int):
         """The convolutional networks need whole pixels at every scale."""
@@ -109,7 +154,8 @@ class VAEPlusAutoencoderConfig(VAEPlusConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.hidden_channels = tuple(self.hidden_channels)
-        self._check_positive("latent_dim", "patch_size", "hidden_channels", "num_blocks")
+        self._check_positive("latent_dim", "patch_size", "hidden_channels")
+        self._check_positive("num_blocks", limit=1000)
         if self.num_channels not in (1, 3):
             raise ValueError(f"VAEPlusAutoencoderConfig.num_channels must be 1 or 3, got {self.num_channels}.")
         if not 32 <= self.image_size <= 256:
@@ -187,13 +233,15 @@ class VAEPlusVAEConfig(VAEPlusConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.input_shape, self.hidden_channels = tuple(self.input_shape), tuple(self.hidden_channels)
-        self._check_positive("input_shape", "latent_dim", "hidden_dim", "num_blocks", "code_dim")
-        self._check_positive("patch_size", "hidden_channels", "num_conv_blocks")
+        self._check_positive("input_shape", "latent_dim", "hidden_dim", "code_dim", "patch_size", "hidden_channels")
+        self._check_positive("num_blocks", "num_conv_blocks", limit=1000)
         self._check_positive("latent_init_scale", "gamma_init", "min_gamma")
         if self.encoder_blocks is not None:
-            self._check_positive("encoder_blocks")
-        if self.max_gamma is not None and not self.max_gamma > self.min_gamma:
-            raise ValueError(f"VAEPlusVAEConfig.max_gamma must exceed min_gamma, got {self.max_gamma}.")
+            self._check_positive("encoder_blocks", limit=1000)
+        if self.max_gamma is not None:
+            self._check_positive("max_gamma")
+            if not self.max_gamma > self.min_gamma:
+                raise ValueError(f"VAEPlusVAEConfig.max_gamma must exceed min_gamma, got {self.max_gamma}.")
         if not 0 <= self.gamma_momentum < 1:
             raise ValueError(f"VAEPlusVAEConfig.gamma_momentum must lie in [0, 1), got {self.gamma_momentum}.")
         if self.reconstruction_space == "code":

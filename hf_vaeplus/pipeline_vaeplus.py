@@ -114,13 +114,21 @@ class VAEPlusPipeline(DiffusionPipeline):
     def _dict_from_json_file(cls, json_file, **kwargs):
         # An exported index names the code files of the repository: its classes are those installed here, so that
         # users of the package are not asked to trust remote code. Local folders and Hub downloads both pass here.
-        index = super()._dict_from_json_file(json_file, **kwargs)
+        try:
+            index = super()._dict_from_json_file(json_file, **kwargs)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is nested too deeply for the index of a pipeline: name one.") from error
         if not isinstance(index, dict):
             raise ValueError(f"{json_file} must hold the index of a pipeline, got a {type(index).__name__}.")
         if isinstance(index.get("_class_name"), list):
-            index["_class_name"] = index["_class_name"][-1]
+            index["_class_name"] = (index["_class_name"] or [None])[-1]
+        if not isinstance(index.get("_class_name"), str):
+            raise ValueError(f"{json_file} must name the class of a pipeline, got {index.get('_class_name')!r}.")
         for name in _COMPONENTS:
-            library, class_name = index.get(name) or (None, None)
+            entry = index.get(name, [None, None])
+            if not isinstance(entry, list) or [type(word) for word in entry] not in ([str, str], [type(None)] * 2):
+                raise ValueError(f"{json_file} must name the library and the class of its {name}, got {entry!r}.")
+            library, class_name = entry
             if library == "modeling_vaeplus":
                 index[name] = ["hf_vaeplus", class_name]
             elif library not in ("hf_vaeplus", None):  # diffusers would import any module that an index names
@@ -209,7 +217,7 @@ class VAEPlusPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: latents or generators of another type.
-            ValueError: a number out of range, or latents of wrong shape or not finite.
+            ValueError: a number out of range, or latents of wrong shape, not finite or too large for the decoder.
         """
         _check_output_type(output_type)
         if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
@@ -273,7 +281,8 @@ class VAEPlusPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: latents that are not a tensor.
-            ValueError: latents of wrong shape or dtype, or not finite; sharpness that this model has not.
+            ValueError: latents of wrong shape or dtype, not finite or too large for the decoder; sharpness that this
+                model has not.
         """
         _check_output_type(output_type)
         self._check_sharpness(sharpness)
@@ -416,6 +425,10 @@ class VAEPlusPipeline(DiffusionPipeline):
         if sharpness:
             with _weights_in_place(self.autoencoder):
                 images = self.autoencoder.sharpen(images, sharpness)
+        if images.isnan().any():
+            raise ValueError(
+                "these latents are too far out, the decoder gives NaN: use smaller ones or less temperature."
+            )
         return images.clamp(0, 1).cpu()
 
     def _to_float(self, images: torch.Tensor) -> torch.Tensor:

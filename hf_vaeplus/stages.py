@@ -115,9 +115,10 @@ def load_preset(name: str | Path) -> dict:
     path = carried / f"{name}.yaml" if name in names else Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"no preset or file named {name}: the presets are {', '.join(names)}.")
+    content = path.read_bytes()
     try:
-        preset = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        preset = yaml.safe_load(content)
+    except Exception as error:  # PyYAML's constructors raise nearly anything
         raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     _check_size(preset, name)
     _check_preset(preset, name)

@@ -1,6 +1,14 @@
 """What several test files need."""
 
+import io
+import struct
+import zlib
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
+from PIL import Image
 
 from hf_vaeplus import (
     VAEPlusAutoencoderConfig,
@@ -29,3 +37,31 @@ def two_stages(image_size: int = 32) -> VAEPlusPipeline:
     return VAEPlusPipeline(
         perturbed(VAEPlusVAEModel(vae)).eval(), perturbed(VAEPlusAutoencoderModel(autoencoder)).eval()
     )
+
+
+# Files, as bytes.
+
+
+def noise(seed: int, height: int = 8, width: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(pixels, format: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def idx(images: np.ndarray, magic: int = 0x803, shape=None) -> bytes:
+    return struct.pack(">4i", magic, *(shape or images.shape)) + images.tobytes()
+
+
+def parquet(**columns) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file, compression="none")
+    return file.getvalue()

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from helpers import encoded, idx, noise, parquet, png_chunk
 from loopback_hub import Fault, Repository
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -40,21 +40,6 @@ SIZE = 32
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def noise(seed: int, height: int = 8, width: int = 8) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encoded(pixels, format: str = "png", **options) -> bytes:
-    file = io.BytesIO()
-    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    picture.save(file, format, **options)
-    return file.getvalue()
-
-
-def png_chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def png_that_claims(width: int, height: int) -> bytes:
     """A few bytes that say they are so many pixels."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -65,16 +50,6 @@ def text_bomb() -> bytes:
     """A small picture with a comment that unpacks to 100 MB."""
     comment = png_chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(100_000_000)))
     return encoded(noise(0))[:33] + comment + encoded(noise(0))[33:]
-
-
-def idx(images: np.ndarray, magic: int = 0x803, shape=None) -> bytes:
-    return struct.pack(">4i", magic, *(shape or images.shape)) + images.tobytes()
-
-
-def parquet(**columns) -> bytes:
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), file, compression="none")
-    return file.getvalue()
 
 
 def flipped(content: bytes, at: int, count: int = 40) -> bytes:
