@@ -155,7 +155,7 @@ def test_the_newest_good_checkpoint_is_taken(interrupted, reference, caplog, nam
     assert contents(interrupted) == contents(reference)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model.safetensors": 3}', "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[5]", "{}", '{"model.safetensors": 3}', "null"])
 def test_damaged_checksums(interrupted, text):  # noqa: F811
     path = interrupted / "checkpoint-6" / "checksums.json"
     path.write_text(text)
