@@ -638,7 +638,7 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
         ({"use_ema": 1}, "use_ema must be bool, got 1"),
         ({"output_dir": None}, "output_dir must be str, got None"),
         ({"resume_from_checkpoint": 3}, "resume_from_checkpoint must be str or nothing, got 3"),
-        ({"hub_token": True}, "hub_token must be str or nothing, got True"),
+        ({"hub_token": True}, "hub_token must be str or nothing, got bool"),
     ],
 )  # fmt: skip
 def test_options_out_of_range_or_of_another_type_are_refused(options, told):
