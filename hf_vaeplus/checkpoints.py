@@ -91,7 +91,7 @@ def check(checkpoint: Path):
         files = {name: expected[name] for name in {*expected, *_ALWAYS}}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{checkpoint} lacks {CHECKSUMS}: {advice}") from None
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(f"{checkpoint / CHECKSUMS} is damaged: {advice}") from error
     inside = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
     for name, digest in sorted(files.items()):
@@ -264,7 +264,7 @@ class TrainingState:
             for key, value in own["scheduler"].items():  # other versions of PyTorch keep a little more or less
                 progress["scheduler"].setdefault(key, schedule.get(key, value))
             fits = _alike(progress, own)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (LookupError, RecursionError, TypeError, ValueError):
             fits = False
         if not fits:
             raise ValueError(
