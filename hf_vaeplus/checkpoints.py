@@ -264,7 +264,7 @@ class TrainingState:
             for key, value in own["scheduler"].items():  # other versions of PyTorch keep a little more or less
                 progress["scheduler"].setdefault(key, schedule.get(key, value))
             fits = _alike(progress, own)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (LookupError, RecursionError, TypeError, ValueError):
             fits = False
         if not fits:
             raise ValueError(

@@ -206,7 +206,7 @@ class _Table(_Source):
             try:
                 for batch in parquet.iter_batches(_BLOCK, columns=[self.image_column]):
                     yield from batch.column(0).to_pylist()
-            except (OSError, ValueError) as error:
+            except Exception as error:  # damaged files make Arrow raise nearly anything
                 raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
 
     def _values_of_hub(self):
@@ -266,7 +266,7 @@ def _open_parquet(file):
 
     try:
         return pyarrow.parquet.ParquetFile(file)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"{file} is no readable parquet file ({error}); fetch it again") from error
 
 

@@ -236,6 +236,7 @@ def progress(folder: Path):
         (checkpoint / "progress.json").write_bytes(data)
         state.scheduler = get_scheduler("cosine", state.optimizer, 2, 10)
         if refusal((ValueError,), load, names=str(checkpoint)):
+            state.optimizer.step()
             state.scheduler.step()
             if not (isinstance(state.step, int) and state.step >= 0):
                 raise Crash(f"{state.step!r} is no step")
