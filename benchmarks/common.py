@@ -20,7 +20,7 @@ from hf_vaeplus.evaluation import provenance
 from hf_vaeplus.training import TrainingOptions, train
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK_SECONDS = 25  # when a quick run starts no further round; imports and the round under way come on top
+QUICK_SECONDS = 30  # when a quick run starts no further round; imports and the round under way come on top
 
 
 def benchmark(name: str, description: str, measure: Callable, add_options: Callable | None = None) -> int:
@@ -43,6 +43,7 @@ def _run(name, description, measure, add_options):
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch, for all candidates")
     parser.add_argument("--repeats", type=int, default=None, help="rounds of every comparison")
+    parser.add_argument("--processor_time", action="store_true", help="per thread, not the clock's: on a busy machine")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
     if add_options:
         add_options(parser)
@@ -53,12 +54,16 @@ def _run(name, description, measure, add_options):
     args.deadline = time.perf_counter() + QUICK_SECONDS if scale == "quick" else float("inf")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes that are started
     torch.set_num_threads(args.threads)
+    if args.processor_time:
+        global now
+        now = _processor_time
     started = {
         **provenance(),
         "processor": _processor(),
         "threads": args.threads,
         "cores": os.cpu_count(),
         "load_average_before": round(os.getloadavg()[0], 2),  # of a quiet machine: near 0
+        "clock": "processor" if args.processor_time else "wall",
         "scale": scale,
         "repeats": args.repeats,
     }
@@ -110,34 +115,42 @@ def goal(what: str, measured: float | None, wanted: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------ time
 
 
-def in_turn(candidates: dict[str, Callable[[], float]], args, name: str, warmup: int = 0) -> dict[str, float]:
+now = time.perf_counter  # in seconds
+
+
+def _processor_time() -> float:
+    return time.process_time() / torch.get_num_threads()
+
+
+def in_turn(candidates: dict[str, Callable[[], float]], args, name: str) -> dict[str, float]:
     """Median of what each candidate returns, over rounds in which each has its turn: noise hits all alike.
 
-    The first `warmup` rounds do not count. A quick run stops before the round that would end too late.
+    Candidates warm up by themselves. A quick run stops before the round that would end too late.
     """
     found = {each: [] for each in candidates}
-    start, rounds = time.perf_counter(), warmup + args.repeats
-    bar = tqdm(total=rounds * len(candidates), desc=name)
-    for done in range(rounds):
-        now = time.perf_counter()
-        if done > warmup and now + (now - start) / done > args.deadline:
+    bar, start = tqdm(total=args.repeats * len(candidates), desc=name), time.perf_counter()
+    for done in range(args.repeats):
+        here = time.perf_counter()
+        if done and here + (here - start) / done > args.deadline:
             break
         for each, measure in candidates.items():
             bar.set_postfix_str(each)
             found[each].append(measure())
             bar.update()
     bar.close()
-    return {each: statistics.median(values[warmup:]) for each, values in found.items()}
+    return {each: statistics.median(values) for each, values in found.items()}
 
 
-def seconds_of(function: Callable, calls: int = 1) -> Callable[[], float]:
-    """A candidate for `in_turn`: seconds of one call of `function`, as the mean of `calls`."""
+def seconds_of(function: Callable, calls: int = 1, summary: Callable = statistics.median) -> Callable[[], float]:
+    """A candidate for `in_turn`: seconds of a call of `function`, the `summary` of `calls` after one that warms up."""
 
     def measure():
-        start = time.perf_counter()
-        for _ in range(calls):
+        found = []
+        for _ in range(1 + calls):
+            start = now()
             function()
-        return (time.perf_counter() - start) / calls
+            found.append(now() - start)
+        return summary(found[1:])
 
     return measure
 
@@ -145,10 +158,10 @@ def seconds_of(function: Callable, calls: int = 1) -> Callable[[], float]:
 class Clock(list):
     """The moments at which steps begin (or end)."""
 
-    warmup = 2  # steps that do not count
+    warmup = 1  # steps that do not count
 
     def tick(self):
-        self.append(time.perf_counter())
+        self.append(now())
 
     @property
     def seconds_per_step(self) -> float:

@@ -60,7 +60,7 @@ def plain_loop(model, images: torch.Tensor, batch_size: int, compute_loss) -> fl
 def measure_case(case: str, args, folder: Path) -> list[dict]:
     size, batch_size = CASES[case]
     batch_size = args.pick(4, batch_size, batch_size)
-    num_steps = Clock.warmup + 1 + (args.pick(2, 4, 12) if case != "mlp" else args.pick(2, 60, 300))
+    num_steps = Clock.warmup + 1 + (args.pick(2, 3, 12) if case != "mlp" else args.pick(2, 60, 300))
     model, prepare = build(case)
     channels = 1 if case == "mlp" else 3
     images = synthetic_images(folder / case, batch_size * num_steps, size, channels)
@@ -135,11 +135,12 @@ def timed_rates(candidates: dict, args, name: str) -> dict[str, tuple[float, flo
             torch.autograd.grad(conv2d(hidden, weight, padding=1), (hidden, weight), gradient)
 
         matrix = torch.randn(side, side, dtype=dtype)
-        ceilings[f"convolution, {precision}"] = seconds_of(convolve)
-        ceilings[f"matrix product, {precision}"] = seconds_of(lambda matrix=matrix: matrix @ matrix)
+        calls = args.pick(1, 3, 5)
+        ceilings[f"convolution, {precision}"] = seconds_of(convolve, calls, min)
+        ceilings[f"matrix product, {precision}"] = seconds_of(lambda matrix=matrix: matrix @ matrix, calls, min)
         work[f"convolution, {precision}"] = 3 * 2 * batch * 16 * 16 * 256 * 256 * 9
         work[f"matrix product, {precision}"] = 2 * side**3
-    seconds = in_turn({**candidates, **ceilings}, args, name, warmup=0 if args.smoke else 1)
+    seconds = in_turn({**candidates, **ceilings}, args, name)
     return {each: (work[each], seconds[each]) for each in seconds}
 
 
