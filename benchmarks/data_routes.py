@@ -3,8 +3,11 @@
     python benchmarks/data_routes.py
 
 Drawn faces of 128 x 128, as JPEG, in a folder and in parquet files, read at 64 x 64. "datasets stream" is the reader of
-Hub data sets (`datasets`, streaming) on local files: what it costs without the network. The cache is read as training
-reads it, in random order; building it is paid once.
+Hub data sets (`datasets`, streaming) on local files: what it costs without the network. Building the cache is paid once.
+
+The cache is read as training reads it: in random order, through the loop's own loader, scaled to floats. It holds more
+than a processor's caches do (a few hundred images would be read from there, several times faster), and is read for about
+as long as a training step takes, so that a busy machine slows both. Decoding uses all cores, whatever `--threads`.
 """
 
 import itertools
@@ -16,14 +19,15 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import torch
-from common import benchmark, goal, in_turn, seconds_of
+from accelerate import Accelerator
+from common import benchmark, goal, in_turn, seconds_of, synthetic_images
 from PIL import Image
 from tqdm.auto import tqdm
 from train_throughput import ADAMW, build
 
-from hf_vaeplus.data import ImageDataset, load_images, stream_images, to_unit_range
+from hf_vaeplus.data import load_images, stream_images, to_unit_range
 from hf_vaeplus.rendered_faces import factors_of, render_faces
-from hf_vaeplus.training import GlobalBatchSampler
+from hf_vaeplus.training import TrainingOptions, _loader
 
 BATCH = 64
 
@@ -44,16 +48,16 @@ def write_sources(folder: Path, count: int):
     pyarrow.parquet.write_table(table, folder / "table" / "train-00000-of-00001.parquet")
 
 
-def read_all(dataset) -> int:
-    """One pass in the order of training."""
-    if isinstance(dataset, ImageDataset):
-        batches = len(dataset) // BATCH
-        for indices in GlobalBatchSampler(len(dataset), BATCH, 0, 0, 1, 0, batches):
-            dataset.__getitems__(indices)
-        return batches * BATCH
-    dataset.set_position(0, BATCH)
-    batches = max(1, dataset.max_samples // BATCH)
-    return sum(len(batch["index"]) for batch in itertools.islice(dataset, batches))
+def read_cache(images, accelerator, batches: int):
+    """Batches as the training loop gets and scales them."""
+    for batch in _loader(images, TrainingOptions(train_batch_size=BATCH), accelerator, 0, batches):
+        to_unit_range(batch["pixel_values"])
+
+
+def read_stream(stream, batches: int):
+    stream.set_position(0, BATCH)
+    for batch in itertools.islice(stream, batches):
+        to_unit_range(batch["pixel_values"])
 
 
 def training_step(precision: str):
@@ -81,21 +85,21 @@ def measure(args) -> dict:
             "parquet": dict(train_data_dir=str(folder / "table")),
             "datasets stream": dict(dataset_name=str(folder / "table"), revision="0" * 40),
         }
-        cached = load_images(**sources["folder"], cache_dir=folder / "cache", progress=False)
+        cached, accelerator = synthetic_images(folder / "cache", args.pick(128, 20_000, 20_000), 64, 3), Accelerator()
 
         def building(source):
             shutil.rmtree(folder / "built", ignore_errors=True)
             load_images(**source, cache_dir=folder / "built", max_samples=count, progress=False)
 
-        def images_of_cache():
-            for _ in range(10):
-                read_all(cached)
-
-        work = {"cache": (10 * (count // BATCH) * BATCH, images_of_cache)}
+        batches = args.pick(2, 1_000, 4_000)
+        work = {"cache": (batches * BATCH, lambda: read_cache(cached, accelerator, batches))}
         for name, source in sources.items():
             work[f"{name}, building the cache"] = (count, lambda source=source: building(source))
             stream = stream_images(**source, max_samples=count)
-            work[f"{name}, streamed"] = (count // BATCH * BATCH, lambda stream=stream: read_all(stream))
+            work[f"{name}, streamed"] = (
+                count // BATCH * BATCH,
+                lambda stream=stream: read_stream(stream, count // BATCH),
+            )
         work["training consumes, conv64 bf16"] = (BATCH, training_step("bf16"))
         candidates = {name: seconds_of(function) for name, (_, function) in work.items()}
         rates = {name: work[name][0] / seconds for name, seconds in in_turn(candidates, args, "routes").items()}

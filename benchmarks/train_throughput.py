@@ -162,7 +162,10 @@ def measure(args) -> dict:
         {
             "case": case,
             "ours": ours,
-            **{f"times {theirs}": speedup(case, ours, theirs) for theirs in ("pythae, float32", "plain PyTorch, float32")},
+            **{
+                f"times {theirs}": speedup(case, ours, theirs)
+                for theirs in ("pythae, float32", "plain PyTorch, float32")
+            },
         }
         for case in cases
         for ours in ("ours, bf16", "ours, float32")
