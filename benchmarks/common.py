@@ -5,9 +5,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def _text(value) -> str:
 
 
 def goal(what: str, measured: float | None, wanted: str) -> dict:
-    """A row of the table `goals`. `wanted` is `">= 2.5"` or `"<= 0.05"`; what was not measured is not met or missed."""
+    """A row of the table `goals`. `wanted` is `">= 2.5"` or `"<= 0.05"`; what was not measured is neither."""
     sign, limit = wanted.split()
     met = None if measured is None else measured >= float(limit) if sign == ">=" else measured <= float(limit)
     return {"goal": what, "measured": measured, "wanted": wanted, "met": {True: "yes", False: "no", None: "-"}[met]}
@@ -180,6 +181,20 @@ def train_and_time(model, dataset, prepare: Callable, options: TrainingOptions) 
     return clock.seconds_per_step
 
 
+def run_python(code: str, *words: str, args) -> tuple[float, list[str]]:
+    """Seconds of a fresh Python process that runs `code` on this checkout, and the words of its last line."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    start, before = time.perf_counter(), os.times()
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env)
+    after, seconds = os.times(), time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"a process of the benchmark failed: {done.stderr[-2000:]}")
+    if args.processor_time:
+        seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    return seconds, done.stdout.splitlines()[-1].split() if done.stdout.strip() else []
+
+
 # ------------------------------------------------------------------------------------------------------------ data
 
 
@@ -194,15 +209,13 @@ def synthetic_images(folder: Path, count: int, size: int, num_channels: int) -> 
     return ImageDataset(folder / "images.bin", shape, "noise", "0" * 32)
 
 
-def endless(loader) -> Iterator:
-    """The batches of a `DataLoader`, epoch after epoch."""
-    while True:
-        yield from loader
+def peak_mib() -> float | None:
+    """The most memory that this process has held so far, where the system says so (Linux).
 
-
-def max_rss_mib() -> float:
-    """The most memory that this process has held so far."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    Not `ru_maxrss`: a process inherits that from the one that started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None

@@ -2,12 +2,13 @@
 
     python benchmarks/data_routes.py
 
-Drawn faces of 128 x 128, as JPEG, in a folder and in parquet files, read at 64 x 64. "datasets stream" is the reader of
-Hub data sets (`datasets`, streaming) on local files: what it costs without the network. Building the cache is paid once.
+Drawn faces of 128 x 128, as JPEG, in a folder and in parquet files, read at 64 x 64. "datasets stream" is the reader
+of Hub data sets (`datasets`, streaming) on local files: what it costs without the network. Decoding uses all cores,
+whatever `--threads`; building the cache is paid once.
 
-The cache is read as training reads it: in random order, through the loop's own loader, scaled to floats. It holds more
-than a processor's caches do (a few hundred images would be read from there, several times faster), and is read for about
-as long as a training step takes, so that a busy machine slows both. Decoding uses all cores, whatever `--threads`.
+The cache is read as training reads it: in random order, through the loop's own loader, scaled to floats. It is larger
+than a processor's caches (a few hundred images come from there, several times faster) and is read for about as long as
+a training step takes, so that a busy machine slows both.
 """
 
 import itertools

@@ -3,8 +3,8 @@
     python benchmarks/loop_cost.py
 
 `train()` runs as it is, on the same model, batches, precision and memory layout as a bare forward, backward and
-optimizer step; both in turn. The second table is a profile (cProfile) of one run of `train()`: it slows what is written
-in Python, so its shares say where to look, and the first table what the loop costs.
+optimizer step; both in turn. The second table is a profile (cProfile) of one run of `train()`: it slows what is
+written in Python, so its shares say where to look, and the first table what the loop costs.
 """
 
 import copy
@@ -13,6 +13,7 @@ import pstats
 import tempfile
 from pathlib import Path
 
+import common
 import torch
 from common import Clock, benchmark, goal, in_turn, synthetic_images, train_and_time
 from train_throughput import ADAMW, CASES, build
@@ -66,7 +67,7 @@ def bare(model, arguments: list[dict], precision: str) -> float:
 
 def profile(model, images, prepare, options) -> list[dict]:
     """Milliseconds of what `_train` calls, by piece; the rest of the loop's own lines come last."""
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(common.now)
     profiler.runcall(train, model, images, prepare, options)
     stats = pstats.Stats(profiler).stats
     loop = next(key for key in stats if key[2] == "_train")

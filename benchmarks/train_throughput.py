@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import Clock, benchmark, endless, goal, in_turn, seconds_of, synthetic_images, train_and_time
+from common import Clock, benchmark, goal, in_turn, seconds_of, synthetic_images, train_and_time
 from torch.nn.functional import conv2d
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -158,15 +158,9 @@ def measure(args) -> dict:
         ours, theirs = of(case, ours, "images_per_second"), of(case, theirs, "images_per_second")
         return ours / theirs if ours and theirs else None
 
+    theirs = ("pythae, float32", "plain PyTorch, float32")
     speedups = [
-        {
-            "case": case,
-            "ours": ours,
-            **{
-                f"times {theirs}": speedup(case, ours, theirs)
-                for theirs in ("pythae, float32", "plain PyTorch, float32")
-            },
-        }
+        {"case": case, "ours": ours, **{f"times {each}": speedup(case, ours, each) for each in theirs}}
         for case in cases
         for ours in ("ours, bf16", "ours, float32")
     ]
