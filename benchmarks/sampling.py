@@ -1,0 +1,158 @@
+"""Sampling: the pipeline against its bare decoders, against diffusion with as many parameters, and against pythae.
+
+    python benchmarks/sampling.py
+
+Networks are as the preset celeba64-cpu trains them, at 64 x 64, with fresh weights: what they have learnt takes no
+time. The diffusion model is an unconditional UNet2DModel without attention, the cheapest of its size. DDIM takes 50
+steps; the 1,000 of DDPM are calculated from the first of them. pythae draws from N(0, I) and has no second stage, so
+it is compared with our pipeline without one as well. Everything in float32.
+"""
+
+import importlib.util
+
+import torch
+from common import benchmark, goal, in_turn, seconds_of
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+
+from hf_vaeplus import (
+    VAEPlusAutoencoderConfig,
+    VAEPlusAutoencoderModel,
+    VAEPlusPipeline,
+    VAEPlusVAEConfig,
+    VAEPlusVAEModel,
+)
+
+SIZE, BATCH, DDIM_STEPS, DDPM_STEPS = 64, 64, 50, 1000
+
+
+def parameters(*models) -> int:
+    return sum(parameter.numel() for model in models for parameter in model.parameters())
+
+
+def our_pipeline() -> VAEPlusPipeline:
+    torch.manual_seed(0)
+    vae = dict(input_shape=(64,), latent_dim=64, hidden_dim=512, num_blocks=3)
+    pipe = VAEPlusPipeline(
+        VAEPlusVAEModel(VAEPlusVAEConfig(**vae, reconstruction_space="image")).eval(),
+        VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(image_size=SIZE, latent_dim=64)).eval(),
+        VAEPlusVAEModel(VAEPlusVAEConfig(**vae)).eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def unet(target: int) -> UNet2DModel:
+    """The UNet whose width brings it closest to `target` parameters."""
+
+    def build(width):
+        return UNet2DModel(
+            sample_size=SIZE,
+            block_out_channels=(width, 2 * width, 2 * width, 4 * width),
+            down_block_types=("DownBlock2D",) * 4,
+            up_block_types=("UpBlock2D",) * 4,
+            add_attention=False,
+            norm_num_groups=8,
+        )
+
+    def distance(width):
+        with torch.device("meta"):
+            return abs(parameters(build(width)) - target)
+
+    return build(min(range(8, 129, 8), key=distance)).eval()
+
+
+@torch.no_grad()
+def bare_decoders(pipe, count: int):
+    """What a sample needs and nothing else: noise through the three decoders."""
+    for start in range(0, count, BATCH):
+        rows = min(BATCH, count - start)
+        z = pipe.second_stage.sample(torch.randn(rows, 64), torch.randn(rows, 64))
+        pipe.autoencoder.decode(pipe.vae.decode(z))
+
+
+class Diffusion:
+    """DDIM through diffusers' pipeline, and a single step of DDPM."""
+
+    def __init__(self, target: int, steps: int):
+        self.unet, self.steps = unet(target), steps
+        self.ddim, self.ddpm = DDIMPipeline(self.unet, DDIMScheduler()), DDPMScheduler()
+        self.ddim.set_progress_bar_config(disable=True)
+
+    def sample(self, count: int):
+        self.ddim(count, num_inference_steps=self.steps, output_type="np")
+
+    @torch.no_grad()
+    def ddpm_step(self, count: int):
+        noise = torch.randn(count, 3, SIZE, SIZE)
+        self.ddpm.step(self.unet(noise, DDPM_STEPS - 1).sample, DDPM_STEPS - 1, noise)
+
+
+def pythae_sampler(pipe):
+    import pythae_peer
+    from pythae.samplers import NormalSampler
+
+    # Both decoders as one network: the autoencoder's own [-1, 1] is what the peer's wrapper expects.
+    decoder = torch.nn.Sequential(_Decode(pipe.vae), pipe.autoencoder.decoder)
+    model = pythae_peer.wrap(pipe.vae.encoder, decoder, (3, SIZE, SIZE), 64, is_vae=True).eval()
+    model.device = "cpu"
+    return NormalSampler(model)
+
+
+class _Decode(torch.nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents):
+        return self.vae.decode(latents)
+
+
+def measure(args) -> dict:
+    pipe = our_pipeline()
+    prior = VAEPlusPipeline(pipe.vae, pipe.autoencoder)
+    prior.set_progress_bar_config(disable=True)
+    total = parameters(pipe.autoencoder, pipe.vae, pipe.second_stage)
+    diffusion = Diffusion(total, args.pick(2, DDIM_STEPS, DDIM_STEPS))
+    bulk, few = args.pick(8, 512, 2048), args.pick(1, 1, 8)  # images of ours, and of diffusion
+    runs = {  # candidate -> images of one call, what makes them, and by how much its time is multiplied
+        "pipeline, tensors": (bulk, lambda n: pipe(n, output_type="pt"), 1),
+        "pipeline, PIL images": (bulk, lambda n: pipe(n), 1),
+        "bare decoders": (bulk, lambda n: bare_decoders(pipe, n), 1),
+        "pipeline without second stage": (bulk, lambda n: prior(n, output_type="pt"), 1),
+        f"DDIM, {diffusion.steps} steps": (few, diffusion.sample, 1),
+        f"DDPM, {DDPM_STEPS} steps (calculated)": (few, diffusion.ddpm_step, DDPM_STEPS),
+    }
+    if importlib.util.find_spec("pythae"):
+        sampler = pythae_sampler(pipe)
+        # It keeps the graph of gradients until it drops it with the images: that is its own cost.
+        runs["pythae, NormalSampler"] = (bulk, lambda n: sampler.sample(n, batch_size=BATCH), 1)
+    timed = {name: seconds_of(lambda make=make, n=n: make(n)) for name, (n, make, _) in runs.items()}
+    seconds = in_turn(timed, args, "bulk")
+    calls = args.pick(1, 5, 20)
+    single = {n: seconds_of(lambda make=make: make(1), calls) for n, (count, make, _) in runs.items() if count > 1}
+    latency = {**seconds, **in_turn(single, args, "one image")}
+    rate = {name: runs[name][0] / (each * runs[name][2]) for name, each in seconds.items()}
+    ours, bare = rate["pipeline, tensors"], rate["bare decoders"]
+    ddim = next(value for name, value in rate.items() if name.startswith("DDIM"))
+    rows = [
+        {
+            "candidate": name,
+            "images": runs[name][0],
+            "images_per_second": rate[name],
+            "ours_over_it": ours / rate[name],
+            "ms_for_one_image": 1e3 * latency[name] * runs[name][2],
+        }
+        for name in runs
+    ]
+    return {
+        "parameters": {"ours": total, "unet": parameters(diffusion.unet)},
+        "sampling": rows,
+        "goals": [
+            goal("pipeline over bare decoders, in bulk", ours / bare, ">= 0.95"),
+            goal("pipeline over DDIM-50", ours / ddim if diffusion.steps == DDIM_STEPS else None, ">= 200"),
+        ],
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(benchmark("sampling", __doc__, measure))
