@@ -425,7 +425,10 @@ CATALOGUE = {
     "latents of another width": (lambda pipe: pipe.decode(torch.zeros(2, 5)), r"shape \(n, 4\) .*\(2, 5\)"),
     "latents in one row": (lambda pipe: pipe.decode(torch.zeros(4)), r"shape \(n, 4\) .*\(4,\)"),
     "no latents": (lambda pipe: pipe.decode(torch.zeros(0, 4)), "n of at least 1"),
-    "latents beyond the decoder": (lambda pipe: pipe.decode(torch.full((1, 4), 1e30)), "too far out.* NaN: use smaller"),
+    "latents beyond the decoder": (
+        lambda pipe: pipe.decode(torch.full((1, 4), 1e30)),
+        "too far out.* NaN: use smaller",
+    ),
     "a temperature beyond it": (lambda pipe: pipe(1, temperature=1e38), "too far out"),
     "latents as a list": (lambda pipe: pipe.decode([[0.0] * 4]), "latents must be a torch tensor, got list"),
     "latents and another count": (lambda pipe: pipe(3, latents=torch.zeros(2, 3)), "num_images=3 contradicts 2"),
