@@ -67,7 +67,7 @@ class StageOptions(TrainingOptions):
     cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
     autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
     vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
-    pullback_codes: int = option(32, "first VAE, reconstruction_space pullback: codes that its metric is a mean of")
+    pullback_codes: int = option(16, "first VAE, reconstruction_space pullback: codes that its metric is a mean of")
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
     match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
     match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
@@ -338,7 +338,7 @@ def _pullback_metric(autoencoder, images, codes, options: StageOptions) -> tuple
     with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision == "bf16"):
         for part in tqdm(chosen.split(4), desc="metric", leave=False, disable=not process_state().is_main_process):
             metric = metric + autoencoder.pullback_metric(part) * (len(part) / len(chosen))
-        for pixels in _some_images(images, device, 1_000):
+        for pixels in _some_images(images, device, 500):
             error, seen = error + float(autoencoder(pixels).loss) * len(pixels), seen + len(pixels)
     return metric, error / seen
 
