@@ -52,7 +52,7 @@ def test_commands_parse(page, capsys):
     for command in commands(page):
         words = shlex.split(command)
         words = words[next((i for i, word in enumerate(words) if "=" not in word), 0) :]  # after VARIABLE=value
-        scripts = [i for i, word in enumerate(words) if word.startswith("examples/")]
+        scripts = [i for i, word in enumerate(words) if word.startswith(("examples/", "benchmarks/"))]
         if words[0].endswith("vaeplus"):
             build_parser().parse_args(words[1:])
         elif "hf_vaeplus.cli" in words:
