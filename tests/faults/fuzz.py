@@ -101,7 +101,8 @@ def _changed(value, chance: random.Random, words: list):
             key = chance.choice(keys)
             return {**value, key: _changed(value[key], chance, words)}
         if keys and chance.random() < 0.3:
-            return {key: item for key, item in value.items() if key != chance.choice(keys)}
+            left_out = chance.choice(keys)
+            return {key: item for key, item in value.items() if key != left_out}
         return {**value, str(chance.choice([*words, *keys])): _junk(chance, words)}
     if isinstance(value, list) and chance.random() < 0.9:
         place = chance.randint(0, len(value))
@@ -262,7 +263,6 @@ def _read(**source):
     source, _, _ = _open_source(**source, resolution=8, num_channels=3)
     for row in source.rows():
         refusal((ValueError,), source.decode, [row], names=row[0])
-    return True
 
 
 def numbers(folder: Path):
