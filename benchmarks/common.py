@@ -21,7 +21,7 @@ from hf_vaeplus.evaluation import provenance
 from hf_vaeplus.training import TrainingOptions, train
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK_SECONDS = 30  # when a quick run starts no further round; imports and the round under way come on top
+QUICK_SECONDS = 20  # when a quick run starts no further round; imports and the round under way come on top
 
 
 def benchmark(name: str, description: str, measure: Callable, add_options: Callable | None = None) -> int:

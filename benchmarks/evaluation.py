@@ -60,10 +60,8 @@ def measure(args) -> dict:
         for name in parts
     ]
     named = [row["seconds"] for row in rows if row["part"] != "kernel distance"]  # Frechet, NDB and MMD
-    for part, ours in (
-        ("Frechet, NDB and MMD", sum(named)),
-        ("all", sum(row["seconds"] for row in rows[: len(parts)])),
-    ):
+    sums = {"Frechet, NDB and MMD": sum(named), "all": sum(row["seconds"] for row in rows)}
+    for part, ours in sums.items():
         rows.append({"part": part, "seconds": ours, "of_extraction": ours / extraction if extraction else None})
     if extraction:
         rows.append(

@@ -113,7 +113,7 @@ def measure(args) -> dict:
     prior.set_progress_bar_config(disable=True)
     total = parameters(pipe.autoencoder, pipe.vae, pipe.second_stage)
     diffusion = Diffusion(total, args.pick(2, DDIM_STEPS, DDIM_STEPS))
-    bulk, few = args.pick(8, 512, 2048), args.pick(1, 1, 8)  # images of ours, and of diffusion
+    bulk, few = args.pick(8, 256, 2048), args.pick(1, 1, 8)  # images of ours, and of diffusion
     runs = {  # candidate -> images of one call, what makes them, and by how much its time is multiplied
         "pipeline, tensors": (bulk, lambda n: pipe(n, output_type="pt"), 1),
         "pipeline, PIL images": (bulk, lambda n: pipe(n), 1),

@@ -72,8 +72,8 @@ def networks(args) -> list[dict]:
     changes = [{}]
     for name, values in {
         "batch": args.pick([], [16], [1, 4, 16, 128, 256]),
-        "size": args.pick([], [32], [32, 128, 256]),
-        "latent_dim": args.pick([], [512], [8, 256, 1024]),
+        "size": args.pick([], [], [32, 128, 256]),
+        "latent_dim": args.pick([], [], [8, 256, 1024]),
     }.items():
         changes += [{name: value} for value in values]
     if args.pick(True, False, False):

@@ -45,7 +45,7 @@ def median(values: list) -> float | None:
 
 
 def measure(args) -> dict:
-    steps, preset = args.pick(4, 300, None), load_preset("quickstart")
+    steps, preset = args.pick(4, 120, None), load_preset("quickstart")
     more = {"max_train_samples": args.pick(64, 2_000, None)}
     more |= {"max_train_steps": steps, "logging_steps": args.pick(2, 20, 20)} if steps else {}
     goals = {stage: (getattr(args, f"{stage}_nll"), getattr(args, f"{stage}_kl")) for stage in STAGES[1:]}
