@@ -262,10 +262,10 @@ def _autoencoder_config(options: StageOptions, images) -> VAEPlusAutoencoderConf
 
 
 def _vae_config(options: StageOptions, autoencoder: VAEPlusAutoencoderConfig) -> VAEPlusVAEConfig:
-    fields = dict(input_shape=(autoencoder.latent_dim,), reconstruction_space="image") | options.model
-    if fields["reconstruction_space"] == "pullback":
-        fields.setdefault("target_dim", autoencoder.num_channels * autoencoder.image_size**2)
-    return VAEPlusVAEConfig(**fields)
+    settings = dict(input_shape=(autoencoder.latent_dim,), reconstruction_space="image") | options.model
+    if settings["reconstruction_space"] == "pullback":
+        settings.setdefault("target_dim", autoencoder.num_channels * autoencoder.image_size**2)
+    return VAEPlusVAEConfig(**settings)
 
 
 def _second_stage_config(options: StageOptions, vae: VAEPlusVAEConfig) -> VAEPlusVAEConfig:
