@@ -226,13 +226,13 @@ def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: 
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, **loading)
 
 
-@torch.no_grad()
 def _update_average(average: list[torch.Tensor], parameters: list[nn.Parameter], steps: int, decay: float):
     """The moving average after `steps` + 1 steps; the first weights are forgotten fast."""
-    if steps == 0:
-        torch._foreach_copy_(average, parameters)
-    else:
-        torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + steps) / (10 + steps)))
+    with torch.no_grad():
+        if steps == 0:
+            torch._foreach_copy_(average, parameters)
+        else:
+            torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + steps) / (10 + steps)))
 
 
 # ----------------------------------------------------------------------------------------------------------- logs
