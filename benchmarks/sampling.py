@@ -126,7 +126,11 @@ def measure(args) -> dict:
         sampler = pythae_sampler(pipe)
         # It keeps the graph of gradients until it drops it with the images: that is its own cost.
         runs["pythae, NormalSampler"] = (bulk, lambda n: sampler.sample(n, batch_size=BATCH), 1)
-    timed = {name: seconds_of(lambda make=make, n=n: make(n)) for name, (n, make, _) in runs.items()}
+    # One call of ours in a round scatters by a tenth, more than the goal allows.
+    timed = {
+        name: seconds_of(lambda make=make, n=n: make(n), args.pick(1, 5, 5) if n == bulk else 1)
+        for name, (n, make, _) in runs.items()
+    }
     seconds = in_turn(timed, args, "bulk")
     calls = args.pick(1, 5, 20)
     single = {n: seconds_of(lambda make=make: make(1), calls) for n, (count, make, _) in runs.items() if count > 1}
