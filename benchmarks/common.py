@@ -65,6 +65,8 @@ def _run(name, description, measure, add_options):
         "cores": os.cpu_count(),
         "load_average_before": round(os.getloadavg()[0], 2),  # of a quiet machine: near 0
         "clock": "processor" if args.processor_time else "wall",
+        # glibc's settings decide whether large tensors cost page faults
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD"))},
         "scale": scale,
         "repeats": args.repeats,
     }
