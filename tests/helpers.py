@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import io
+import multiprocessing
 import struct
 import zlib
 
@@ -65,3 +66,14 @@ def parquet(**columns) -> bytes:
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), file, compression="none")
     return file.getvalue()
+
+
+def start_together(target, number: int, *arguments) -> list:
+    """Processes that call `target(barrier, *arguments)`, and pass the barrier at one moment."""
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(number + 1)
+    processes = [spawn.Process(target=target, args=(barrier, *arguments)) for _ in range(number)]
+    for process in processes:
+        process.start()
+    barrier.wait(timeout=120)
+    return processes

@@ -1,7 +1,6 @@
 """Caches of codes and bins under several processes, kills and damage. Those of images: test_data.py."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import two_stages
+from helpers import start_together, two_stages
 from safetensors.torch import load_file, save_file
 from test_bad_input import full_disk
 
@@ -49,16 +48,6 @@ def encode_at_once(barrier, model, cache, encoded, pause, half):
     save_file({"rows": codes(model, cache, encoded, pause)}, encoded.with_name(f"found-{os.getpid()}"))
 
 
-def start(number: int, *arguments) -> list:
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(number + 1)
-    processes = [spawn.Process(target=encode_at_once, args=(barrier, *arguments)) for _ in range(number)]
-    for process in processes:
-        process.start()
-    barrier.wait(timeout=120)
-    return processes
-
-
 @pytest.fixture
 def model(tmp_path) -> Path:
     two_stages().autoencoder.save_pretrained(tmp_path / "model")
@@ -68,7 +57,7 @@ def model(tmp_path) -> Path:
 def test_of_four_processes_one_encodes_and_all_read_the_same(model, tmp_path):
     codes(model, tmp_path / "other")  # elsewhere
     load_images("digits", resolution=32, max_samples=40, cache_dir=tmp_path / "cache", progress=False)
-    for process in start(4, model, tmp_path / "cache", tmp_path / "encoded", 1.0, False):
+    for process in start_together(encode_at_once, 4, model, tmp_path / "cache", tmp_path / "encoded", 1.0, False):
         process.join()
         assert process.exitcode == 0
     assert (tmp_path / "encoded").read_text() == "40\n"
@@ -77,7 +66,7 @@ def test_of_four_processes_one_encodes_and_all_read_the_same(model, tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_the_codes_are_right(model, tmp_path):
-    (process,) = start(1, model, tmp_path / "cache", tmp_path / "encoded", 0, True)
+    (process,) = start_together(encode_at_once, 1, model, tmp_path / "cache", tmp_path / "encoded", 0, True)
     while not (tmp_path / "encoded").exists() or not list((tmp_path / "cache" / "encoded").glob(".partial.*")):
         assert process.is_alive()
         time.sleep(0.05)

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import multiprocessing
 import os
 import pickle
 import signal
@@ -17,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from helpers import start_together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -294,19 +294,8 @@ def build_slowly(barrier, folder, cache, log, pause):
     np.save(log.with_name(f"read-{os.getpid()}.npy"), images)
 
 
-def start_builders(number, *args):
-    """Start processes that call `build_slowly` at one moment."""
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(number + 1)
-    processes = [spawn.Process(target=build_slowly, args=(barrier, *args)) for _ in range(number)]
-    for process in processes:
-        process.start()
-    barrier.wait(timeout=60)
-    return processes
-
-
 def test_of_four_processes_one_builds_and_all_read_the_same(folder, tmp_path, load):
-    for process in start_builders(4, folder, tmp_path / "cache", tmp_path / "log", 0.1):
+    for process in start_together(build_slowly, 4, folder, tmp_path / "cache", tmp_path / "log", 0.1):
         process.join()
         assert process.exitcode == 0
     names = (tmp_path / "log").read_text().split()
@@ -318,7 +307,7 @@ def test_of_four_processes_one_builds_and_all_read_the_same(folder, tmp_path, lo
 
 
 def test_what_a_killed_builder_left_is_removed(folder, tmp_path, load):
-    (process,) = start_builders(1, folder, tmp_path / "cache", tmp_path / "log", 60)
+    (process,) = start_together(build_slowly, 1, folder, tmp_path / "cache", tmp_path / "log", 60)
     while not (tmp_path / "log").exists():
         assert process.is_alive()
         time.sleep(0.05)
