@@ -29,7 +29,7 @@ PIECES = {
     "forward": [("_wrapped_call_impl", ""), ("__call__", "module.py")],
     "backward": [("backward", "")],
     "gradient norm and clipping": [("_no_grad_wrapper", "clip_grad")],
-    "optimizer": [("step", "accelerate"), ("wrapper", "optim/optimizer"), ("zero_grad", ""), ("_fused_adamw_", "")],
+    "optimizer": [("wrapper", "optim"), ("zero_grad", "")],
     "learning rate": [("step", "lr_scheduler"), ("get_last_lr", "")],
     "moving average": [("_update_average", "")],
     "progress bar": [("update", "tqdm")],

@@ -637,9 +637,10 @@ class ImageDataset(Dataset):
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
             raise IndexError(f"index out of range: got {indices.min()} to {indices.max()} for {len(self)} images")
-        mirrored = indices >= len(self.images)
         batch = np.take(self.images.view(np.ndarray), indices % len(self.images), axis=0)
-        batch[mirrored] = batch[mirrored, :, ::-1]
+        if self.random_flip:
+            mirrored = indices >= len(self.images)
+            batch[mirrored] = batch[mirrored, :, ::-1]
         # Stored as NHWC, so that the permuted view is already channels last.
         return {"pixel_values": torch.from_numpy(batch).permute(0, 3, 1, 2), "index": torch.from_numpy(indices)}
 

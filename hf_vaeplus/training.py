@@ -205,8 +205,8 @@ class GlobalBatchSampler(Sampler):
                 wanted, offset = divmod(start + len(indices), self.num_samples)
                 if wanted != epoch:
                     epoch, generator = wanted, torch.Generator().manual_seed(derived_seed(self.seed, 0, wanted))
-                    order = torch.randperm(self.num_samples, generator=generator).tolist()
-                indices += order[offset : offset + self.batch_size - len(indices)]
+                    order = torch.randperm(self.num_samples, generator=generator)
+                indices += order[offset : offset + self.batch_size - len(indices)].tolist()
             yield indices
 
 
@@ -379,7 +379,7 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
         logger.info("resumed %s", checkpoint)
     if options.torch_compile:
         model.compile()
-    wrapped, prepared_optimizer = accelerator.prepare(model, optimizer)
+    wrapped, scaler = accelerator.prepare(model), accelerator.scaler
     if options.report_to != "none":
         settings = {
             n: value if isinstance(value, int | float) else str(value) for n, value in _public(options).items()
@@ -443,16 +443,21 @@ def _train(model, dataset, prepare, options, preview, finish, accelerator, outpu
             values = torch.stack([value.double() for value in scalars.values()])
             state.window = values if state.window is None else state.window + values
             state.window_passes += 1
-        accelerator.unscale_gradients()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         # The gradient holds every process's loss, so all processes come to the same decision.
         if not math.isfinite(grad_norm):
             _stop_if_diverged(accelerator, state, before, options, list(scalars))
         elif 0 < options.max_grad_norm < grad_norm:
             clip_grads_with_norm_(parameters, options.max_grad_norm, grad_norm)
-        prepared_optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:  # leaves the step out if a gradient is not finite
+            scaler.step(optimizer)
+            scaler.update()
         scheduler.step()
-        prepared_optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         if ema is not None:
             _update_average(average, parameters, state.step, options.ema_decay)
             for copied, buffer in zip(ema_buffers, buffers, strict=True):

@@ -7,7 +7,7 @@ import torch
 
 WAE_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the authors' code, tolstikhin/wae
 
-_BLOCK_VALUES = 2**17  # pairs at a time: 1 MiB of float64 stays in a processor's cache
+_BLOCK_VALUES = 2**18  # pairs at a time: 2 MiB of float64 stay in a processor's caches
 
 
 def imq_mmd(
@@ -48,18 +48,23 @@ def imq_mmd(
     origin = y.detach().mean(0)
     x, y = x - origin, y - origin
     diagonal = len(widths)  # k(a, a)
-    within_x = (_sum_of_kernels(x, x, widths) - len(x) * diagonal) / (len(x) * (len(x) - 1))
-    within_y = (_sum_of_kernels(y, y, widths) - len(y) * diagonal) / (len(y) * (len(y) - 1))
+    within_x = (_sum_of_kernels(x, None, widths) - len(x) * diagonal) / (len(x) * (len(x) - 1))
+    within_y = (_sum_of_kernels(y, None, widths) - len(y) * diagonal) / (len(y) * (len(y) - 1))
     return within_x + within_y - 2 * _sum_of_kernels(x, y, widths) / (len(x) * len(y))
 
 
-def _sum_of_kernels(x: torch.Tensor, y: torch.Tensor, widths: Sequence[float]) -> torch.Tensor:
-    """Sum over all pairs and widths C of C / (C + ||x_i - y_j||^2), for float64 rows."""
-    total = x.new_zeros(())
-    norms = y.square().sum(1)
-    for block in x.split(math.ceil(_BLOCK_VALUES / len(y))):
+def _sum_of_kernels(x: torch.Tensor, y: torch.Tensor | None, widths: Sequence[float]) -> torch.Tensor:
+    """Sum over all pairs and widths C of C / (C + ||x_i - y_j||^2), for float64 rows; y is x if it is None."""
+    total, start = x.new_zeros(()), 0
+    while start < len(x):
+        others = x[start:] if y is None else y  # the pairs of a set with itself count twice, but for the square block
+        block = x[start : start + math.ceil(_BLOCK_VALUES / len(others))]
         # By a matrix product: in float64 its rounding, 1e-16 of the squared norms, is far below every width.
-        squared_distance = (block.square().sum(1, keepdim=True) + norms - 2 * block @ y.T).clamp(min=0)
+        product = torch.addmm(others.square().sum(1), block, others.T, alpha=-2)
+        squared_distance = (product + block.square().sum(1, keepdim=True)).clamp(min=0)
         for width in widths:
-            total = total + (width / (width + squared_distance)).sum()
+            kernel = (squared_distance + width).reciprocal_()
+            pairs = kernel.sum() if y is not None else 2 * kernel.sum() - kernel[:, : len(block)].sum()
+            total = total + width * pairs
+        start += len(block)
     return total

@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -110,13 +111,18 @@ class NDB:
         """
         if images.ndim < 2 or images[0].numel() != len(self.mean):
             raise ValueError(f"images must hold {len(self.mean)} values each, got shape {tuple(images.shape)}.")
-        centres = ((self.centres - self.mean) / self.scale)[:, self.dims]
-        half_norms = 0.5 * centres.square().sum(1)
+        centres, half_norms = self._whitened_centres
         nearest = []
         for block in images.split(_BLOCK):
             points = _points(block, self.mean, self.scale, self.dims)
             nearest.append((half_norms - points @ centres.T).argmin(1))  # half the squared distance less |point|^2 / 2
         return torch.cat(nearest)
+
+    @cached_property
+    def _whitened_centres(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Centres as `_points` are, and half their squared norms: made once, not for every batch."""
+        centres = (self.centres[:, self.dims] - self.mean[self.dims]) / self.scale[self.dims]
+        return centres, 0.5 * centres.square().sum(1)
 
     def count(self, images: torch.Tensor) -> torch.Tensor:
         """Images per bin, int64 of shape `(num_bins,)`: counts of batches and processes add up. See [`NDB.assign`]."""
@@ -128,7 +134,7 @@ class NDB:
 
     def save(self, path: Path):
         """Write the bins as safetensors: k-means on a large reference takes minutes."""
-        save_file(vars(self), path)
+        save_file({name: getattr(self, name) for name in self.__dataclass_fields__}, path)
 
     @classmethod
     def load(cls, path: Path) -> "NDB":
@@ -190,9 +196,9 @@ def compare_bins(reference_counts: torch.Tensor, counts: torch.Tensor, alpha: fl
     }
 
 
-def _rows(images: torch.Tensor) -> torch.Tensor:
-    """Images as float64 rows in [0, 1]."""
-    rows = images.flatten(1).cpu().double()
+def _rows(images: torch.Tensor, dims: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """Images as float64 rows in [0, 1], or `dims` of them."""
+    rows = images.flatten(1).cpu()[:, dims].double()
     if images.dtype == torch.uint8:
         return rows / 255
     if not images.is_floating_point() or not bool(((rows >= 0) & (rows <= 1)).all()):
@@ -204,4 +210,4 @@ def _rows(images: torch.Tensor) -> torch.Tensor:
 
 
 def _points(images: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor, dims: torch.Tensor) -> torch.Tensor:
-    return ((_rows(images) - mean) / scale)[:, dims]
+    return (_rows(images, dims) - mean[dims]) / scale[dims]
