@@ -245,6 +245,51 @@ def test_two_accumulated_passes_equal_one_of_twice_the_batch(tmp_path, kind):
     assert any(not torch.allclose(value, double[name], rtol=1e-3) for name, value in start.state_dict().items())
 
 
+def trained_plainly(model, dataset, prepare, max_grad_norm, learning_rate, adam_epsilon, steps=8, batch_size=4):
+    """What the loop comes to, without anything that makes it fast; the moving average of the weights."""
+    gamma = [parameter for name, parameter in model.named_parameters() if name == "log_gamma"]
+    others = [parameter for name, parameter in model.named_parameters() if name != "log_gamma"]
+    groups = [{"params": others}] + [{"params": gamma, "lr": 10 * learning_rate}] * bool(gamma)
+    settings = dict(lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, eps=adam_epsilon)
+    optimizer = torch.optim.AdamW(groups, **settings, foreach=False, fused=False)
+    for step, indices in enumerate(GlobalBatchSampler(len(dataset), batch_size, 0, 0, 1, 0, steps)):
+        noise = BatchNoise(0, step, batch_size, 0, 1, torch.device("cpu"))
+        optimizer.zero_grad(set_to_none=False)
+        model(**prepare(dataset.__getitems__(indices), noise, step)).loss.backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm, foreach=False)
+        optimizer.step()
+        weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        decay = min(0.999, (1 + step) / (10 + step))
+        average = weights if step == 0 else {
+            name: decay * average[name] + (1 - decay) * tensor if name in dict(model.named_parameters()) else tensor
+            for name, tensor in weights.items()
+        }  # fmt: skip
+    return average
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["autoencoder", "learned", "analytic"])
+def test_speed_changes_nothing(tmp_path, kind, max_grad_norm):
+    """Fused AdamW, channels last, gradients set to none, averaging and norms by foreach, against a plain loop."""
+    if kind == "autoencoder":
+        models, dataset, prepare = [make_autoencoder(), make_autoencoder()], make_images(), prepare_images
+    else:
+        models, dataset, prepare = [make_vae(gamma=kind), make_vae(gamma=kind)], make_rows(), prepare_rows
+    exact = dict(learning_rate=0.1, adam_epsilon=1.0, max_grad_norm=max_grad_norm)
+    start = {name: tensor.clone() for name, tensor in models[0].state_dict().items()}
+    plain = trained_plainly(models[0], dataset, prepare, **exact)
+    ours = run(tmp_path, models[1], dataset, prepare, **exact, lr_scheduler="constant")
+    assert_close(dict(ours.state_dict()), plain, rtol=2e-5, atol=1e-6)
+    assert any(not torch.allclose(value, plain[name], rtol=1e-3) for name, value in start.items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_is_the_run(tmp_path):
+    runs = {flag: run(tmp_path / str(flag), torch_compile=flag, adam_epsilon=1.0) for flag in (True, False)}
+    assert_close(dict(runs[True].state_dict()), dict(runs[False].state_dict()), rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_trains(tmp_path, name):
     run(tmp_path, lr_scheduler=name)
