@@ -241,14 +241,15 @@ class VAEPlusPipeline(DiffusionPipeline):
         latents = temperature * latents
         if self.second_stage is not None:
             eps = temperature * randn_tensor((num_images, latent_dim), **noise)
-        images = []
-        for rows in batches:
+
+        def decoded(rows: slice) -> torch.Tensor:
             z = latents[rows]
             if self.second_stage is not None:
                 with _weights_in_place(self.second_stage):
                     z = self.second_stage.sample(z, eps[rows])
-            images.append(self._finished(self._decode_batch(z), sharpness))
-        images = _to_output(torch.cat(images), output_type)
+            return self._decode_batch(z)
+
+        images = _to_output(self._finished(map(decoded, batches), num_images, sharpness), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -288,7 +289,8 @@ class VAEPlusPipeline(DiffusionPipeline):
         self._check_sharpness(sharpness)
         _check_latents(latents, self.vae.config.latent_dim)
         batches = self._batches(len(latents), batch_size)
-        images = torch.cat([self._finished(self._decode_batch(latents[rows]), sharpness) for rows in batches])
+        decoded = (self._decode_batch(latents[rows]) for rows in batches)
+        images = self._finished(decoded, len(latents), sharpness)
         self.maybe_free_model_hooks()
         return _to_output(images, output_type)
 
@@ -420,16 +422,20 @@ class VAEPlusPipeline(DiffusionPipeline):
                 f"sharpness={sharpness} needs an autoencoder whose match_spectrum was called after training: use 0."
             )
 
-    def _finished(self, images: torch.Tensor, sharpness: float) -> torch.Tensor:
-        """Decoder means as they are returned: sharpened if asked for, in [0, 1], on the CPU."""
-        if sharpness:
-            with _weights_in_place(self.autoencoder):
-                images = self.autoencoder.sharpen(images, sharpness)
-        if images.isnan().any():
-            raise ValueError(
-                "these latents are too far out, the decoder gives NaN: use smaller ones or less temperature."
-            )
-        return images.clamp(0, 1).cpu()
+    def _finished(self, decoded: Iterable[torch.Tensor], num_images: int, sharpness: float) -> torch.Tensor:
+        """Batches of decoder means as they are returned: sharpened if asked for, in [0, 1], on the CPU."""
+        images, first = torch.empty(num_images, *self.image_shape), 0  # filled in place: never in memory twice
+        for batch in decoded:
+            if sharpness:
+                with _weights_in_place(self.autoencoder):
+                    batch = self.autoencoder.sharpen(batch, sharpness)
+            if batch.isnan().any():
+                raise ValueError(
+                    "these latents are too far out, the decoder gives NaN: use smaller ones or less temperature."
+                )
+            images[first : first + len(batch)] = batch.clamp_(0, 1)
+            first += len(batch)
+        return images
 
     def _to_float(self, images: torch.Tensor) -> torch.Tensor:
         """float32 pixels in [0, 1] on the execution device, of a batch from `_to_tensor`."""

@@ -252,6 +252,7 @@ def trained_plainly(model, dataset, prepare, max_grad_norm, learning_rate, adam_
     groups = [{"params": others}] + [{"params": gamma, "lr": 10 * learning_rate}] * bool(gamma)
     settings = dict(lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, eps=adam_epsilon)
     optimizer = torch.optim.AdamW(groups, **settings, foreach=False, fused=False)
+    learned, average = dict(model.named_parameters()), {}
     for step, indices in enumerate(GlobalBatchSampler(len(dataset), batch_size, 0, 0, 1, 0, steps)):
         noise = BatchNoise(0, step, batch_size, 0, 1, torch.device("cpu"))
         optimizer.zero_grad(set_to_none=False)
@@ -261,10 +262,9 @@ def trained_plainly(model, dataset, prepare, max_grad_norm, learning_rate, adam_
         optimizer.step()
         weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         decay = min(0.999, (1 + step) / (10 + step))
-        average = weights if step == 0 else {
-            name: decay * average[name] + (1 - decay) * tensor if name in dict(model.named_parameters()) else tensor
-            for name, tensor in weights.items()
-        }  # fmt: skip
+        for name, tensor in weights.items():
+            is_averaged = step > 0 and name in learned
+            average[name] = decay * average[name] + (1 - decay) * tensor if is_averaged else tensor
     return average
 
 
