@@ -23,6 +23,8 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+import datasets  # noqa: E402, F401  # remembers whether it was imported offline, as some tests are
+
 
 @pytest.fixture
 def hub():
