@@ -424,7 +424,8 @@ class VAEPlusPipeline(DiffusionPipeline):
 
     def _finished(self, decoded: Iterable[torch.Tensor], num_images: int, sharpness: float) -> torch.Tensor:
         """Batches of decoder means as they are returned: sharpened if asked for, in [0, 1], on the CPU."""
-        images, first = torch.empty(num_images, *self.image_shape), 0  # filled in place: never in memory twice
+        # Filled in place: no image is in memory twice.
+        images, first = torch.empty(num_images, *self.image_shape, dtype=torch.float32, device="cpu"), 0
         for batch in decoded:
             if sharpness:
                 with _weights_in_place(self.autoencoder):
