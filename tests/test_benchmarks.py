@@ -105,3 +105,9 @@ def test_startup(tmp_path):
     rows = {row["program"]: row for row in run("startup", tmp_path)["start_up"]}
     # What the parent holds is not counted: Python alone takes some 10 MiB.
     assert 1 < rows["python alone"]["peak_mib"] < 100 < rows["import hf_vaeplus"]["peak_mib"]
+
+
+def test_attempts(tmp_path):
+    found = run("attempts", tmp_path)
+    assert all(row["ms_per_step"] > 0 for row in found["steps"]) and len(found["steps"]) == 10
+    assert len(found["gathers"]) == 4
