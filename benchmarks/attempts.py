@@ -5,13 +5,15 @@
 A training step is a bare forward, backward and AdamW. Compiled variants warm up before they are timed.
 """
 
+import statistics
 import tempfile
 from pathlib import Path
 
+import common  # `now` is looked up there: --processor_time replaces it
 import numpy as np
 import torch
 import torch._inductor.config
-from common import benchmark, in_turn, now, synthetic_images
+from common import benchmark, in_turn, seconds_of, synthetic_images
 from train_throughput import ADAMW, CASES, build
 
 from hf_vaeplus.data import to_unit_range
@@ -66,20 +68,12 @@ def steps(args, case: str) -> list[dict]:
     first_steps = {}
 
     def candidate(name, settings):
-        start = now()
+        start = common.now()
         step = step_of(case, batch_size, **settings)
         step(0)
         step(1)
-        first_steps[name] = now() - start
-
-        def measure():
-            step(0)
-            start = now()
-            for number in range(count):
-                step(number)
-            return (now() - start) / count
-
-        return measure
+        first_steps[name] = common.now() - start
+        return seconds_of(lambda: step(0), count, statistics.mean)
 
     seconds = in_turn({name: candidate(name, settings) for name, settings in variants.items()}, args, case)
     torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = "none"
@@ -118,14 +112,13 @@ def gathers(args, folder: Path, batch_size: int = 128, size: int = 32) -> list[d
     }
     batches = args.pick(2, 1_000, 3_000)
 
-    def rate(way, count):
-        start = now()
+    def read(way, count):
         for indices in GlobalBatchSampler(count, batch_size, 0, 0, 1, 0, batches):
             to_unit_range(ways[way](count, indices))
-        return batch_size * batches / (now() - start)
 
     pairs = [(way, count) for way in ways for count in counts]
-    rates = in_turn({pair: lambda pair=pair: rate(*pair) for pair in pairs}, args, "gathers")
+    seconds = in_turn({pair: seconds_of(lambda pair=pair: read(*pair)) for pair in pairs}, args, "gathers")
+    rates = {pair: batch_size * batches / each for pair, each in seconds.items()}
     few, many = counts
     return [
         {

@@ -55,16 +55,19 @@ def imq_mmd(
 
 def _sum_of_kernels(x: torch.Tensor, y: torch.Tensor | None, widths: Sequence[float]) -> torch.Tensor:
     """Sum over all pairs and widths C of C / (C + ||x_i - y_j||^2), for float64 rows; y is x if it is None."""
-    total, start = x.new_zeros(()), 0
+    with_itself, total, start = y is None, x.new_zeros(()), 0
+    y = x if with_itself else y
+    norms = y.square().sum(1)
     while start < len(x):
-        others = x[start:] if y is None else y  # the pairs of a set with itself count twice, but for the square block
+        first = start if with_itself else 0  # the pairs of a set with itself count twice, but for the square block
+        others = y[first:]
         block = x[start : start + math.ceil(_BLOCK_VALUES / len(others))]
         # By a matrix product: in float64 its rounding, 1e-16 of the squared norms, is far below every width.
-        product = torch.addmm(others.square().sum(1), block, others.T, alpha=-2)
+        product = torch.addmm(norms[first:], block, others.T, alpha=-2)
         squared_distance = (product + block.square().sum(1, keepdim=True)).clamp(min=0)
         for width in widths:
             kernel = (squared_distance + width).reciprocal_()
-            pairs = kernel.sum() if y is not None else 2 * kernel.sum() - kernel[:, : len(block)].sum()
+            pairs = 2 * kernel.sum() - kernel[:, : len(block)].sum() if with_itself else kernel.sum()
             total = total + width * pairs
         start += len(block)
     return total
