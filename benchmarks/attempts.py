@@ -16,8 +16,8 @@ import torch._inductor.config
 from common import benchmark, in_turn, seconds_of, synthetic_images
 from train_throughput import ADAMW, CASES, build
 
-from hf_vaeplus.data import to_unit_range
-from hf_vaeplus.training import BatchNoise, GlobalBatchSampler
+from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.training.randomness import BatchNoise, GlobalBatchSampler
 
 USED = "used: bf16 autocast, channels last"
 

@@ -18,10 +18,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel
-from hf_vaeplus.data import load_images, to_unit_range
-from hf_vaeplus.evaluation import provenance
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.pixels import to_unit_range
 from hf_vaeplus.modeling_vaeplus import ResidualConvBlock
-from hf_vaeplus.training import GlobalBatchSampler
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.randomness import GlobalBatchSampler
 
 
 class NormedBlock(ResidualConvBlock):

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_vaeplus.cli import CommandParser, run_command
-from hf_vaeplus.data import ImageDataset
-from hf_vaeplus.evaluation import provenance
-from hf_vaeplus.training import TrainingOptions, train
+from hf_vaeplus.cli.flags import CommandParser
+from hf_vaeplus.cli.main import run_command
+from hf_vaeplus.data.cache import ImageDataset
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK_SECONDS = 20  # when a quick run starts no further round; imports and the round under way come on top

@@ -26,9 +26,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 from train_throughput import ADAMW, build
 
-from hf_vaeplus.data import load_images, stream_images, to_unit_range
-from hf_vaeplus.rendered_faces import factors_of, render_faces
-from hf_vaeplus.training import TrainingOptions, _loader
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.data.rendered_faces import factors_of, render_faces
+from hf_vaeplus.data.stream import stream_images
+from hf_vaeplus.training.loop import _loader
+from hf_vaeplus.training.options import TrainingOptions
 
 BATCH = 64
 

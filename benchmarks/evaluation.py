@@ -10,7 +10,7 @@ some images and scaled to all. Bins of NDB are fitted once per data set and kept
 import torch
 from common import benchmark, goal, in_turn, seconds_of
 
-from hf_vaeplus.features import open_extractor
+from hf_vaeplus.evaluation.features import open_extractor
 from hf_vaeplus.metrics.frechet import frechet_distance
 from hf_vaeplus.metrics.kernel import kernel_distance
 from hf_vaeplus.metrics.mmd import imq_mmd

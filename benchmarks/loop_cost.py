@@ -18,7 +18,9 @@ import torch
 from common import Clock, benchmark, goal, in_turn, synthetic_images, train_and_time
 from train_throughput import ADAMW, CASES, build
 
-from hf_vaeplus.training import BatchNoise, TrainingOptions, train
+from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.options import TrainingOptions
+from hf_vaeplus.training.randomness import BatchNoise
 
 # How often they come in the preset celeba64-cpu, in steps.
 LOG_EVERY, SAVE_EVERY = 50, 500
@@ -33,7 +35,7 @@ PIECES = {
     "learning rate": [("step", "lr_scheduler"), ("get_last_lr", "")],
     "moving average": [("_update_average", "")],
     "progress bar": [("update", "tqdm")],
-    "log": [("reduce", ""), ("log", ""), ("set_postfix", ""), ("dumps", ""), ("open", ""), ("_postfix", "")],
+    "log": [("reduce", ""), ("log", ""), ("set_postfix", ""), ("dumps", ""), ("open", ""), ("postfix", "")],
     "checkpoint": [("_save", "")],
 }
 

@@ -19,20 +19,15 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_vaeplus.data import to_unit_range
-from hf_vaeplus.evaluation import evaluate, provenance
-from hf_vaeplus.features import Pixels, open_extractor
+from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.evaluation.evaluate import evaluate
+from hf_vaeplus.evaluation.features import Pixels, open_extractor
 from hf_vaeplus.modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel, sum_of_squares
-from hf_vaeplus.stages import (
-    build_pipeline,
-    build_stage,
-    encode_dataset,
-    load_frozen,
-    open_images,
-    run_stage,
-    stage_options,
-)
-from hf_vaeplus.training import train
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.codes import encode_dataset, load_frozen
+from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.options import stage_options
+from hf_vaeplus.training.stages import build_pipeline, build_stage, open_images, run_stage
 
 FORMS = ("image", "pullback", "input")
 

@@ -30,8 +30,10 @@ from common import ROOT, Clock, benchmark, goal, in_turn, peak_mib, run_python, 
 from PIL import Image
 
 from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel
-from hf_vaeplus.data import stream_images, to_unit_range
-from hf_vaeplus.training import TrainingOptions, _loader
+from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.data.stream import stream_images
+from hf_vaeplus.training.loop import _loader
+from hf_vaeplus.training.options import TrainingOptions
 
 BATCH, SIZE = 128, 32
 WORKER = "import sys, scaling; scaling.worker(sys.argv[1])"

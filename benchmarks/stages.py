@@ -15,8 +15,9 @@ from pathlib import Path
 
 from common import Clock, benchmark
 
-from hf_vaeplus.stages import STAGES, all_stage_options, build_stage, load_preset
-from hf_vaeplus.training import train
+from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.options import STAGES, load_preset
+from hf_vaeplus.training.stages import all_stage_options, build_stage
 
 
 def run(options) -> tuple[list[float], list[dict]]:

@@ -22,13 +22,14 @@ PROGRAMS = {
     "import hf_vaeplus": "import hf_vaeplus",
     "hf_vaeplus: the autoencoder's class": "from hf_vaeplus import VAEPlusAutoencoderModel",
     "hf_vaeplus: the pipeline's class": "from hf_vaeplus import VAEPlusPipeline",
-    "vaeplus --version": "from hf_vaeplus.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass",
-    "vaeplus --help": "from hf_vaeplus.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    "vaeplus --version": "from hf_vaeplus.cli.main import main\ntry: main(['--version'])\nexcept SystemExit: pass",
+    "vaeplus --help": "from hf_vaeplus.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
     "load a pipeline and draw an image": (
         "import sys; from hf_vaeplus import VAEPlusPipeline\nVAEPlusPipeline.from_pretrained(sys.argv[1])()"
     ),
     "first training step, with its start and end": (
-        "import sys; from hf_vaeplus.stages import StageOptions, run_stage\n"
+        "import sys\nfrom hf_vaeplus.training.options import StageOptions\n"
+        "from hf_vaeplus.training.stages import run_stage\n"
         "run_stage(StageOptions(output_dir=sys.argv[2], cache_dir=sys.argv[3], dataset_name='digits', resolution=32,"
         " num_channels=1, max_train_steps=1, match_spectrum=False))"
     ),

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel, VAEPlusVAEConfig, VAEPlusVAEModel
-from hf_vaeplus.data import to_unit_range
-from hf_vaeplus.training import TrainingOptions
+from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.training.options import TrainingOptions
 
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}
 CASES = {"conv64": (64, 64), "conv128": (128, 32), "mlp": (28, 128)}  # image size, batch size

@@ -10,7 +10,7 @@ Each process handles its share of the images; the numbers are those of one proce
 
 import sys
 
-from hf_vaeplus.cli import main
+from hf_vaeplus.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

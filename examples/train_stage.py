@@ -12,8 +12,9 @@ rest: --config celeba64-cpu. After an interruption add --resume_from_checkpoint 
 
 import sys
 
-from hf_vaeplus.cli import parse_stage_options, run_command
-from hf_vaeplus.stages import run_stage
+from hf_vaeplus.cli.flags import parse_stage_options
+from hf_vaeplus.cli.main import run_command
+from hf_vaeplus.training.stages import run_stage
 
 
 def main():

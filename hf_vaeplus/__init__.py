@@ -48,7 +48,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "VAEPlusPipeline":  # on first use: importing a model alone does not import diffusers
-        from .pipeline_vaeplus import VAEPlusPipeline
+        from .hub.pipeline import VAEPlusPipeline
 
         return VAEPlusPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

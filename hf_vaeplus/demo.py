@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data import decode_image, to_uint8, to_unit_range
+from .data.pixels import to_uint8, to_unit_range
+from .image_processing_vaeplus import decode_image
 from .metrics.latents import PosteriorStatistics
 from .metrics.reconstruction import psnr, squared_error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .data import to_uint8
+from .data.pixels import to_uint8
 
 
 def image_grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:

@@ -1,7 +1,8 @@
 """VAE+ pipeline: noise -> images in one pass, images -> posteriors and back, and log-likelihoods.
 
 From "On the Regularization Balance in Autoencoder-Based Generative Models" (VAE+), Section 4. This file imports
-nothing of the package: an exported Hub repository carries it alone, without what stands between `package-only` marks.
+nothing of the package: an exported Hub repository carries it as `pipeline.py`, word for word. The subclass that the
+package itself offers (hub/pipeline.py) adds safe loading and uploads.
 
     sampling  u -> `second_stage` -> z -> `vae` -> code -> `autoencoder` -> image
     encoding  image -> `autoencoder` -> code -> `vae` -> posterior over z
@@ -25,7 +26,7 @@ Images = Image.Image | list[Image.Image] | np.ndarray | torch.Tensor
 Generators = torch.Generator | list[torch.Generator] | None
 
 # Component: its `config.model_type` (a class loaded from a Hub repository is not the installed one) and its class.
-_COMPONENTS = {
+COMPONENTS = {
     "autoencoder": ("vaeplus_autoencoder", "VAEPlusAutoencoderModel"),
     "vae": ("vaeplus_vae", "VAEPlusVAEModel"),
     "second_stage": ("vaeplus_vae", "VAEPlusVAEModel"),
@@ -71,7 +72,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         for name, component in components.items():
             if component is None and name in self._optional_components:
                 continue
-            model_type, class_name = _COMPONENTS[name]
+            model_type, class_name = COMPONENTS[name]
             if getattr(getattr(component, "config", None), "model_type", None) != model_type:
                 raise TypeError(f"{name} must be a {class_name}, got {type(component).__name__}.")
         _check_dimensions(
@@ -80,102 +81,6 @@ class VAEPlusPipeline(DiffusionPipeline):
             None if second_stage is None else second_stage.config,
         )
         self.register_modules(**components)
-
-    # <package-only>
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "VAEPlusPipeline":
-        """Load a folder or a Hub repository, with or without the code files of an export.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): folder or repository id.
-            kwargs: components that replace the stored ones (`None` drops an optional one), `dtype`, `revision`,
-                `variant` and the other options of `DiffusionPipeline.from_pretrained`.
-
-        Raises:
-            ValueError: an unknown option; weights that are missing, damaged, of another config or not safetensors.
-            OSError: the Hub has no such repository or revision, refuses, or cannot be reached, and no copy is cached.
-        """
-        unknown = sorted(kwargs.keys() - _COMPONENTS.keys() - _LOADING_OPTIONS)
-        if unknown:
-            known = sorted(_COMPONENTS.keys() | _LOADING_OPTIONS)
-            raise ValueError(f"from_pretrained got the unknown option {unknown[0]!r}: it takes {', '.join(known)}.")
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("use_safetensors=False is refused: pickled weights can run code, so leave it out.")
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
-        except OSError as error:  # of the Hub, whose reason is in the cause
-            if not isinstance(error.__cause__, HTTPError):
-                raise
-            from .hub import explain
-
-            raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {explain(error.__cause__)}") from error
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file, **kwargs):
-        # An exported index names the code files of the repository: its classes are those installed here, so that
-        # users of the package are not asked to trust remote code. Local folders and Hub downloads both pass here.
-        try:
-            index = super()._dict_from_json_file(json_file, **kwargs)
-        except RecursionError as error:
-            raise ValueError(f"{json_file} is nested too deeply for the index of a pipeline: name one.") from error
-        if not isinstance(index, dict):
-            raise ValueError(f"{json_file} must hold the index of a pipeline, got a {type(index).__name__}.")
-        if isinstance(index.get("_class_name"), list):
-            index["_class_name"] = (index["_class_name"] or [None])[-1]
-        if not isinstance(index.get("_class_name"), str):
-            raise ValueError(f"{json_file} must name the class of a pipeline, got {index.get('_class_name')!r}.")
-        for name in _COMPONENTS:
-            entry = index.get(name, [None, None])
-            if not isinstance(entry, list) or [type(word) for word in entry] not in ([str, str], [type(None)] * 2):
-                raise ValueError(f"{json_file} must name the library and the class of its {name}, got {entry!r}.")
-            library, class_name = entry
-            if library == "modeling_vaeplus":
-                index[name] = ["hf_vaeplus", class_name]
-            elif library not in ("hf_vaeplus", None):  # diffusers would import any module that an index names
-                raise ValueError(
-                    f"{json_file} takes its {name} from {library!r}, so it is no pipeline of this package: name one."
-                )
-        return index
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        tag: str | None = None,
-        variant: str | None = None,
-    ) -> str:
-        """Upload the pipeline, in one commit, as a repository that also loads without this package.
-
-        The `README.md` and the PNGs of the folder that the pipeline was loaded from go with it (`vaeplus card` writes
-        them); without these, a repository that has no card gets a short one.
-
-        Args:
-            repo_id (`str`): `organisation/name`, or `name` for a repository of the user; created if need be.
-            commit_message (`str`, *optional*): title of the commit.
-            private (`bool`, *optional*): of a repository that is created; the account's default if not given.
-            token (`str`, *optional*): write token; the one that `hf auth login` stored if not given.
-            revision (`str`, *optional*): branch, created if it does not exist.
-            tag (`str`, *optional*): name for the new commit.
-            variant (`str`, *optional*): add the weights alone, as `model.<variant>.safetensors`, to this pipeline in
-                the repository; for example `pipe.to(torch.bfloat16).push_to_hub(repo_id, variant="bf16")`.
-
-        Returns:
-            `str`: address of the commit.
-
-        Raises:
-            ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository, a variant
-                for a repository that holds no such pipeline.
-            huggingface_hub.errors.HfHubHTTPError: the Hub refused or failed; push again, it goes on where it stopped.
-        """
-        from .hub import push
-
-        options = dict(commit_message=commit_message, private=private, token=token)
-        return push(self, repo_id, **options, revision=revision, tag=tag, variant=variant)
-
-    # </package-only>
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -624,24 +529,5 @@ def _check_generators(generator: Generators, num_images: int):
         if not isinstance(each, torch.Generator) and (each is not None or isinstance(generator, list)):
             raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(each).__name__}.")
 
-
-# <package-only>
-import diffusers  # noqa: E402
-from diffusers.pipelines import pipeline_loading_utils  # noqa: E402
-from huggingface_hub.errors import HTTPError  # noqa: E402
-
-_LOADING_OPTIONS = frozenset(
-    "cache_dir device_map disable_mmap dtype force_download local_files_only low_cpu_mem_usage max_memory"
-    " offload_folder offload_state_dict proxies quantization_config revision token torch_dtype trust_remote_code"
-    " use_safetensors variant".split()
-)
-
-
-# Without these an index names modules that the Hub route cannot find (diffusers issue 6563).
-_base_class = {"VAEPlusPreTrainedModel": ["save_pretrained", "from_pretrained"]}
-pipeline_loading_utils.LOADABLE_CLASSES.setdefault("hf_vaeplus", _base_class)
-pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_base_class)
-diffusers.VAEPlusPipeline = VAEPlusPipeline  # where `DiffusionPipeline.from_pretrained` looks up a class by its name
-# </package-only>
 
 __all__ = ["VAEPlusPipeline"]

@@ -10,7 +10,9 @@ import torch
 from test_cli import TINY, home, run, working_folder  # noqa: F401
 from test_data import encoded, noise, take
 
-from hf_vaeplus.data import BadImage, load_images, stream_images
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.sources import BadImage
+from hf_vaeplus.data.stream import stream_images
 
 COUNT = 12
 BAD = {1: b"", 2: b"text", 6: encoded(noise(0, 64))[:2000], 11: b"\x89PNG"}

@@ -30,11 +30,13 @@ from safetensors.torch import load_file, save_file
 from test_cli import TINY, home, run  # noqa: F401
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.cli import parse_stage_options, run_command
-from hf_vaeplus.data import load_images, stream_images
-from hf_vaeplus.evaluation import provenance
+from hf_vaeplus.cli.flags import parse_stage_options
+from hf_vaeplus.cli.main import run_command
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.stream import stream_images
 from hf_vaeplus.image_processing_vaeplus import decode_image
-from hf_vaeplus.stages import run_stage
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.stages import run_stage
 
 SIZE = 32
 PNG = b"\x89PNG\r\n\x1a\n"

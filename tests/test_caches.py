@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import full_disk
 
 from hf_vaeplus import VAEPlusAutoencoderModel, stages
-from hf_vaeplus.checkpoints import write_json, write_whole
-from hf_vaeplus.data import load_images
-from hf_vaeplus.stages import encode_dataset
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.files import write_json, write_whole
+from hf_vaeplus.training.codes import encode_dataset
 
 
 def codes(model: Path, cache: Path, encoded: Path | None = None, pause: float = 0) -> torch.Tensor:

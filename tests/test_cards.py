@@ -12,9 +12,9 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.cards import write_card
-from hf_vaeplus.cli import main
-from hf_vaeplus.encoding import latents_card
+from hf_vaeplus.cli.main import main
+from hf_vaeplus.hub.cards import write_card
+from hf_vaeplus.hub.latents import latents_card
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -172,7 +172,7 @@ def test_mistakes(run, tmp_path, capsys, arguments, message):
 
 
 def test_pictures_of_unknown_licence_need_one(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_vaeplus.cards.DATA", {})
+    monkeypatch.setattr("hf_vaeplus.hub.cards.CARD_FACTS", {})
     with pytest.raises(
         ValueError, match="licence of the images in 'digits' is not known: state it with --data_license"
     ):

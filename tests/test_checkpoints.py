@@ -23,9 +23,10 @@ from test_cards import TINY
 from test_training import contents, interrupted, prepare_rows, reference, resume, run  # noqa: F401 (fixtures)
 
 from hf_vaeplus import checkpoints
-from hf_vaeplus.checkpoints import DamagedCheckpoint, check, list_checkpoints, sole_run
-from hf_vaeplus.cli import main
-from hf_vaeplus.training import TrainingInterrupted
+from hf_vaeplus.cli.main import main
+from hf_vaeplus.files import sole_run
+from hf_vaeplus.training.checkpoints import DamagedCheckpoint, check, list_checkpoints
+from hf_vaeplus.training.loop import TrainingInterrupted
 
 FILES = ["model.safetensors", "config.json", "optimizer.safetensors", "progress.json", "ema/model.safetensors"]
 

@@ -26,7 +26,8 @@ from hf_vaeplus import (
     VAEPlusVAEModel,
     stages,
 )
-from hf_vaeplus.cli import main, parse_stage_options, run_command
+from hf_vaeplus.cli.flags import parse_stage_options
+from hf_vaeplus.cli.main import main, run_command
 
 COMMANDS = ("quickstart", "train", "evaluate", "sample", "reconstruct", "interpolate")
 TRAIN_STAGE = Path(__file__).parents[1] / "examples" / "train_stage.py"
@@ -122,7 +123,8 @@ def test_help_of_a_command_shows_an_example_that_it_accepts(command, home, monke
     examples = [shlex.split(line) for line in output.splitlines() if line.startswith(f"  vaeplus {command}")]
     assert examples
     seen = []
-    for name in ("_train", "_evaluate", "_sample", "_reconstruct", "_interpolate"):
+    for name in ("train._train", "evaluate._evaluate", "inference._sample", "inference._reconstruct",
+                 "inference._interpolate"):  # fmt: skip
         monkeypatch.setattr(f"hf_vaeplus.cli.{name}", lambda *args: seen.append(args))
     for example in examples:
         assert run(*example[1:])[0] == 0, example
@@ -447,7 +449,7 @@ def test_features_that_need_a_missing_package_are_one_sentence(monkeypatch):
     def missing(spec, device):
         raise ImportError("needs onnxruntime: run `pip install`")
 
-    monkeypatch.setattr("hf_vaeplus.features.open_extractor", missing)
+    monkeypatch.setattr("hf_vaeplus.evaluation.features.open_extractor", missing)
     code, _, errors = run(*EVAL.split(), "--features", "net.onnx")
     assert code == 2 and errors == "vaeplus: error: needs onnxruntime: run `pip install`\n"
 

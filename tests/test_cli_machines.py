@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_cli import PIPE, home, run, working_folder  # noqa: F401
 
-from hf_vaeplus.cli import build_parser
+from hf_vaeplus.cli.main import build_parser
 
 # ------------------------------------------------------------------------------------------------------------ JSON
 
@@ -78,7 +78,7 @@ def test_an_interruption_is_json_as_well(monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_vaeplus.cli._load_pipeline", interrupted)
+    monkeypatch.setattr("hf_vaeplus.cli.inference.load_pipeline", interrupted)
     code, output, _ = run("sample", PIPE, "--json")
     assert code == 130 and "interrupted" in json.loads(output)["error"]
 

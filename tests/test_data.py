@@ -23,8 +23,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_vaeplus import data
-from hf_vaeplus.data import keep_batch, load_images, stream_images, to_uint8, to_unit_range
-from hf_vaeplus.rendered_faces import factors_of, render_faces
+from hf_vaeplus.data.cache import keep_batch, load_images
+from hf_vaeplus.data.pixels import to_uint8, to_unit_range
+from hf_vaeplus.data.rendered_faces import factors_of, render_faces
+from hf_vaeplus.data.stream import stream_images
 
 NUM_PICTURES = 11
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vaeplus.data import load_images, stream_images
-from hf_vaeplus.stages import encode_dataset
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.stream import stream_images
+from hf_vaeplus.training.codes import encode_dataset
 
 COUNT = 40
 

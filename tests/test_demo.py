@@ -30,7 +30,8 @@ from hf_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from hf_vaeplus.cli import _read_pictures, main
+from hf_vaeplus.cli.flags import read_pictures
+from hf_vaeplus.cli.main import main
 
 gradio = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[demo]'")
 httpx = pytest.importorskip("httpx")  # of Gradio
@@ -127,7 +128,7 @@ def test_sharpness_only_where_the_autoencoder_has_it(handlers, pipe):
 
 @pytest.mark.parametrize("name", ["a.png", "turned.jpg"])
 def test_pictures_are_read_as_on_the_command_line(name, handlers, pipe, files):
-    expected = _read_pictures(Namespace(images=[files / name], crop=None), pipe)
+    expected = read_pictures(Namespace(images=[files / name], crop=None), pipe)
     assert torch.equal(handlers.read(upload(files / name)), expected)
 
 
@@ -137,7 +138,7 @@ def test_a_picture_is_turned_as_its_camera_says(handlers, files):
 
 
 def test_reconstruction_and_its_figures(handlers, pipe, files):
-    picture = _read_pictures(Namespace(images=[files / "a.png"], crop=None), pipe)
+    picture = read_pictures(Namespace(images=[files / "a.png"], crop=None), pipe)
     seen, again, draw, figures = handlers.reconstruct(upload(files / "a.png"))
     assert same([again], pipe.reconstruct(picture))
     assert np.array_equal(pixels(seen), (255 * picture[0].permute(1, 2, 0)).round().numpy())
@@ -151,7 +152,7 @@ def test_reconstruction_and_its_figures(handlers, pipe, files):
 
 
 def test_interpolation_is_the_pipelines(handlers, pipe, files):
-    a, b = (_read_pictures(Namespace(images=[files / name], crop=None), pipe) for name in ("a.png", "b.png"))
+    a, b = (read_pictures(Namespace(images=[files / name], crop=None), pipe) for name in ("a.png", "b.png"))
     way = handlers.interpolate(upload(files / "a.png"), upload(files / "b.png"), 4)
     assert same(way, pipe.interpolate(a, b, 4)[0])
 
@@ -166,7 +167,7 @@ def test_directions_come_in_the_order_of_their_kl(handlers, pipe):
 
 def test_a_slider_sets_its_dimension_and_no_other(handlers, pipe, files):
     z, image, *values = handlers.start_from_picture(upload(files / "a.png"))
-    picture = _read_pictures(Namespace(images=[files / "a.png"], crop=None), pipe)
+    picture = read_pictures(Namespace(images=[files / "a.png"], crop=None), pipe)
     assert torch.equal(z, pipe.encode(picture).mean) and same([image], pipe.reconstruct(picture))
     assert same([handlers.explore(z, *values)], [image])  # untouched: not even rounded
     moved = z.clone()

@@ -10,7 +10,8 @@ from datasets import load_dataset
 from PIL import Image
 from test_cards import code_blocks, run_code
 
-from hf_vaeplus.cli import build_parser, main, parse_stage_options
+from hf_vaeplus.cli.flags import parse_stage_options
+from hf_vaeplus.cli.main import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

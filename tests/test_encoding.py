@@ -22,9 +22,10 @@ from hf_vaeplus import (
     VAEPlusPipeline,
     encoding,
 )
-from hf_vaeplus.cli import main
-from hf_vaeplus.data import load_images, stream_images
-from hf_vaeplus.encoding import encode_to_parquet
+from hf_vaeplus.cli.main import main
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.stream import stream_images
+from hf_vaeplus.hub.latents import encode_to_parquet
 
 SIZE, COUNT = 32, 21
 

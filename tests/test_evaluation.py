@@ -24,9 +24,12 @@ from hf_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from hf_vaeplus.data import load_images, to_uint8
-from hf_vaeplus.evaluation import Judge, downsample, evaluate, results_table, sample_images, sample_mixture, summarize
-from hf_vaeplus.features import open_extractor
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.pixels import to_uint8
+from hf_vaeplus.evaluation.evaluate import Judge, downsample, evaluate, sample_images, sample_mixture
+from hf_vaeplus.evaluation.features import open_extractor
+from hf_vaeplus.evaluation.summaries import summarize
+from hf_vaeplus.evaluation.tables import results_table
 from hf_vaeplus.metrics.frechet import frechet_distance
 from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.metrics.running import RunningMoments

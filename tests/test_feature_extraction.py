@@ -22,9 +22,9 @@ from hf_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from hf_vaeplus.data import load_images
-from hf_vaeplus.hub import export, save_feature_extractor
-from hf_vaeplus.stages import train_all
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.hub.repository import export, save_feature_extractor
+from hf_vaeplus.training.stages import train_all
 
 TASK = "image-feature-extraction"
 SIZE = 32

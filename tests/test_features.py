@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_vaeplus.features import FIDInception, distance_name, open_extractor
+from hf_vaeplus.evaluation.features import FIDInception, distance_name, open_extractor
 
 IMAGES = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 FLOAT, UINT8, INT64 = 1, 2, 7  # ONNX element types
@@ -215,7 +215,7 @@ def known_hash(monkeypatch):
         def hexdigest(self):
             return "6726825d" + self._digest[8:]
 
-    monkeypatch.setattr("hf_vaeplus.features.hashlib.sha256", Known)
+    monkeypatch.setattr("hf_vaeplus.evaluation.features.hashlib.sha256", Known)
 
 
 class Attack:

@@ -31,10 +31,12 @@ from hf_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from hf_vaeplus.cli import build_parser, parse_stage_options, run_command
+from hf_vaeplus.cli.flags import parse_stage_options
+from hf_vaeplus.cli.main import build_parser, run_command
 from hf_vaeplus.modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
 from hf_vaeplus.modeling_vaeplus import VAEPlusEncoderConfig
-from hf_vaeplus.stages import STAGES, StageOptions, all_stage_options, load_preset
+from hf_vaeplus.training.options import STAGES, StageOptions, load_preset
+from hf_vaeplus.training.stages import all_stage_options
 
 SCALARS = [None, True, 0, -1, 2**31, 2**63, 10**400, 1e-320, 1e308, math.nan, math.inf, -math.inf, "", "\0", "../x"]
 scalars = st.sampled_from(SCALARS) | st.integers(-3, 99) | st.floats() | st.text(max_size=5)
@@ -159,7 +161,7 @@ def place(home, tmp_path_factory):  # noqa: F811
         patch.chdir(folder / "inner")
         patch.setenv("VAEPLUS_CACHE", str(folder / "cache"))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr("hf_vaeplus.stages.train_all", refuse)
+        patch.setattr("hf_vaeplus.training.stages.train_all", refuse)
         patch.setattr("hf_vaeplus.demo.serve", refuse)
         yield folder
 

@@ -22,8 +22,9 @@ from test_pipeline import make_pipeline
 from transformers import AutoModel, pipeline
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.cli import main
-from hf_vaeplus.hub import explain, export, save_feature_extractor
+from hf_vaeplus.cli.main import main
+from hf_vaeplus.hub.client import explain
+from hf_vaeplus.hub.repository import export, save_feature_extractor
 
 REPO = "org/drawings"
 COMPONENTS = {"autoencoder": "VAEPlusAutoencoderModel", "vae": "VAEPlusVAEModel", "second_stage": "VAEPlusVAEModel"}
@@ -146,7 +147,7 @@ def test_a_variant_needs_no_card_and_takes_none(hub, pipe, saved, monkeypatch):
     before = hub[REPO].files().keys()
     (saved / "README.md").write_text('VAEPlusPipeline.from_pretrained("org/else")')  # it stays where it is
     (saved / "samples.png").write_bytes(b"a picture")
-    monkeypatch.setattr("hf_vaeplus.hub.shutil.copy", None)
+    monkeypatch.setattr("hf_vaeplus.hub.repository.shutil.copy", None)
     VAEPlusPipeline.from_pretrained(saved).push_to_hub(REPO, variant="bf16")
     assert hub[REPO].files().keys() - before == {f"{name}/model.bf16.safetensors" for name in COMPONENTS}
 

@@ -16,8 +16,8 @@ from test_training import run, stats_of
 from transformers import AutoModel
 
 from hf_vaeplus import VAEPlusPipeline, VAEPlusVAEModel
-from hf_vaeplus.cli import main
-from hf_vaeplus.hub import BackgroundPush
+from hf_vaeplus.cli.main import main
+from hf_vaeplus.hub.client import BackgroundPush
 
 REPO = "org/model"
 PUSH = dict(push_to_hub=True, hub_model_id=REPO, hub_token=TOKEN)
@@ -100,7 +100,7 @@ def test_a_full_temporary_folder_is_a_warning(hub, tmp_path, caplog, monkeypatch
         raise OSError(28, "No space left on device")
 
     if which == "mkdtemp":
-        monkeypatch.setattr("hf_vaeplus.hub.tempfile.mkdtemp", no_room)
+        monkeypatch.setattr("hf_vaeplus.hub.client.tempfile.mkdtemp", no_room)
     else:
         monkeypatch.setattr(VAEPlusVAEModel, "save_pretrained", save)
     run(tmp_path / "run", **PUSH)

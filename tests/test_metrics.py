@@ -14,8 +14,9 @@ from hf_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from hf_vaeplus.data import load_images, to_unit_range
-from hf_vaeplus.evaluation import summarize
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.evaluation.summaries import summarize
 from hf_vaeplus.metrics.latents import (
     PosteriorStatistics,
     active_units,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_vaeplus import rendered_faces
-from hf_vaeplus.rendered_faces import FACTOR_NAMES, factors_of, render_faces
+from hf_vaeplus.data.rendered_faces import FACTOR_NAMES, factors_of, render_faces
 
 ALL = len(FACTOR_NAMES)
 

@@ -74,7 +74,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 # Every stage for three steps, from the stages that are there already.
 ALL_STAGES = """
 import json, sys
-from hf_vaeplus.stages import run_stage, stage_options
+from hf_vaeplus.training.stages import run_stage
+from hf_vaeplus.training.options import stage_options
 
 for stage, options in json.loads(sys.argv[1]).items():
     run_stage(stage_options(stage, **options))

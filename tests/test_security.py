@@ -38,14 +38,16 @@ from hf_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from hf_vaeplus.checkpoints import DamagedCheckpoint, _sha256, check
-from hf_vaeplus.cli import main, run_command
-from hf_vaeplus.data import load_images, stream_images
-from hf_vaeplus.features import open_extractor
-from hf_vaeplus.hub import push
+from hf_vaeplus.cli.main import main, run_command
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.stream import stream_images
+from hf_vaeplus.evaluation.features import open_extractor
+from hf_vaeplus.files import _sha256
+from hf_vaeplus.hub.repository import push
 from hf_vaeplus.modeling_baselines import WAEMMDModel
-from hf_vaeplus.stages import StageOptions, run_stage
-from hf_vaeplus.training import TrainingOptions
+from hf_vaeplus.training.checkpoints import DamagedCheckpoint, check
+from hf_vaeplus.training.options import StageOptions, TrainingOptions
+from hf_vaeplus.training.stages import run_stage
 
 REFUSALS = (ValueError, OSError, TypeError)  # what the command line turns into one sentence
 
@@ -592,7 +594,7 @@ def test_a_secret_of_a_pushed_run_is_written_nowhere(hub, tmp_path, caplog, capf
     """A Hub that answers with the token that it was sent, in every error."""
     monkeypatch.setattr("sys.argv", ["vaeplus", "train", *FLAG])
     hub.faults = [Fault(".", status=500, times=10**6)]
-    monkeypatch.setattr("hf_vaeplus.hub.explain", lambda error: f"Bearer {SECRET} is not accepted")
+    monkeypatch.setattr("hf_vaeplus.hub.client.explain", lambda error: f"Bearer {SECRET} is not accepted")
     options = dict(push_to_hub=True, hub_model_id="org/x", hub_token=SECRET, report_to="tensorboard")
     run_training(tmp_path / "here", **options, dataloader_num_workers=0)
     shown = capfd.readouterr()
@@ -605,7 +607,7 @@ def test_a_traceback_shows_no_secret(tmp_path):
     """As a program: an error of the program itself, one with --debug, and a log with an exception."""
     script = f"""
 import logging, sys
-from hf_vaeplus.cli import run_command
+from hf_vaeplus.cli.main import run_command
 def fail():
     try:
         raise KeyError("{ADDRESS}")

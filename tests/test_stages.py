@@ -24,20 +24,13 @@ from hf_vaeplus import (
     VAEPlusVAEModel,
     stages,
 )
-from hf_vaeplus.data import load_images, to_unit_range
-from hf_vaeplus.evaluation import summarize
-from hf_vaeplus.stages import (
-    STAGES,
-    StageOptions,
-    encode_dataset,
-    load_frozen,
-    load_preset,
-    open_images,
-    run_stage,
-    stage_options,
-    train_all,
-)
-from hf_vaeplus.training import BatchNoise
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.evaluation.summaries import summarize
+from hf_vaeplus.training.codes import encode_dataset, load_frozen
+from hf_vaeplus.training.options import STAGES, StageOptions, load_preset, stage_options
+from hf_vaeplus.training.randomness import BatchNoise
+from hf_vaeplus.training.stages import open_images, run_stage, train_all
 
 CODE_DIM, Z_DIM, BATCH = 6, 4, 5
 AUTOENCODER = {"latent_dim": CODE_DIM, "hidden_channels": [4, 8], "num_blocks": 1}

@@ -23,18 +23,12 @@ from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 
 from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel, VAEPlusVAEConfig, VAEPlusVAEModel
-from hf_vaeplus.checkpoints import list_checkpoints
-from hf_vaeplus.stages import StageOptions, TensorRows
-from hf_vaeplus.training import (
-    SCHEDULES,
-    BatchNoise,
-    GlobalBatchSampler,
-    HealthWatch,
-    TrainingDiverged,
-    TrainingOptions,
-    derived_seed,
-    train,
-)
+from hf_vaeplus.training.checkpoints import list_checkpoints
+from hf_vaeplus.training.codes import TensorRows
+from hf_vaeplus.training.logs import HealthWatch
+from hf_vaeplus.training.loop import TrainingDiverged, train
+from hf_vaeplus.training.options import SCHEDULES, StageOptions, TrainingOptions
+from hf_vaeplus.training.randomness import BatchNoise, GlobalBatchSampler, derived_seed
 
 DIM, LATENT_DIM, NUM_ROWS = 6, 4, 22
 TINY_RUN = dict(

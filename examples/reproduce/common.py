@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from hf_vaeplus.cli import CommandParser, run_command
-from hf_vaeplus.evaluation import provenance
+from hf_vaeplus.cli.flags import CommandParser
+from hf_vaeplus.cli.main import run_command
 from hf_vaeplus.metrics.latents import PosteriorStatistics
 from hf_vaeplus.metrics.reconstruction import squared_error
-from hf_vaeplus.stages import open_images
-from hf_vaeplus.training import derived_seed
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.randomness import derived_seed
+from hf_vaeplus.training.stages import open_images
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ("smoke", "cpu", "gpu")

@@ -26,13 +26,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.data import to_uint8
-from hf_vaeplus.evaluation import Judge, downsample
-from hf_vaeplus.features import open_extractor
+from hf_vaeplus.data.pixels import to_uint8
+from hf_vaeplus.evaluation.evaluate import Judge, downsample
+from hf_vaeplus.evaluation.features import open_extractor
 from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import ResidualConvBlock, VAEPlusAutoencoderModel, VAEPlusVAEModel
 from hf_vaeplus.pictures import image_grid
-from hf_vaeplus.stages import load_frozen, load_preset, stage_options
+from hf_vaeplus.training.codes import load_frozen
+from hf_vaeplus.training.options import load_preset, stage_options
 
 CPU = {
     "preset": "celeba-cpu",

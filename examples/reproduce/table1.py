@@ -16,11 +16,12 @@ from common import mean_and_spread, measure_posteriors, reproduce
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.data import load_images
+from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.metrics.likelihood import elbo, importance_weighted
 from hf_vaeplus.metrics.reconstruction import squared_error
-from hf_vaeplus.stages import build_stage, stage_options
-from hf_vaeplus.training import train
+from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.options import stage_options
+from hf_vaeplus.training.stages import build_stage
 
 PAPER = {  # kappa -> reconstruction error, NLL, active units
     50: (4.98, -315, 10),

@@ -18,8 +18,9 @@ from common import BATCH, held_out, mean_and_spread, measure_posteriors, reprodu
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.metrics.mmd import imq_mmd
 from hf_vaeplus.modeling_vaeplus import VAEPlusVAEModel
-from hf_vaeplus.stages import build_stage, stage_options
-from hf_vaeplus.training import train
+from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.options import stage_options
+from hf_vaeplus.training.stages import build_stage
 
 CELEBA = {"dataset_name": "celeba", "random_flip": True}
 NETWORK = {"hidden_channels": [64, 128], "latent_dim": 256}

@@ -19,13 +19,16 @@ from common import BATCH, held_out, mean_and_spread, reproduce, uint8_batches
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.data import to_uint8
-from hf_vaeplus.evaluation import Judge, downsample, sample_images, sample_mixture, summarize
-from hf_vaeplus.features import open_extractor
+from hf_vaeplus.data.pixels import to_uint8
+from hf_vaeplus.evaluation.evaluate import Judge, downsample, sample_images, sample_mixture
+from hf_vaeplus.evaluation.features import open_extractor
+from hf_vaeplus.evaluation.summaries import summarize
 from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel
 from hf_vaeplus.pictures import image_grid
-from hf_vaeplus.stages import encode_dataset, load_frozen, load_preset, run_stage, stage_options
+from hf_vaeplus.training.codes import encode_dataset, load_frozen
+from hf_vaeplus.training.options import load_preset, stage_options
+from hf_vaeplus.training.stages import run_stage
 
 BASELINES = {"vae": {"max_grad_norm": 20_000.0}, "wae-mmd": {"mmd_weight": 500.0, "max_grad_norm": 300.0}}
 SETTINGS = {

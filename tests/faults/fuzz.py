@@ -40,10 +40,9 @@ from PIL import Image, features
 from transformers import get_scheduler
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.checkpoints import DamagedCheckpoint, TrainingState, find_checkpoint
-from hf_vaeplus.cli import build_parser, parse_stage_options
-from hf_vaeplus.data import _open_source
-from hf_vaeplus.evaluation import provenance
+from hf_vaeplus.cli.flags import parse_stage_options
+from hf_vaeplus.cli.main import build_parser
+from hf_vaeplus.data.sources import _open_source
 from hf_vaeplus.image_processing_vaeplus import decode_image
 from hf_vaeplus.modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
@@ -51,7 +50,10 @@ from hf_vaeplus.modeling_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from hf_vaeplus.stages import STAGES, StageOptions, all_stage_options, load_preset
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.checkpoints import DamagedCheckpoint, TrainingState, find_checkpoint
+from hf_vaeplus.training.options import STAGES, StageOptions, load_preset
+from hf_vaeplus.training.stages import all_stage_options
 
 CORPUS = Path(__file__).with_name("corpus")
 # What a child does: the package and Pillow's readers are watched, which has to begin before they are imported.

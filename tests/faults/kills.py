@@ -21,9 +21,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from hf_vaeplus.checkpoints import checkpoint_step, list_checkpoints
-from hf_vaeplus.evaluation import provenance
-from hf_vaeplus.stages import STAGES, run_stage, stage_options
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.checkpoints import checkpoint_step, list_checkpoints
+from hf_vaeplus.training.options import STAGES, stage_options
+from hf_vaeplus.training.stages import run_stage
 
 DATA = dict(dataset_name="digits", resolution=32, num_channels=1, max_train_samples=90, train_batch_size=8)
 LENGTH = dict(max_train_steps=40, checkpointing_steps=3, logging_steps=4, lr_warmup_steps=5)
@@ -104,7 +105,9 @@ def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict
     Raises:
         RuntimeError: a resumed run failed, or left something else than the undisturbed one.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["hf_vaeplus.stages", "transformers", "__main__"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["hf_vaeplus.training.stages", "transformers", "__main__"]
+    )
     chance = random.Random(seed)
     rows, trained = [], {}  # stage -> folder, for the stages after it
     with tqdm(total=kills, desc="kills") as bar, contextlib.ExitStack() as running:  # nothing outlives an error

@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator
 
 from hf_vaeplus import VAEPlusPipeline, training
-from hf_vaeplus.evaluation import provenance
-from hf_vaeplus.stages import STAGES, build_pipeline, build_stage, open_images, stage_options
-from hf_vaeplus.training import train
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.options import STAGES, stage_options
+from hf_vaeplus.training.stages import build_pipeline, build_stage, open_images
 
 # What is allowed between a run and the same run in float32. `curve`: the largest difference between the two losses at
 # any line of stats.jsonl, as a part of the fall of the loss. The others: relative differences over the last lines.

@@ -21,9 +21,10 @@ import psutil
 import torch
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.evaluation import provenance
-from hf_vaeplus.stages import STAGES, StageOptions, build_pipeline, build_stage, open_images, stage_options
-from hf_vaeplus.training import train
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.options import STAGES, StageOptions, stage_options
+from hf_vaeplus.training.stages import build_pipeline, build_stage, open_images
 
 PARTS = (*STAGES, "pipeline")
 MAX_GROWTH = 0.03  # of the resident size at the end of the warm-up

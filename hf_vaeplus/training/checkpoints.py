@@ -1,29 +1,31 @@
-"""Files that survive a crash: written whole or not at all, checkpoints with their checksums, one run in a folder.
+"""Checkpoints: what a run goes on from, written whole, with checksums.
 
 A checkpoint is a folder `checkpoint-<step>`; while it is written it has another name. `checksums.json` holds the
 SHA-256 of each of its files.
 """
 
-import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..files import flush_to_disk, room_for, sha256, write_json
+
 logger = logging.getLogger(__name__)
+
+
 CHECKSUMS = "checksums.json"
+
+
 _ALWAYS = ("model.safetensors", "optimizer.safetensors", "progress.json")  # the others depend on the run
 
 
@@ -97,133 +99,19 @@ def check(checkpoint: Path):
     for name, digest in sorted(files.items()):
         if name not in inside:  # nothing else is opened, whatever the list names
             raise DamagedCheckpoint(f"{checkpoint} lacks {name}: {advice}")
-        if _sha256(inside[name]) != digest:
+        if sha256(inside[name]) != digest:
             raise DamagedCheckpoint(f"{inside[name]} is damaged, its checksum has changed: {advice}")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def sole_run(output_dir: Path) -> Iterator[None]:
-    """Hold the folder of a run; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        FileExistsError: another process holds it.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise FileExistsError(
-            f"another process is training in {output_dir}: wait for it, or choose another --output_dir."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-# -------------------------------------------------------------------------------------------------------- writing
-
-
-def write_whole(path: Path, write: Callable[[Path], object]):
-    """Replace a file by what `write(partial)` writes, whole or not at all: `partial` has the suffix of `path`."""
-    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
-    try:
-        write(partial)
-        _flush_to_disk(partial)
-        os.replace(partial, path)
-    except BaseException:  # a full disk, Ctrl-C
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str):
-    """Replace a file by `text`, whole or not at all."""
-    write_whole(path, lambda partial: partial.write_text(text))
-
-
-def write_json(path: Path, content):
-    """Replace a file by `content` as JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def build_once(path: Path, build: Callable[[Path], object], load: Callable[[Path], object]):
-    """A file of the cache beside the images: made by one process while the others wait, and again if it is damaged.
-
-    Args:
-        path: the file, in safetensors; its name says what is in it.
-        build: writes it, under another name.
-        load: reads it, and raises ValueError if it holds something else.
-
-    Returns:
-        What `load(path)` returns.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-
-    def loaded():
-        try:
-            return load(path)
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, ValueError) as error:
-            logger.warning("%s is damaged (%s) and will be made again", path, error)
-            return None
-
-    if (found := loaded()) is not None:
-        return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # the system frees it when its holder is killed
-        if (found := loaded()) is not None:  # another process made it meanwhile
-            return found
-        for leftover in path.parent.glob(f".partial.*.{path.name}"):  # of a process that was killed
-            leftover.unlink()
-        try:
-            write_whole(path, build)
-        except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
-            raise OSError(
-                f"the cache {path.parent} cannot be written ({error}): free some space or name another cache_dir."
-            ) from error
-        return load(path)
 
 
 def save_model(model: PreTrainedModel, folder: Path):
     """`save_pretrained`, but no reader ever sees half a file."""
     partial = folder / ".model.partial"
-    with _room_for(folder, partial):
+    with room_for(folder, partial):
         model.save_pretrained(partial)
-        _flush_to_disk(partial)
+        flush_to_disk(partial)
         for path in sorted(partial.iterdir()):
             os.replace(path, folder / path.name)
         partial.rmdir()
-
-
-@contextlib.contextmanager
-def _room_for(path: Path, partial: Path) -> Iterator[None]:
-    """`partial` is no folder when this is entered, nor after a full disk, of which the error speaks of `path`."""
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"{path} cannot be written ({error}): free some space, then resume from the newest checkpoint."
-        ) from error
-
-
-def _flush_to_disk(written: Path):
-    for path in [*written.rglob("*"), written]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def drop_oldest(output_dir: Path, total_limit: int):
@@ -232,9 +120,6 @@ def drop_oldest(output_dir: Path, total_limit: int):
         going = output_dir / f".{old.name}.partial"
         os.replace(old, going)
         shutil.rmtree(going)
-
-
-# ---------------------------------------------------------------------------------------------------------- state
 
 
 @dataclass
@@ -276,7 +161,7 @@ class TrainingState:
     def save(self, output_dir: Path, total_limit: int):
         """Write checkpoint-<step> beside the others, rename it into place when complete, then drop the oldest."""
         final, partial = output_dir / f"checkpoint-{self.step}", output_dir / f".checkpoint-{self.step}.partial"
-        with _room_for(final, partial):
+        with room_for(final, partial):
             self._write(partial)
             shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
             os.replace(partial, final)
@@ -296,8 +181,8 @@ class TrainingState:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
         write_json(partial / "progress.json", self._progress())
         files = sorted(path for path in partial.rglob("*") if path.is_file())
-        write_json(partial / CHECKSUMS, {path.relative_to(partial).as_posix(): _sha256(path) for path in files})
-        _flush_to_disk(partial)
+        write_json(partial / CHECKSUMS, {path.relative_to(partial).as_posix(): sha256(path) for path in files})
+        flush_to_disk(partial)
 
     def load(self, checkpoint: Path):
         """Take over a checkpoint that `find_checkpoint` has found good.

@@ -11,28 +11,20 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .evaluation import results_table
-from .stages import STAGES
+from ..data.catalogue import CARD_FACTS
+from ..evaluation.tables import results_table
+from ..training.options import STAGES
 
 PICTURES = ("samples.png", "curves.png")
-# Data set -> what it is, its licence, its id on the Hub, whether it shows people (None: not known).
-DATA = {
-    "celeba": (
-        "CelebA, aligned photographs of faces, the plain 128-pixel centre crop.",
-        "non-commercial research only, without redistribution.",
-        "nielsr/CelebA-faces",
-        True,
-    ),
-    "mnist": ("MNIST, handwritten digits.", "CC BY-SA 3.0.", "ylecun/mnist", False),
-    "digits": ("1,797 handwritten digits of the UCI repository.", "CC BY 4.0.", None, False),
-    "rendered-faces": ("Drawings made by `hf_vaeplus` itself, from known factors.", "Apache-2.0.", None, False),
-}
+
 
 _METADATA = {
     "library_name": "diffusers",
     "pipeline_tag": "unconditional-image-generation",
     "tags": ["hf_vaeplus", "vae", "autoencoder", "image-generation"],
 }
+
+
 _TOLD = ("commit", "date", "machine", "seed", "num_images", "images")  # of summary.json, as it is
 
 
@@ -85,7 +77,7 @@ def write_card(
             f"the licence of the images in {fields['images']!r} is not known: state it with --data_license, such as"
             " 'CC BY 4.0, photographs by the author'."
         )
-    fields |= dict(model_id=model_id, data_license=_plain(data_license))
+    fields |= dict(model_id=model_id, data_license=plain_text(data_license))
     data = ModelCardData(
         **_METADATA, license=license, datasets=hub_id, model_name=model_id.split("/")[-1], eval_results=eval_results
     )
@@ -109,30 +101,30 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
     options = {stage: read(f"{stage}/training_options.json") for stage in STAGES}
     configs = {stage: read(f"{stage}/config.json") for stage in STAGES}
     last, images = options["second_stage"], summary["images"]
-    told, data_license, hub_id, people = DATA.get(last["dataset_name"], (None, None, last["dataset_name"], None))
+    told, data_license, hub_id, people = CARD_FACTS.get(last["dataset_name"], (None, None, last["dataset_name"], None))
     told = told or f"Images of the {'data set' if hub_id else 'folder'} {images!r}."
     if last["max_train_samples"]:
         told += f" The first {last['max_train_samples']:,} of them."
     told += " Their mirror images as well." if last["random_flip"] else ""
     fields = dict(
-        size=_plain(configs["autoencoder"]["image_size"]),
+        size=plain_text(configs["autoencoder"]["image_size"]),
         images=images,
-        data=_plain(told),
+        data=plain_text(told),
         data_license=data_license,
         people=people,
         stages=[_stage_row(stage, run_dir / stage, options[stage], configs[stage]) for stage in STAGES],
-        command=_code(summary["command"]),
-        summary={name: _plain(summary[name]) for name in _TOLD},
-        torch=_plain(summary["versions"]["torch"]),
-        figures=[(name, _plain(value)) for name, value in _figures(summary)],
+        command=code_text(summary["command"]),
+        summary={name: plain_text(summary[name]) for name in _TOLD},
+        torch=plain_text(summary["versions"]["torch"]),
+        figures=[(name, plain_text(value)) for name, value in _figures(summary)],
         sharpens=configs["autoencoder"].get("matched_spectrum", False),
     )
     if evaluation is not None:
         fields |= dict(
             evaluation=results_table(evaluation).replace("`", "'"),
-            evaluation_command=_code(evaluation["command"]),
-            evaluation_commit=_plain(evaluation["commit"]),
-            evaluation_date=_plain(evaluation["date"]),
+            evaluation_command=code_text(evaluation["command"]),
+            evaluation_commit=plain_text(evaluation["commit"]),
+            evaluation_date=plain_text(evaluation["date"]),
         )
     return fields, hub_id, _eval_results(summary, evaluation)
 
@@ -144,13 +136,13 @@ def short_card(model_id: str, size: int) -> ModelCard:
     return ModelCard.from_template(data, template_str=template, model_id=model_id, size=size)
 
 
-def _plain(text) -> str:
+def plain_text(text) -> str:
     """Text from outside as text: on one line, without HTML, code, and Markdown's tables, links and pictures."""
     text = html.escape(" ".join(str(text).split()), quote=False).replace("`", "'")
     return re.sub(r"[\\|\[\]]", r"\\\g<0>", text)
 
 
-def _code(text) -> str:
+def code_text(text) -> str:
     """Text from outside between backticks."""
     return " ".join(str(text).split()).replace("`", "'")
 
@@ -172,7 +164,7 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
         options["mixed_precision"] if options["mixed_precision"] != "no" else "float32",
         model,
     ]
-    return [_plain(cell) for cell in row]
+    return [plain_text(cell) for cell in row]
 
 
 def _product(shape: list[int]) -> int:

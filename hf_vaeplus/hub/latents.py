@@ -13,9 +13,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from pyarrow.parquet import ParquetWriter
 from tqdm.auto import tqdm
 
-from .cards import _code, _plain
-from .data import FULL
-from .evaluation import provenance
+from ..files import FULL
+from ..provenance import provenance
+from .cards import code_text, plain_text
 
 _ROWS_PER_GROUP = 8192  # rows that are held in memory and written together
 
@@ -31,7 +31,8 @@ def encode_to_parquet(
 
     Args:
         pipe ([`VAEPlusPipeline`]).
-        images ([`~hf_vaeplus.data.ImageDataset`] or [`~hf_vaeplus.data.ImageStream`]): of the pipeline's size.
+        images ([`~hf_vaeplus.data.cache.ImageDataset`] or [`~hf_vaeplus.data.stream.ImageStream`]): of the pipeline's
+            size.
         output: `NAME.parquet` for one file; a name without a suffix for a folder, laid out like a data set on the Hub.
         split (`str`): what the files of a folder are named after.
         batch_size (`int`): images at a time.
@@ -130,8 +131,6 @@ def _write(folder: Path, tables: Iterator[pa.Table], rows_per_file: float) -> in
     return count
 
 
-# ---------------------------------------------------------------------------------------------------- and on the Hub
-
 _CARD = """
 # Latents of {images}
 
@@ -171,18 +170,18 @@ def latents_card(pipe, pipeline: str, images, split: str, crop: int | None, num_
     made = provenance()
     channels, size, _ = pipe.image_shape
     text = _CARD.format(
-        images=_plain(images.name),
-        source=_code(images.name),
-        pipeline=_code(os.path.basename(pipeline) if os.path.isabs(pipeline) else pipeline),
+        images=plain_text(images.name),
+        source=code_text(images.name),
+        pipeline=code_text(os.path.basename(pipeline) if os.path.isabs(pipeline) else pipeline),
         num_images=num_images,
         latent_dim=pipe.vae.config.latent_dim,
-        split=_code(split).replace("|", "\\|"),  # in a table
+        split=code_text(split).replace("|", "\\|"),  # in a table
         name=json.dumps(split_name(split)),
         repo_id=json.dumps(repo_id),
         size=size,
         channels=channels,
         crop="the largest square" if crop is None else f"{crop} pixels",
-        command=_code(made["command"]),
+        command=code_text(made["command"]),
         commit=made["commit"],
         date=made["date"],
         torch=made["versions"]["torch"],

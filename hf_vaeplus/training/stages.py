@@ -8,165 +8,32 @@
 Codes and posteriors are computed once per data set and kept beside the image cache.
 """
 
-import difflib
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
 from functools import cache, partial
-from importlib import resources
 from pathlib import Path
 
 import torch
-import yaml
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
-from .checkpoints import build_once
-from .data import ON_BAD_IMAGE, keep_batch, load_images, stream_images, to_unit_range
-from .data import PRESETS as NAMED_DATA_SETS
-from .hub import save_feature_extractor
-from .modeling_baselines import WAEMMDModel
-from .modeling_vaeplus import (
+from ..data.cache import load_images
+from ..data.pixels import to_unit_range
+from ..data.stream import stream_images
+from ..hub.repository import save_feature_extractor
+from ..modeling_baselines import WAEMMDModel
+from ..modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
     VAEPlusPreTrainedModel,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
-from .pictures import image_grid
-from .training import TrainingOptions, derived_seed, option, refuse_fp16_on_cpu, train
-
-STAGES = ("autoencoder", "vae", "second_stage")
-
-
-@dataclass
-class StageOptions(TrainingOptions):
-    """Everything that a training run of one stage can be told: the data, the model, and [`TrainingOptions`]."""
-
-    stage: str = option("autoencoder", "which stage to train", choices=STAGES)
-    dataset_name: str | None = option(None, "rendered-faces | digits | celeba | mnist | a data set on the Hub")
-    train_data_dir: str | None = option(None, "folder of pictures, parquet files named by split, or MNIST's files")
-    train_data_files: str | None = option(None, "parquet files, as a glob pattern")
-    split: str = option("train", "split to train on")
-    dataset_revision: str | None = option(None, "branch, tag or commit of the data set on the Hub")
-    image_column: str = option("image", "column that holds the pictures")
-    resolution: int = option(64, "height and width of the training images in pixels")
-    crop: int | None = option(None, "side of the centre crop in source pixels; default: the largest square")
-    num_channels: int | None = option(None, "1 grey, 3 colour; default: what the data set has")
-    num_factors: int = option(8, "r: factors that vary in rendered-faces")
-    max_train_samples: int | None = option(None, "use only so many images")
-    on_bad_image: str = option(
-        "raise", "raise, or skip and log the pictures that cannot be used", choices=ON_BAD_IMAGE
-    )
-    random_flip: bool = option(False, "add every image's mirror image")
-    streaming: bool = option(False, "train from the source without caching its decoded images")
-    cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
-    autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
-    vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
-    pullback_codes: int = option(16, "first VAE, reconstruction_space pullback: codes that its metric is a mean of")
-    kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
-    match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
-    match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
-    mmd_weight: float = option(0.0, "baseline: weight of the MMD penalty of a WAE in place of a VAE's KL term")
-    model: dict = field(default_factory=dict, metadata={"help": "fields of the model's config"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.stage not in STAGES:
-            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
-        if self.stage == "second_stage" and not self.vae:
-            raise ValueError("the second stage needs --vae: the folder of the first VAE that it models.")
-        if self.stage == "autoencoder" and (self.autoencoder or self.vae):
-            raise ValueError("stage autoencoder trains from images alone: leave out --autoencoder and --vae.")
-        if self.mmd_weight < 0 or self.mmd_weight and (self.stage != "vae" or self.autoencoder):
-            raise ValueError(
-                f"mmd_weight={self.mmd_weight} is of a WAE straight on pixels: it must not be negative, with stage vae"
-                " and no --autoencoder."
-            )
-        if self.on_bad_image not in ON_BAD_IMAGE:
-            raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {self.on_bad_image!r}.")
-        if self.pullback_codes < 1:
-            raise ValueError(f"pullback_codes must be at least 1, got {self.pullback_codes}.")
-        if self.kl_warmup_steps < 0:
-            raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
-
-    @property
-    def source_crop(self) -> int | None:
-        """The centre crop that is taken: the one asked for, or that of a data set with a short name."""
-        return self.crop or NAMED_DATA_SETS.get(self.dataset_name, {}).get("crop")
-
-
-def load_preset(name: str | Path) -> dict:
-    """A preset by the name of one that the package carries, or by the path of a YAML file.
-
-    Returns:
-        `dict` with the options of `common` (all stages) and of each stage: `{"common": {...}, "vae": {...}, ...}`.
-
-    Raises:
-        FileNotFoundError: neither a preset nor a file.
-        ValueError: not a mapping of mappings, or an unknown section or option.
-    """
-    carried = resources.files(__package__) / "presets"
-    names = sorted(entry.name.removesuffix(".yaml") for entry in carried.iterdir() if entry.name.endswith(".yaml"))
-    path = carried / f"{name}.yaml" if name in names else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"no preset or file named {name}: the presets are {', '.join(names)}.")
-    content = path.read_bytes()
-    try:
-        preset = yaml.safe_load(content)
-    except Exception as error:  # PyYAML's constructors raise nearly anything
-        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
-    _check_size(preset, name)
-    _check_preset(preset, name)
-    return preset
-
-
-def _check_size(preset, name, limit: int = 10_000):
-    """A few lines of YAML can name themselves, or a billion values: what prints them would never end."""
-    waiting, count = [preset], 0
-    while waiting:
-        item, count = waiting.pop(), count + 1
-        waiting.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
-        if count > limit:
-            raise ValueError(f"{name} holds more than {limit:,} values, expected the options of a few stages.")
-
-
-def _check_preset(preset, name):
-    if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
-        raise ValueError(f"{name} must map common, {', '.join(STAGES)} to options.")
-    known = [entry.name for entry in fields(StageOptions) if entry.name != "stage"]
-    for section, options in preset.items():
-        if section not in ("common", *STAGES):
-            raise ValueError(f"{name} has a section {section!r}: expected common, {', '.join(STAGES)}.")
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f": did you mean {near[0]!r}?" if near else "."
-                raise ValueError(f"{name} sets {section}.{key}, which is no option{hint}")
-        model = options.get("model", {})
-        if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
-            raise ValueError(f"{name} must map fields of the config to values in {section}.model, got {model!r}.")
-
-
-def stage_options(stage: str, preset: dict | None = None, **overrides) -> StageOptions:
-    """The options of one stage: defaults, then the preset's `common`, then its section, then `overrides`.
-
-    Pictures that the overrides name take the place of the preset's data set.
-    """
-    preset = preset or {}
-    layers = [preset.get("common", {}), preset.get(stage, {}), overrides]
-    merged, model = {}, {}
-    for layer in layers:
-        merged |= layer
-        model |= layer.get("model", {})
-    own_pictures = overrides.get("train_data_dir") or overrides.get("train_data_files")
-    if own_pictures and "dataset_name" not in overrides and merged.get("dataset_name") not in NAMED_DATA_SETS:
-        merged["dataset_name"] = None
-    return StageOptions(**{**merged, "stage": stage, "model": model})
+from ..pictures import image_grid
+from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen, process_state
+from .loop import train
+from .options import STAGES, StageOptions, check_preset, refuse_fp16_on_cpu, stage_options
+from .randomness import derived_seed
 
 
 def run_stage(options: StageOptions) -> VAEPlusPreTrainedModel:
@@ -182,11 +49,6 @@ def build_stage(options: StageOptions) -> tuple:
     build = {"autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage}[options.stage]
     model, dataset, prepare, *finish = build(options, images)
     return model, dataset, prepare, options, _previewer(options, images), *finish
-
-
-def process_state() -> PartialState:
-    """This process's rank and device. A bare `PartialState()` would overlook that CPUs alone were asked for."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
@@ -219,7 +81,7 @@ def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
 
 def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, StageOptions]:
     """The options with which `train_all` trains each stage; arguments and errors as there."""
-    _check_preset(preset, "the preset")
+    check_preset(preset, "the preset")
     folders = {stage: str(output_dir / stage) for stage in STAGES}
     options = {}
     for position, stage in enumerate(STAGES):
@@ -251,9 +113,6 @@ def open_images(options: StageOptions, split: str | None = None):
     state = process_state()
     with state.main_process_first():
         return load_images(options.dataset_name, **source, cache_dir=options.cache_dir, progress=state.is_main_process)
-
-
-# --------------------------------------------------------------------------------------------------------- stages
 
 
 def _autoencoder_config(options: StageOptions, images) -> VAEPlusAutoencoderConfig:
@@ -403,86 +262,6 @@ def _kl_weight(options: StageOptions, step: int) -> float:
     return min(1.0, (step + 1) / options.kl_warmup_steps) if options.kl_warmup_steps else 1.0
 
 
-# --------------------------------------------------------------------------------------------------------- codes
-
-
-def load_frozen(model_class: type, path: str) -> VAEPlusPreTrainedModel:
-    """A trained stage for use by a later one: weights complete, no gradients, evaluation mode, on this device.
-
-    Raises:
-        ValueError, OSError: as [`VAEPlusPreTrainedModel.from_pretrained`].
-    """
-    model = model_class.from_pretrained(path).requires_grad_(False).eval()
-    return model.to(process_state().device, memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def encode_dataset(images, model: VAEPlusPreTrainedModel, encode: Callable) -> torch.Tensor:
-    """What `encode` says of every image, in the order of the data set, computed once and kept in the cache.
-
-    Args:
-        images: a map-style data set of images.
-        model: the network that `encode` uses: its weights and the images name the cached file.
-        encode: pixels in [0, 1] of shape `(batch, C, H, W)` -> `(batch, dim)`.
-
-    Returns:
-        float32 `torch.Tensor` of shape `(len(images), dim)` on the CPU.
-    """
-    state, key = process_state(), hashlib.sha256(f"{images.fingerprint} {len(images)}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    path = Path(images.path).parent.parent / "encoded" / f"{key.hexdigest()[:32]}.safetensors"
-
-    def build(path: Path):
-        loader = DataLoader(images, batch_size=256, collate_fn=keep_batch)
-        parts = []
-        for batch in tqdm(loader, desc="encoding", disable=not state.is_main_process):
-            pixels = to_unit_range(batch["pixel_values"].to(state.device))
-            parts.append(encode(pixels).float().cpu())
-        save_file({"rows": torch.cat(parts)}, path)
-
-    def load(path: Path) -> torch.Tensor:
-        rows = load_file(path).get("rows")
-        if rows is None or rows.ndim != 2 or len(rows) != len(images):
-            raise ValueError(f"expected one row for each of {len(images)} images")
-        return rows
-
-    with state.main_process_first():
-        return build_once(path, build, load)
-
-
-class TensorRows(Dataset):
-    """Rows of equally long tensors; a list of indices gives a batch."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, index: int) -> dict:
-        return {name: tensor[index] for name, tensor in self.tensors.items()}
-
-    def __getitems__(self, indices: list[int]) -> dict:
-        return self[torch.as_tensor(indices)]
-
-
-class EncodedImages(Dataset):
-    """Images with what was computed of them."""
-
-    def __init__(self, images, encoded: dict[str, torch.Tensor]):
-        self.images, self.rows = images, TensorRows(encoded)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self.images[index], **self.rows[index]}
-
-    def __getitems__(self, indices: list[int]) -> dict:
-        return {**self.images.__getitems__(indices), **self.rows.__getitems__(indices)}
-
-
 def _previewer(options: StageOptions, images):
     """What a stage can do so far, as a picture: pairs of image and reconstruction, or samples."""
     if isinstance(images, IterableDataset):
@@ -504,7 +283,7 @@ def _previewer(options: StageOptions, images):
 
 def build_pipeline(options: StageOptions, model: VAEPlusPreTrainedModel):
     """The pipeline that ends with `model`, the VAE of `options.stage`, and loads the stages before it."""
-    from .pipeline_vaeplus import VAEPlusPipeline  # training the autoencoder does not need diffusers
+    from ..hub.pipeline import VAEPlusPipeline  # training the autoencoder does not need diffusers
 
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder) if options.autoencoder else None
     if options.stage == "vae":

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch.nn.functional import interpolate
 
-from .data import to_unit_range
+from ..data.pixels import to_unit_range
 
 
 class FeatureExtractor:
@@ -35,7 +35,7 @@ class FeatureExtractor:
         if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images) or images.dtype != torch.uint8:
             raise ValueError(
                 "images must be uint8 of shape (batch >= 1, 1 or 3, height, width), got"
-                f" {images.dtype} of shape {tuple(images.shape)}: see hf_vaeplus.data.to_uint8."
+                f" {images.dtype} of shape {tuple(images.shape)}: see hf_vaeplus.data.pixels.to_uint8."
             )
         with torch.no_grad():
             features = self._features(images).float().cpu()

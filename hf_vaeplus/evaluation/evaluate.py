@@ -1,18 +1,11 @@
-"""Figures that say what a pipeline has learnt, measured on a set of images.
+"""All metrics of a pipeline in one protocol, on one or many processes.
 
-`evaluate` measures everything, on one or many processes; `summarize` only what a training run ends with. The parts are
-for scripts: `Judge` compares sets of images, `sample_images` and `sample_mixture` draw them.
+The parts are for scripts: `Judge` compares sets of images, `sample_images` and `sample_mixture` draw them.
 """
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,103 +16,34 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoints import build_once, write_json
-from .data import to_uint8, to_unit_range
+from ..data.pixels import to_uint8, to_unit_range
+from ..files import build_once
+from ..metrics.frechet import frechet_distance
+from ..metrics.kernel import kernel_distance
+from ..metrics.likelihood import elbo, importance_weighted
+from ..metrics.mmd import imq_mmd
+from ..metrics.ndb import NDB
+from ..metrics.reconstruction import psnr
+from ..metrics.running import RunningMoments
+from ..training.randomness import derived_seed
 from .features import FeatureExtractor, distance_name
-from .hub import redacted
-from .metrics.frechet import frechet_distance
-from .metrics.kernel import kernel_distance
-from .metrics.latents import active_units, active_units_by_variance, kl_per_dimension
-from .metrics.likelihood import elbo, importance_weighted
-from .metrics.mmd import imq_mmd
-from .metrics.ndb import NDB
-from .metrics.reconstruction import psnr, squared_error
-from .metrics.running import RunningMoments
-from .pictures import image_grid, plot_curves
-from .training import derived_seed
+from .summaries import joined, pass_through, summary_of
 
 SAMPLERS = ("second_stage", "sharpened", "prior", "mixture", "gaussian")
+
+
 _COMPONENTS = {"mixture": 10, "gaussian": 1}
+
+
 # What the noise of an evaluation is for: `derived_seed(seed, purpose, image)`. Training has the numbers below 4.
 _SAMPLES, _POSTERIORS, _PRIOR, _IMPORTANCE = 4, 5, 6, 7
-
-
-def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> dict:
-    """Reconstruction errors and posterior statistics of each stage, over the first `max_images` of `images`.
-
-    Args:
-        pipe ([`VAEPlusPipeline`]).
-        images ([`~hf_vaeplus.data.ImageDataset`]): uint8 images of the pipeline's size.
-
-    Returns:
-        `dict` with `num_images`; `autoencoder_squared_error` and `squared_error` (per-image sums of squares on
-        [0, 1] pixels, through the autoencoder alone and through the posterior mean of the whole model); and for `vae`
-        and `second_stage` a `dict` of `gamma`, `kl` (nats), `kl_per_dimension`, `active_units` (variance of posterior
-        means above 0.01), `active_units_by_variance` (mean posterior variance below 1/2), `latent_dim`.
-    """
-    count = min(max_images, len(images))
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for start in tqdm(range(0, count, batch_size), desc="measuring"):
-        pixels = images.pixels(start, min(start + batch_size, count))
-        noise = torch.randn(len(pixels), pipe.vae.config.latent_dim, generator=generator)
-        rows.append(_pass_through(pipe, pixels, noise)[1])
-    return _summary(pipe, _joined(rows))
-
-
-@torch.no_grad()
-def _pass_through(pipe, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[dict, dict]:
-    """One batch through the stages, each encoder and decoder once.
-
-    Returns:
-        The reconstructions in [0, 1] by what made them, and the rows that the figures are made from, all on the CPU.
-    """
-    reconstructions, code = {}, pixels.to(pipe.vae.device)
-    if pipe.autoencoder is not None:
-        code = pipe.autoencoder.encode(code)
-        reconstructions["autoencoder"] = pipe.autoencoder.decode(code).float().cpu().clamp(0, 1)
-    posterior = pipe.vae.encode(code)
-    reconstructions["reconstruction"] = pipe.decode(posterior.mean, batch_size=len(pixels))
-    z = posterior.sample(noise.to(posterior.mean.device))
-    posteriors = {"vae": posterior}
-    if pipe.second_stage is not None:
-        posteriors["second_stage"] = pipe.second_stage.encode(z)
-    rows = {f"{name}_error": squared_error(images, pixels) for name, images in reconstructions.items()}
-    for stage, each in posteriors.items():
-        rows |= {f"{stage}_mean": each.mean.cpu(), f"{stage}_logvar": each.logvar.cpu()}
-    return reconstructions, {**rows, "z": z.cpu()}
-
-
-def _joined(batches: list[dict]) -> dict:
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def _summary(pipe, rows: dict) -> dict:
-    """What [`summarize`] returns, from the rows of all images."""
-    summary = {"num_images": len(rows["z"])}
-    if pipe.autoencoder is not None:
-        summary["autoencoder_squared_error"] = float(rows["autoencoder_error"].mean())
-    summary["squared_error"] = float(rows["reconstruction_error"].mean())
-    for stage in ("vae", "second_stage"):
-        if getattr(pipe, stage) is not None:
-            means, logvars = rows[f"{stage}_mean"], rows[f"{stage}_logvar"]
-            kl = kl_per_dimension(means, logvars)
-            summary[stage] = {
-                "gamma": float(getattr(pipe, stage).decoder_log_variance.detach().exp()),
-                "kl": float(kl.sum()),
-                "active_units": active_units(means),
-                "active_units_by_variance": active_units_by_variance(logvars),
-                "latent_dim": means.shape[1],
-                "kl_per_dimension": kl.tolist(),
-            }
-    return summary
 
 
 class Judge:
     """How far sets of images are from a reference set, in one protocol for all of them.
 
     Args:
-        extractor ([`~hf_vaeplus.features.FeatureExtractor`]): of the Frechet and the kernel distance.
+        extractor ([`~hf_vaeplus.evaluation.features.FeatureExtractor`]): of the Frechet and the kernel distance.
         reference (iterable of uint8 `torch.Tensor` of shape `(batch, C, H, W)`): real images.
         bins (sequence of [`~hf_vaeplus.metrics.ndb.NDB`]): fitted on training images.
         gather: joins the rows of all processes: `accelerator.gather_for_metrics` where each sees a share of a batch.
@@ -168,9 +92,6 @@ class Judge:
             "num_reference": len(self._features),
             "ndb": found,
         }
-
-
-# ----------------------------------------------------------------------------------------------- sets of images
 
 
 def sample_images(
@@ -247,9 +168,6 @@ def _uint8(images, numbers: Iterable[int]) -> torch.Tensor:
     return images.__getitems__(list(numbers))["pixel_values"]
 
 
-# --------------------------------------------------------------------------------------------------- everything
-
-
 class _Shares:
     """The work of several processes: each handles its part of every batch, and all of them get all rows, in order."""
 
@@ -291,13 +209,13 @@ def evaluate(
 
     Args:
         pipe ([`VAEPlusPipeline`]).
-        images ([`~hf_vaeplus.data.ImageDataset`]): of the pipeline's size and channels.
+        images ([`~hf_vaeplus.data.cache.ImageDataset`]): of the pipeline's size and channels.
         extractors: of the distances, with different names.
         samplers: `"second_stage"`, the pipeline itself; `"sharpened"`, the pipeline at `sharpness=1`; `"prior"`,
             without its second stage; `"mixture"` and `"gaussian"`, 10 Gaussians and 1 fitted to the codes of training
             images ([`sample_mixture`]). By default the pipeline as it is.
         num_images (`int`): at least 2; all of `images` where there are fewer.
-        training_images ([`~hf_vaeplus.data.ImageDataset`], *optional*): what bins and mixtures are fitted to.
+        training_images ([`~hf_vaeplus.data.cache.ImageDataset`], *optional*): what bins and mixtures are fitted to.
         num_training_images (`int`): only so many of them, the first.
         num_bins: K of each NDB; bins of training images, whitened and not mirrored, kept beside the image cache.
         num_importance_samples (`int`): per image, for likelihoods; 0 leaves them out.
@@ -347,7 +265,7 @@ def evaluate(
     rows = []
     for numbers in shares(count, "reconstructions"):
         noise = [torch.randn(pipe.vae.config.latent_dim, generator=g) for g in _generators(seed, _POSTERIORS, numbers)]
-        reconstructions, found = _pass_through(pipe, to_unit_range(_uint8(images, numbers)), torch.stack(noise))
+        reconstructions, found = pass_through(pipe, to_unit_range(_uint8(images, numbers)), torch.stack(noise))
         rows.append({name: shares.gather(values) for name, values in found.items()})
         for name, reconstruction in reconstructions.items():
             observed.setdefault(name, []).append(observe(to_uint8(reconstruction)))
@@ -368,8 +286,8 @@ def evaluate(
             drawn = sample_images(sampled, batches, seed, sharpness=float(sampler == "sharpened"))
         observed[sampler] = [observe(batch) for batch in drawn]
 
-    rows = _joined(rows)
-    summary = _summary(pipe, rows)
+    rows = joined(rows)
+    summary = summary_of(pipe, rows)
     for prefix, name in (("autoencoder_", "autoencoder"), ("", "reconstruction")):
         if name in observed:
             summary[f"{prefix}psnr"] = float(psnr(rows[f"{name}_error"], images[0]["pixel_values"].numel()).mean())
@@ -506,112 +424,3 @@ def _compared(judges: list[Judge], observed: dict) -> dict:
             distance = each["distances"][judge.extractor.name]
             distance["frechet_over_downsample"] = distance["frechet"] / unit if unit else None
     return sets
-
-
-def results_table(results: dict) -> str:
-    """What [`evaluate`] returned, for people."""
-    protocol, sets = results["protocol"], results["sets"]
-    crop = "largest square" if protocol["crop"] is None else f"{protocol['crop']} pixels"
-    blocks = [
-        f"{protocol['images']} {protocol['split']}: {protocol['num_images']:,} images in every set,"
-        f" {protocol['resolution']} x {protocol['resolution']}, crop: {crop}, seed {protocol['seed']}\n"
-        f"real against real: {protocol['real']}" + (" (needs as many more)" if "real" not in sets else "")
-    ]
-    for extractor in protocol["extractors"]:
-        found = {name: each["distances"][extractor["extractor"]] for name, each in sets.items()}
-        block = [[found["downsample"]["distance"], "", "/ downsample", "kernel"]]
-        for name, each in found.items():
-            ratio, kernel = each["frechet_over_downsample"], each["kernel"]
-            shown = "-" if ratio is None else f"{ratio:.3f}", "-" if kernel is None else f"{kernel[0]:.3g}"
-            block.append([name, f"{each['frechet']:.4g}", *shown])
-        blocks.append(_aligned(block))
-    if bins := list(sets["downsample"]["ndb"]):
-        split, count = protocol["training_split"], protocol["num_training_images"]
-        block = [[f"bins of {split}, {count:,}"] + [f"{figure}/{k}" for k in bins for figure in ("NDB", "JS")]]
-        for name, each in sets.items():
-            pairs = [each["ndb"][k] for k in bins]
-            block.append([name] + [text for p in pairs for text in (f"{p['ndb_over_k']:.3f}", f"{p['js']:.4f}")])
-        blocks.append(_aligned(block))
-    block = []
-    for prefix, title in (("autoencoder_", "autoencoder alone"), ("", "whole model")):
-        if f"{prefix}psnr" in results:
-            error, decibels = results[f"{prefix}squared_error"], results[f"{prefix}psnr"]
-            block.append([f"squared error per image, {title}", f"{error:.2f}", f"PSNR {decibels:.2f} dB"])
-    for stage, title in (("vae", "first VAE"), ("second_stage", "second stage")):
-        if each := results.get(stage):
-            units = f"{each['active_units_by_variance']} of {each['latent_dim']}"
-            block.append([f"{title}: active units", units, f"by Burda's count {each['active_units']}"])
-            block.append([f"{title}: KL", f"{each['kl']:.2f} nats", f"gamma {each['gamma']:.3g}"])
-    block.append(["first VAE: MMD of q(z) and N(0, I)", f"{results['vae']['mmd']:.3g}"])
-    if each := results.get("likelihood"):
-        block.append(["ELBO per image", f"{each['elbo']:.2f} nats"])
-        samples = f"{each['num_importance_samples']} importance samples"
-        block.append(["negative log-likelihood per image", f"{each['nll']:.2f} nats", samples])
-    return "\n\n".join([*blocks, _aligned(block)])
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    """Rows of text in columns: the first to the left, the others to the right."""
-    columns = range(max(map(len, rows)))
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in columns]
-    lines = []
-    for row in rows:
-        padded = [text.rjust(width) for text, width in zip(row, widths, strict=False)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *padded[1:]]).rstrip())
-    return "\n".join(lines)
-
-
-@cache
-def _commit() -> str | None:
-    """Of the code, at the first call: a long process must not name what was committed while it ran."""
-    git = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    return git.stdout.strip() or None
-
-
-def provenance() -> dict:
-    """What a number needs to be believed: the command, the commit, the date, the machine and the versions.
-
-    Absolute paths in the command are cut to their last part: where a folder lay on a machine concerns nobody. Tokens
-    are left out.
-    """
-    import diffusers
-    import transformers
-
-    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
-    return {
-        "command": redacted(" ".join(words)),
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, diffusers)},
-    }
-
-
-def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int, num_factors: int | None) -> dict:
-    """Leave in `output_dir` what a person looks at first, and return the summary.
-
-    `samples.png`, `reconstructions.png` (pairs), `interpolation.png`, `curves.png` and `summary.json`.
-
-    Args:
-        pipe, images: as in `summarize`.
-        run_dirs: stage name -> folder with that stage's `stats.jsonl`.
-        seed: seed of the samples.
-        num_factors: r, where it is known.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    first = images.pixels(0, 32)
-    samples = pipe(64, torch.Generator().manual_seed(seed), output_type="pt").images
-    scale = max(1, 64 // images.resolution)  # small images are drawn larger, for people
-    image_grid(samples, scale=scale).save(output_dir / "samples.png")
-    pairs = torch.stack([first, pipe.reconstruct(first, output_type="pt")], 1).flatten(0, 1)
-    image_grid(pairs, columns=8, scale=scale).save(output_dir / "reconstructions.png")
-    ways = max(1, len(first) // 4)
-    path = pipe.interpolate(first[:ways], first[ways : 2 * ways], steps=9, output_type="pt")
-    image_grid(path.flatten(0, 1), columns=9, scale=scale).save(output_dir / "interpolation.png")
-    plot_curves(run_dirs, output_dir / "curves.png", num_factors)
-    summary = {**provenance(), "images": images.name, "num_factors": num_factors, "seed": seed}
-    summary.update(summarize(pipe, images))
-    write_json(output_dir / "summary.json", summary)
-    return summary

@@ -1,0 +1,1 @@
+"""The command line `vaeplus`: one file for each family of commands."""

@@ -1,0 +1,231 @@
+"""Flags and checks that several commands share."""
+
+import argparse
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import yaml
+
+
+class UsageError(ValueError):
+    """What argparse refuses."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Flags must be written out, and a mistake gives one sentence like any other, not the usage of sixty flags."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message):
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def add_stage_options(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()):
+    """One flag for every field of [`StageOptions`]. Flags that are not given leave no attribute behind."""
+    from ..training.options import StageOptions
+
+    hints = get_type_hints(StageOptions)
+    for entry in dataclasses.fields(StageOptions):
+        if entry.name in leave_out:
+            continue
+        kinds = [kind for kind in get_args(hints[entry.name]) or (hints[entry.name],) if kind is not type(None)]
+        flag = dict(default=argparse.SUPPRESS, help=entry.metadata["help"])
+        if kinds[0] is bool:
+            flag["action"] = argparse.BooleanOptionalAction
+        elif kinds[0] is dict:
+            flag.update(nargs="+", action="extend", metavar="FIELD=VALUE", type=assignment)
+        else:
+            flag.update(type=kinds[0], choices=entry.metadata.get("choices"), metavar=kinds[0].__name__.upper())
+            if flag["choices"]:
+                flag["metavar"] = "|".join(flag["choices"])
+            if entry.default not in (None, dataclasses.MISSING):
+                flag["help"] += f" (default: {entry.default})"
+        parser.add_argument(f"--{entry.name}", **flag)
+
+
+def assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, yaml.safe_load(value)
+    except Exception as error:  # PyYAML lets through nearly anything that its constructors meet
+        raise argparse.ArgumentTypeError(f"{text!r} has no readable value") from error
+
+
+def given_options(args: argparse.Namespace) -> dict:
+    """The stage options that the command line gives, as keyword arguments."""
+    from ..training.options import StageOptions
+
+    names = {entry.name for entry in dataclasses.fields(StageOptions)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if "model" in given:
+        given["model"] = dict(given["model"])
+    return given
+
+
+def parse_stage_options(description: str, argv: list[str] | None = None):
+    """The options of `examples/train_stage.py`: flags over a preset over defaults. `None` after `--dry_run`."""
+    from ..training.options import load_preset, stage_options
+
+    parser = CommandParser(description=description)
+    parser.add_argument("--config", metavar="PRESET", help="preset by name, or a YAML file, that the flags override")
+    parser.add_argument("--dry_run", action="store_true", help="print the options as a preset for --config, then stop")
+    add_stage_options(parser)
+    args = parser.parse_args(argv)
+    given = given_options(args)
+    if "stage" not in given:
+        raise ValueError("--stage is missing: choose autoencoder, vae or second_stage.")
+    options = stage_options(given.pop("stage"), load_preset(args.config) if args.config else None, **given)
+    if args.dry_run:
+        section = {n: value for n, value in dataclasses.asdict(options).items() if n not in ("stage", "hub_token")}
+        print(yaml.safe_dump({options.stage: section}, sort_keys=False), end="")
+        return None
+    return options
+
+
+_DATA_OPTIONS = (
+    "dataset_name",
+    "train_data_dir",
+    "train_data_files",
+    "dataset_revision",
+    "image_column",
+    "crop",
+    "num_factors",
+    "on_bad_image",
+    "cache_dir",
+)
+
+
+def add_data(parser, purpose: str):
+    from ..training.options import StageOptions
+
+    fields = dataclasses.fields(StageOptions)
+    add_stage_options(parser, leave_out=tuple(entry.name for entry in fields if entry.name not in _DATA_OPTIONS))
+    parser.add_argument("--split", default="train", help=f"split to {purpose}, or a slice of it (default: train)")
+    parser.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
+
+
+def data_options(args, pipe, **options):
+    """What `add_data` parsed, as the options of a stage: images as the pipeline takes them."""
+    from ..training.options import StageOptions
+
+    channels, size, _ = pipe.image_shape
+    source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
+    source |= {name: value for name, value in given_options(args).items() if name in _DATA_OPTIONS}
+    return StageOptions(split=args.split, **source, **options)
+
+
+def add_sharpness(parser):
+    told = "0 for the decoder's mean, 1 for the power spectrum of real images (default: 0)"
+    parser.add_argument("--sharpness", type=float, default=0.0, help=told)
+
+
+def add_pipeline(parser, output: str):
+    parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument("--output", help=f"what to write; missing folders are made (default: {output})")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    add_json(parser)
+
+
+def add_json(parser):
+    parser.add_argument("--json", action="store_true", help="for programs: one line of JSON on standard output")
+
+
+def add_crop(parser):
+    parser.add_argument(
+        "--crop", type=int, default=None, help="side of the centre crop in pixels, as in training (default: largest)"
+    )
+
+
+def output_picture(path: str) -> Path:
+    """A picture that can be written there, found out before the work."""
+    from ..data.sources import PICTURE_SUFFIXES
+
+    path = Path(path)
+    if path.suffix.lower() not in PICTURE_SUFFIXES or path.is_dir():
+        raise ValueError(f"--output must name a picture such as samples.png, got {path}.")
+    return writable(path, path.parent)
+
+
+def writable(path: Path, folder: Path, option: str = "--output") -> Path:
+    """`path`, after `folder` is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{option} {path} cannot be written: the folder {folder} cannot be made ({error.strerror}), name another."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{option} {path} cannot be written: {folder} allows no writing.")
+    return path
+
+
+def write_output(path: Path, write: Callable[[Path], object]):
+    """`write(path)`, whole or not at all: what was there stays until there is something in its place."""
+    from ..files import write_whole
+
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}): free some space or name another --output."
+        ) from error
+
+
+def written_record(args, files: list[Path], *options: str, **found) -> dict:
+    """What the commands that write files tell under `--json`."""
+    named = {name: getattr(args, name) for name in ("pipeline", *options)}
+    return {"files": [str(file) for file in files], **named, **found}
+
+
+def load_pipeline(args):
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: built without CUDA
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", args.pipeline)
+    if not Path(args.pipeline, "model_index.json").is_file() and (Path(args.pipeline).exists() or not is_hub_id):
+        raise FileNotFoundError(
+            f"{args.pipeline} is not a saved pipeline: expected a folder with model_index.json, such as the one named"
+            " pipeline in the --output_dir of `vaeplus train`, or an id on the Hub."
+        )
+
+    import diffusers
+
+    from ..hub.pipeline import VAEPlusPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        pipe = VAEPlusPipeline.from_pretrained(args.pipeline)
+    except OSError as error:
+        if Path(args.pipeline).exists():
+            raise
+        raise FileNotFoundError(f"there is no folder {args.pipeline}, and {error}") from error
+    return pipe.to(device)
+
+
+def read_pictures(args, pipe):
+    """Pictures as the model wants them: `(count, C, H, W)` in [0, 1]."""
+    import numpy as np
+    import torch
+
+    from ..data.pixels import to_unit_range
+    from ..image_processing_vaeplus import decode_image
+
+    channels, size, _ = pipe.image_shape
+    if args.crop is not None and args.crop < 1:
+        raise ValueError(f"--crop must be positive, got {args.crop}.")
+    arrays = [decode_image(Path(path), path, size, args.crop, channels) for path in args.images]
+    return to_unit_range(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))

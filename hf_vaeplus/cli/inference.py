@@ -1,0 +1,118 @@
+"""`vaeplus sample`, `reconstruct` and `interpolate`."""
+
+from pathlib import Path
+
+from .flags import (
+    add_crop,
+    add_pipeline,
+    add_sharpness,
+    load_pipeline,
+    output_picture,
+    read_pictures,
+    writable,
+    write_output,
+    written_record,
+)
+
+
+def add_sample(commands):
+    parser = commands.add_parser(
+        "sample",
+        help="draw new images",
+        description="Sample images from a pipeline: a grid as one PNG, or --separate files.",
+        epilog="examples:\n"
+        "  vaeplus sample runs/faces/pipeline --num_images 64 --seed 1 --output samples.png\n"
+        "  vaeplus sample org/vaeplus-celeba128 --num_images 1000 --separate --output samples/",
+    )
+    add_pipeline(parser, "samples.png, with --separate samples/")
+    parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
+    add_sharpness(parser)
+    parser.add_argument("--separate", action="store_true", help="write one file per image into the folder --output")
+    parser.set_defaults(run=_sample)
+
+
+def _sample(args):
+    import torch
+
+    from ..pictures import image_grid
+
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must lie in [0, 2**63), got {args.seed}.")
+    if args.separate:
+        folder = Path(args.output or "samples")
+        writable(folder, folder)
+        if any(folder.iterdir()):  # old samples among the new ones would spoil whatever is measured on them
+            raise FileExistsError(f"--output {folder} is not empty: name a new folder.")
+    else:
+        output = output_picture(args.output or "samples.png")
+    pipe = load_pipeline(args)
+    generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
+    wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
+    wanted["batch_size"] = args.batch_size
+    if args.separate:
+        files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
+        for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
+            write_output(file, image.save)
+    else:
+        files = [output]
+        write_output(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
+    return written_record(args, files, "num_images", "seed", "temperature", "sharpness")
+
+
+def add_reconstruct(commands):
+    parser = commands.add_parser(
+        "reconstruct",
+        help="pass pictures through the model",
+        description="Encode pictures and decode them again: a PNG of pairs, the original left of its reconstruction.\n"
+        "Pictures are cropped to their centre and resized to what the model was trained on.",
+        epilog="example:\n  vaeplus reconstruct runs/faces/pipeline a.png b.jpg --output reconstructions.png",
+    )
+    add_pipeline(parser, "reconstructions.png")
+    add_sharpness(parser)
+    parser.set_defaults(output="reconstructions.png")
+    parser.add_argument("images", nargs="+", help="pictures")
+    add_crop(parser)
+    parser.set_defaults(run=_reconstruct)
+
+
+def _reconstruct(args):
+    import torch
+
+    from ..pictures import image_grid
+
+    output = output_picture(args.output)
+    pipe = load_pipeline(args)
+    images = read_pictures(args, pipe)
+    decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
+    pairs = torch.stack([images, decoded], 1)
+    write_output(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
+    return written_record(args, [output], "sharpness", num_images=len(images))
+
+
+def add_interpolate(commands):
+    parser = commands.add_parser(
+        "interpolate",
+        help="walk between two pictures",
+        description="Draw the way from one picture to another through the latent space, as one row of images.\n"
+        "Pictures are cropped to their centre and resized to what the model was trained on.",
+        epilog="example:\n  vaeplus interpolate runs/faces/pipeline a.png b.png --steps 9 --output interpolation.png",
+    )
+    add_pipeline(parser, "interpolation.png")
+    parser.set_defaults(output="interpolation.png")
+    parser.add_argument("images", nargs=2, metavar="IMAGE", help="first and last picture")
+    add_crop(parser)
+    parser.add_argument("--steps", type=int, default=9, help="images on the way, ends included (default: 9)")
+    parser.set_defaults(run=_interpolate)
+
+
+def _interpolate(args):
+    from ..pictures import image_grid
+
+    output = output_picture(args.output)
+    pipe = load_pipeline(args)
+    first, last = read_pictures(args, pipe)
+    path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
+    write_output(output, image_grid(path[0], columns=args.steps).save)
+    return written_record(args, [output], "steps")

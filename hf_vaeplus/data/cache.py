@@ -1,0 +1,249 @@
+"""The cache of decoded uint8 crops.
+
+Decoding a JPEG costs a hundred times more than reading pixels, so `load_images` decodes once into a memory-mapped file
+whose name is a hash of the source's content and of every option that changes a pixel.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..files import FULL
+from .pixels import to_unit_range
+from .sources import decoded_blocks, nothing_left, open_source, warn_of_left_out
+
+
+def load_images(
+    dataset_name=None,
+    *,
+    train_data_dir=None,
+    train_data_files=None,
+    split="train",
+    revision=None,
+    image_column="image",
+    resolution=64,
+    crop=None,
+    num_channels=None,
+    num_factors=8,
+    max_samples=None,
+    on_bad_image="raise",
+    random_flip=False,
+    cache_dir=None,
+    progress=True,
+):
+    """Decode a set of images once into a cache on disk and open it. Exactly one source must be given.
+
+    Args:
+        dataset_name (`str`, *optional*): `"digits"` (1,797 real digits), `"rendered-faces"` (drawings from
+            `num_factors` factors), `"celeba"`, `"mnist"`, or a Hub id. The name `"celeba"` or `"mnist"`
+            beside a local source only sets the crop and the number of channels.
+        train_data_dir (`str`, *optional*): folder of pictures, searched recursively and taken in the order of their
+            paths, of parquet files whose names begin with `split`, or of MNIST's idx files (`"train"`, `"test"`).
+        train_data_files (`str` or list of `str`, *optional*): paths or glob patterns of parquet files.
+        split (`str`): split of a Hub data set or of a folder of parquet files. Of any source a slice can be taken, as
+            in `datasets`: `"train[20000:]"`, `"train[:20000]"`, `"train[-500:]"`. All slices share one cache.
+        revision (`str`, *optional*): branch, tag or commit of a Hub data set; with a full commit hash
+            a cached set opens offline.
+        image_column (`str`): column of pictures in a Hub data set or parquet files.
+        resolution (`int`): height and width of the images in pixels.
+        crop (`int`, *optional*): side in source pixels of a centre crop taken before resizing; by default 128 for
+            CelebA, else the largest square.
+        num_channels (`int`, *optional*): 1 (grey) or 3 (RGB); by default 1 for MNIST, else 3.
+        num_factors (`int`): number of varying factors of `"rendered-faces"`.
+        max_samples (`int`, *optional*): keep at most that many of the first images, before a slice is taken
+            (`"rendered-faces"`: draw that many, by default 20,000).
+        on_bad_image (`"raise" | "skip"`): what to do about a picture that cannot be used ([`BadImage`]): raise, or
+            leave it out and count and name it in a warning of the log. Slices are then of the images that are left.
+        random_flip (`bool`): append the mirror image of every image, after a slice is taken.
+        cache_dir (`str`, *optional*): parent of the cache; by default `$VAEPLUS_CACHE`, else `~/.cache/hf_vaeplus`.
+        progress (`bool`): show a progress bar while decoding.
+    Returns:
+        [`ImageDataset`].
+    Raises:
+        ValueError: for no or several sources, an option out of range, an unknown split or column, a malformed or
+            empty slice, no images, or a file that cannot be read.
+        BadImage: (a `ValueError`) for a picture that cannot be used.
+        FileNotFoundError: for a path that does not exist.
+    """
+    whole_split, limits = _parse_split(split)
+    source, max_samples, fingerprint = open_source(
+        dataset_name,
+        train_data_dir=train_data_dir,
+        train_data_files=train_data_files,
+        split=whole_split,
+        revision=revision,
+        image_column=image_column,
+        resolution=resolution,
+        crop=crop,
+        num_channels=num_channels,
+        num_factors=num_factors,
+        max_samples=max_samples,
+        on_bad_image=on_bad_image,
+    )
+    cache_dir = Path(cache_dir or os.environ.get("VAEPLUS_CACHE") or Path.home() / ".cache" / "hf_vaeplus")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache {cache_dir} cannot be made ({error.strerror}); name another folder as cache_dir"
+        ) from error
+    folder = cache_dir / fingerprint
+    if _cached_info(folder) is None:
+        with FileLock(cache_dir / f"{fingerprint}.lock"):  # the system frees it when its holder is killed
+            if _cached_info(folder) is None:  # no other process built it meanwhile
+                _build_cache(folder, source, max_samples, progress)
+    info = _cached_info(folder)
+    shape, left_out = tuple(info["shape"]), info.get("left_out", [])
+    warn_of_left_out(source.name, [label for _, label in left_out])
+    rows = _sliced(shape[0], limits, split)
+    if len(rows) < shape[0]:
+        fingerprint = hashlib.sha256(f"{fingerprint} {rows.start}:{rows.stop}".encode()).hexdigest()[:32]
+    numbers = [number for number, _ in left_out]
+    return ImageDataset(folder / "images.bin", shape, source.name, fingerprint, random_flip, split, rows, numbers)
+
+
+def _parse_split(split):
+    """`"train[20000:]"` to `("train", (20000, None))`: the name and the limits of its slice."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
+    if match is None:
+        raise ValueError(
+            f"split={split!r} is neither a name nor a name with a slice of whole numbers; write train, train[20000:],"
+            " train[:20000] or train[100:200]"
+        )
+    return match[1], tuple(None if limit is None else int(limit) for limit in match.groups()[1:])
+
+
+def _sliced(count, limits, split):
+    """The rows of `count` that a slice names; a limit beyond them is a mistake and not cut off silently."""
+    rows = range(*slice(*limits).indices(count))
+    if not rows or any(limit is not None and abs(limit) > count for limit in limits):
+        raise ValueError(f"split={split!r} must name some of the {count:,} images; choose limits from 0 to {count}")
+    return rows
+
+
+def _cached_info(folder):
+    """What info.json says of a complete cache, its `shape` (N, H, W, C) and more; `None` for a damaged or no cache."""
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        return info if (folder / "images.bin").stat().st_size == math.prod(info["shape"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _build_cache(folder, source, max_samples, progress):
+    """Write images.bin and info.json next to `folder`, then move them in place at once. The caller holds the lock."""
+    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a builder that was killed
+        shutil.rmtree(leftover)
+    if folder.exists():
+        warnings.warn(f"the image cache {folder} is damaged and will be built again", stacklevel=3)
+        shutil.rmtree(folder)
+    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    count, left_out = 0, []
+    total = source.count if max_samples is None or source.count is None else min(source.count, max_samples)
+    rows = itertools.islice(source.rows(), max_samples)
+    try:
+        with (
+            open(building / "images.bin", "wb") as file,
+            tqdm(total=total, desc=f"decoding {source.name}", unit="image", disable=not progress) as bar,
+        ):
+            for images, _, bad in decoded_blocks(source, rows):
+                file.write(images.tobytes())
+                count += len(images)
+                left_out += bad
+                bar.update(len(images) + len(bad))
+        if count == 0:
+            raise nothing_left(source.name, left_out)
+        info = {"shape": (count, source.resolution, source.resolution, source.num_channels), "name": source.name}
+        info |= {"left_out": left_out} if source.skips else {}
+        (building / "info.json").write_text(json.dumps(info | source.transform | source.identity, indent=2))
+        os.replace(building, folder)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"the cache {folder.parent} cannot be written ({error.strerror}); free some space, name another cache_dir"
+            " or stream"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+class ImageDataset(Dataset):
+    """Images of a cache, with their mirror images if `random_flip`: item i + N is the mirror image of item i.
+
+    The item is thus a function of its index alone, whatever worker or run asks for it. With a `DataLoader` pass
+    `collate_fn=keep_batch`, since `__getitems__` already returns a batch.
+
+    Attributes:
+        images (`np.memmap` of shape `(N, H, W, C)`, uint8): the cached images of the slice, read-only.
+        resolution, num_channels (`int`): H = W, and C.
+        name (`str`): data set or folder; fingerprint (`str`): hash of the source's content and the options.
+        split (`str`): as it was asked for; rows (`range`): those of the cache that it names, all by default.
+        left_out (list of `int`): numbers of the rows of the source that the cache lacks.
+    """
+
+    def __init__(self, path, shape, name, fingerprint, random_flip=False, split="train", rows=None, left_out=()):
+        self.path, self.shape, self.name, self.fingerprint = Path(path), tuple(shape), name, fingerprint
+        self.random_flip, self.split = random_flip, split
+        self.rows = range(self.shape[0]) if rows is None else rows
+        self.left_out = left_out
+        self.resolution, self.num_channels = self.shape[1], self.shape[3]
+        self._open()
+
+    def _open(self):
+        self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)[self.rows.start : self.rows.stop]
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "images"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self):
+        return len(self.images) * (2 if self.random_flip else 1)
+
+    def __getitem__(self, index):
+        """`{"pixel_values": uint8 (C, H, W) in 0 to 255, "index": int}`; `IndexError` outside 0 to `len(self) - 1`."""
+        return {"pixel_values": self.__getitems__([index])["pixel_values"][0], "index": int(index)}
+
+    def __getitems__(self, indices):
+        """`{"pixel_values": uint8 (B, C, H, W), channels last in memory, "index": int64 (B,)}`."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"index out of range: got {indices.min()} to {indices.max()} for {len(self)} images")
+        batch = np.take(self.images.view(np.ndarray), indices % len(self.images), axis=0)
+        if self.random_flip:
+            mirrored = indices >= len(self.images)
+            batch[mirrored] = batch[mirrored, :, ::-1]
+        # Stored as NHWC, so that the permuted view is already channels last.
+        return {"pixel_values": torch.from_numpy(batch).permute(0, 3, 1, 2), "index": torch.from_numpy(indices)}
+
+    def pixels(self, start, stop):
+        """Items `start` to `stop` (or to the end) as the models see them: float32 `(B, C, H, W)` in [0, 1]."""
+        return to_unit_range(self.__getitems__(range(start, min(stop, len(self))))["pixel_values"])
+
+    def in_order(self, batch_size):
+        """Every image once, none mirrored, in batches as of `__getitems__`; `index` is the row of the whole split."""
+        numbers = np.delete(np.arange(self.shape[0] + len(self.left_out)), self.left_out)[self.rows]
+        for start in range(0, len(self.images), batch_size):
+            batch = self.__getitems__(range(start, min(start + batch_size, len(self.images))))
+            yield batch | {"index": torch.from_numpy(numbers[start : start + batch_size])}
+
+
+def keep_batch(batch):
+    """`collate_fn` for a `DataLoader` over an [`ImageDataset`]: the batch is already made."""
+    return batch

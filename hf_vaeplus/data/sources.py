@@ -1,0 +1,404 @@
+"""Where images come from: embedded sets, folders of pictures, parquet files, MNIST's files, data sets on the Hub.
+
+A source has an `identity` that goes into the cache key, a `count` of its rows if that is known without reading them,
+`rows()` that yields (label, content) pairs, and `decode`, which turns a list of them into uint8 of shape (n, H, W, C)
+or raises `BadImage`.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import struct
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..image_processing_vaeplus import decode_image
+from .catalogue import EMBEDDED, NAMED_DATA_SETS, ON_BAD_IMAGE
+from .rendered_faces import FACTOR_NAMES, factors_of, render_faces
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+CACHE_VERSION = 1  # part of every cache key: raise it when the same options give other pixels
+
+
+MAX_UNPACKED = 2**30  # bytes of a gzipped idx file: a bomb unpacks to a thousand times its size
+
+
+_BLOCK = 32  # rows decoded by one task of the thread pool, for the cache
+
+
+_NAMED = 5  # pictures named in a warning that counts them
+
+
+logger = logging.getLogger(__name__)
+
+
+class BadImage(ValueError):
+    """A picture that cannot be used: unreadable, missing, too small, or with more than 8 bits a channel."""
+
+
+class _Source:
+    count = None
+    skips = False  # whether pictures that cannot be used are left out
+
+    def __init__(self, name, resolution, crop, num_channels):
+        self.name, self.resolution, self.num_channels = name, resolution, num_channels
+        self.transform = {"resolution": resolution, "crop": crop, "num_channels": num_channels}
+
+    def decode(self, rows):
+        return np.stack([self.decode_row(*row) for row in rows])
+
+    def decode_row(self, label, content):
+        try:
+            return decode_image(content, label, **self.transform)
+        except ValueError as error:
+            raise BadImage(str(error)) from error
+
+    def decode_usable(self, rows):
+        """A list of uint8 arrays `(H, W, C)`, with `None` for what is left out."""
+        if not self.skips:
+            return list(self.decode(rows))
+        images = []
+        for row in rows:
+            try:
+                images.extend(self.decode([row]))
+            except BadImage:
+                images.append(None)
+        return images
+
+
+class _Digits(_Source):
+    count = 1797
+    identity = {"digits": 1}
+
+    def rows(self):
+        from sklearn.datasets import load_digits
+
+        for i, digit in enumerate(load_digits().images):  # 8x8, 0 to 16
+            yield f"digit {i}", np.round(digit * (255 / 16)).astype(np.uint8)
+
+
+class _RenderedFaces(_Source):
+    def __init__(self, *args, num_factors, count):
+        super().__init__(*args)
+        self.num_factors, self.count = num_factors, count
+        self.identity = {"rendered-faces": 1, "num_factors": num_factors}
+
+    def rows(self):
+        return ((f"face {i}", i) for i in range(self.count))
+
+    def decode(self, rows):
+        images = render_faces(factors_of([i for _, i in rows], self.num_factors), self.resolution)
+        if self.num_channels == 1:
+            images = np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in images])
+        return images
+
+
+class _Pictures(_Source):
+    def __init__(self, *args, folder, files):
+        super().__init__(*args)
+        self.files = {file.relative_to(folder).as_posix(): file for file in files}
+        self.identity = {"files": _content_hash(self.files)}
+        self.count = len(files)
+
+    def rows(self):
+        return iter(self.files.items())
+
+
+class _Idx(_Source):
+    """The format of the original MNIST: a header, then uint8 pixels row by row, gzipped or not."""
+
+    def __init__(self, *args, file):
+        super().__init__(*args)
+        packed = file.suffix == ".gz"
+        try:
+            with gzip.open(file) if packed else open(file, "rb") as opened:
+                magic, self.count, height, width = struct.unpack(">4I", opened.read(16).ljust(16, b"\0"))
+                size = self.count * height * width
+                if magic == 0x803 and packed and size > MAX_UNPACKED:
+                    raise ValueError(f"{file} says that it unpacks to {size:,} bytes; unpack it if that is right")
+                pixels = opened.read(min(size, MAX_UNPACKED if packed else file.stat().st_size) + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            magic = None
+        if magic != 0x803 or not 0 < height * width < 2**31 or len(pixels) != size:
+            raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
+        self.images = np.frombuffer(pixels, np.uint8).reshape(self.count, height, width)
+        self.identity = {"files": _content_hash({file.name: file})}
+
+    def rows(self):
+        return ((f"image {i} of {self.name}", image) for i, image in enumerate(self.images))
+
+
+class _Table(_Source):
+    """Rows of parquet files (`files`) or of a Hub data set (`hub_id` at the commit `sha`), read as a stream."""
+
+    def __init__(self, *args, split, image_column, files=None, hub_id=None, sha=None):
+        super().__init__(*args)
+        self.split, self.image_column, self.files, self.hub_id, self.sha = split, image_column, files, hub_id, sha
+        if files:
+            content = _content_hash({f"{i} {file.name}": file for i, file in enumerate(files)})
+            self.identity = {"parquet": content, "image_column": image_column}
+            self.count = sum(parquet.metadata.num_rows for parquet in map(_open_parquet, files))
+        else:
+            self.identity = {"hub": hub_id, "sha": sha, "split": split, "image_column": image_column}
+
+    def rows(self):
+        values = self._values_of_files() if self.files else self._values_of_hub()
+        for i, value in enumerate(values):
+            label = f"row {i} of {self.name}"
+            if isinstance(value, dict):
+                value = value.get("bytes") or value.get("path")
+            if not isinstance(value, bytes | str | None):
+                raise ValueError(f"{label} holds a {type(value).__name__}, expected a picture; name another column")
+            yield label, value
+
+    def _values_of_files(self):
+        for file in self.files:
+            parquet = _open_parquet(file)
+            self._check_column(parquet.schema_arrow.names)
+            try:
+                for batch in parquet.iter_batches(_BLOCK, columns=[self.image_column]):
+                    yield from batch.column(0).to_pylist()
+            except Exception as error:  # damaged files make Arrow raise nearly anything
+                raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
+
+    def _values_of_hub(self):
+        import datasets
+
+        with _named(self.hub_id):
+            splits = datasets.load_dataset(self.hub_id, revision=self.sha, streaming=True)
+        if self.split not in splits:
+            raise ValueError(f"no split {self.split!r} in {self.hub_id}, which has {sorted(splits)}; choose one")
+        table = splits[self.split].decode(False)
+        with _named(self.hub_id):
+            columns = table.column_names or list(next(iter(table), {}))
+        self._check_column(columns)
+        with _named(self.hub_id):
+            for row in table.select_columns([self.image_column]):
+                yield row[self.image_column]
+
+    def _check_column(self, columns):
+        if self.image_column not in columns:
+            raise ValueError(f"no column {self.image_column!r} in {self.name}, which has {columns}; choose one")
+
+    def decode_row(self, label, content):
+        if not content:
+            raise BadImage(f"{label} has no image, expected one in every row; remove the row")
+        if isinstance(content, str):
+            content = self._read_address(label, content)
+        return super().decode_row(label, content)
+
+    def _read_address(self, label, address):
+        """A picture that is a file of the Hub data set itself. Rows come from strangers: nothing else is opened."""
+        import fsspec
+
+        own = f"hf://datasets/{self.hub_id}@{self.sha}/"
+        container = re.sub("^zip://(?:(?!::).)+::", "", address)
+        if self.files or not container.startswith(own) or "::" in container or ".." in container.split("/"):
+            raise BadImage(
+                f"{label} names {address[:100]!r}, which is not opened, expected the picture itself; store its bytes"
+            )
+        try:
+            with fsspec.open(address, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise ValueError(f"{label} names a file that cannot be read ({error}); restore it") from error
+
+
+@contextlib.contextmanager
+def _named(hub_id):
+    """The errors of `datasets` seldom say which data set they are about."""
+    try:
+        yield
+    except (FileNotFoundError, RuntimeError, ValueError) as error:  # RuntimeError: it would have to run code
+        raise ValueError(f"{hub_id} cannot be read as a data set ({error}); look at its page on the Hub") from error
+
+
+def _open_parquet(file):
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except Exception as error:  # as above
+        raise ValueError(f"{file} is no readable parquet file ({error}); fetch it again") from error
+
+
+def _content_hash(files):
+    """SHA-256 over the names and bytes of `files`, a dict from name to path, in its order."""
+    total = hashlib.sha256()
+    for name, path in files.items():
+        with open(path, "rb") as file:
+            total.update(f"{name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def open_source(
+    dataset_name=None,
+    *,
+    train_data_dir=None,
+    train_data_files=None,
+    split="train",
+    revision=None,
+    image_column="image",
+    resolution=64,
+    crop=None,
+    num_channels=None,
+    num_factors=8,
+    max_samples=None,
+    on_bad_image="raise",
+):
+    """Check the options and return (source, max_samples, fingerprint); `load_images` documents them."""
+    preset = NAMED_DATA_SETS.get(dataset_name, {})
+    given = {"train_data_dir": train_data_dir, "train_data_files": train_data_files}
+    if not (preset and (train_data_dir or train_data_files)):
+        given["dataset_name"] = dataset_name
+    given = [name for name, value in given.items() if value]
+    if len(given) != 1:
+        raise ValueError(
+            "give exactly one of dataset_name, train_data_dir and train_data_files as the source of images, "
+            f"got {' and '.join(given) or 'none'}"
+        )
+    num_channels = preset.get("num_channels", 3) if num_channels is None else num_channels
+    crop = preset.get("crop") if crop is None else crop
+    if num_channels not in (1, 3):
+        raise ValueError(f"num_channels must be 1 (grey) or 3 (RGB), got {num_channels}")
+    for option, value in {"resolution": resolution, "crop": crop, "max_samples": max_samples}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
+    if split != "train" and (train_data_files or dataset_name in EMBEDDED):
+        raise ValueError(f"{given[0]} has no splits, got split={split!r}; leave split at its default")
+    if revision is not None and (given != ["dataset_name"] or dataset_name in EMBEDDED):
+        raise ValueError(f"only a Hub data set has a revision, got {revision!r} for {given[0]}; leave it out")
+
+    args = (dataset_name or Path(train_data_dir or "parquet").name, resolution, crop, num_channels)
+    if train_data_files:
+        patterns = [train_data_files] if isinstance(train_data_files, str | os.PathLike) else train_data_files
+        files = [Path(file) for pattern in patterns for file in sorted(glob(str(pattern), recursive=True))]
+        if not files:
+            raise FileNotFoundError(f"no file matches train_data_files={train_data_files!r}; check the path")
+        source = _Table(*args, split=split, image_column=image_column, files=files)
+    elif train_data_dir:
+        source = _open_folder(Path(train_data_dir), args, split, image_column, max_samples)
+    elif dataset_name == "digits":
+        source = _Digits(*args)
+    elif dataset_name == "rendered-faces":
+        if crop is not None or not 1 <= num_factors <= len(FACTOR_NAMES):
+            raise ValueError(
+                f"rendered-faces takes no crop and 1 to {len(FACTOR_NAMES)} factors, "
+                f"got crop={crop} and num_factors={num_factors}"
+            )
+        source = _RenderedFaces(*args, num_factors=num_factors, count=max_samples or 20_000)
+    else:
+        hub_id = preset.get("hub_id", dataset_name)
+        sha = _hub_commit(hub_id, revision)
+        source = _Table(*args, split=split, image_column=image_column, hub_id=hub_id, sha=sha)
+    key = {"version": CACHE_VERSION, "max_samples": max_samples, **source.transform, **source.identity}
+    if on_bad_image == "skip":
+        source.skips, key["on_bad_image"] = True, on_bad_image
+    return source, max_samples, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _open_folder(folder, args, split, image_column, max_samples):
+    """A folder of pictures, of parquet files named after their split, or of MNIST's four idx files."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"train_data_dir={str(folder)!r} is not a folder; check the path")
+    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
+    idx = {match[1]: file for file in files if (match := re.match(r"(train|t10k)-images[-.]idx3-ubyte", file.name))}
+    if idx:
+        file = idx.get({"train": "train", "test": "t10k"}.get(split))
+        if file is None:
+            raise ValueError(f"no split {split!r} in train_data_dir={str(folder)!r}; choose train or test")
+        return _Idx(*args, file=file)
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    tables = [file for file in files if file.suffix == ".parquet"]
+    if bool(pictures) == bool(tables):
+        found = "both; name the parquet files with train_data_files" if tables else "neither; check the path"
+        raise ValueError(f"train_data_dir={str(folder)!r} must hold pictures or parquet files, got {found}")
+    if pictures:
+        if split != "train":
+            raise ValueError(f"a folder of pictures has no splits, got split={split!r}; name its subfolder")
+        return _Pictures(*args, folder=folder, files=pictures[:max_samples])
+    matching = [file for file in tables if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name)]
+    if not matching:
+        splits = sorted({re.split(r"[-.]", file.name)[0] for file in tables})
+        raise ValueError(f"no split {split!r} in train_data_dir={str(folder)!r}, which has {splits}; choose one")
+    return _Table(*args, split=split, image_column=image_column, files=matching)
+
+
+def _hub_commit(hub_id, revision):
+    """The commit that `revision` names now; a full commit hash needs no request."""
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return HfApi().dataset_info(hub_id, revision=revision).sha
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(
+            f"dataset_name={hub_id!r} at revision={revision!r} is not on the Hub ({type(error).__name__}); give "
+            f"{', '.join((*EMBEDDED, *NAMED_DATA_SETS))}, a data set id owner/name, or train_data_dir for local"
+            " pictures"
+        ) from error
+
+
+def decoded_blocks(source, rows, size=_BLOCK):
+    """Decode `rows` in threads, in order, few of them in memory.
+
+    Yields:
+        Of at most `size` rows: uint8 images of shape (n, H, W, C), their numbers among `rows`, and (number, label) of
+        those that are left out.
+    """
+
+    def decode(first, block):
+        decoded = source.decode_usable(block)
+        usable = [place for place, image in enumerate(decoded) if image is not None]
+        shape = (-1, source.resolution, source.resolution, source.num_channels)
+        images = np.array([decoded[place] for place in usable], np.uint8).reshape(shape)
+        bad = [(first + place, block[place][0]) for place, image in enumerate(decoded) if image is None]
+        return images, [first + place for place in usable], bad
+
+    num_threads = min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending, first = deque(), 0
+        while block := list(itertools.islice(rows, size)):
+            pending.append(pool.submit(decode, first, block))
+            first += len(block)
+            if len(pending) > 2 * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def warn_of_left_out(name, labels):
+    if labels:
+        more = f" and {len(labels) - _NAMED:,} more" if len(labels) > _NAMED else ""
+        named = ", ".join(labels[:_NAMED])
+        logger.warning("%s: left out %s that cannot be used: %s%s", name, count_pictures(len(labels)), named, more)
+
+
+def count_pictures(count):
+    return f"{count:,} picture" if count == 1 else f"{count:,} pictures"
+
+
+def nothing_left(name, labels):
+    if labels:
+        return ValueError(
+            f"{name} holds no picture that can be used, all {len(labels):,} were left out; set on_bad_image to raise"
+            " to see why"
+        )
+    return ValueError(f"{name} holds no images, expected at least one; check the source and the split")

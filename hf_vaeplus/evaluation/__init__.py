@@ -1,0 +1,1 @@
+"""What a pipeline has learnt, in figures, tables and pictures."""

@@ -1,0 +1,70 @@
+"""Results as tables for people."""
+
+
+def results_table(results: dict) -> str:
+    """What [`evaluate`] returned, for people."""
+    protocol, sets = results["protocol"], results["sets"]
+    crop = "largest square" if protocol["crop"] is None else f"{protocol['crop']} pixels"
+    blocks = [
+        f"{protocol['images']} {protocol['split']}: {protocol['num_images']:,} images in every set,"
+        f" {protocol['resolution']} x {protocol['resolution']}, crop: {crop}, seed {protocol['seed']}\n"
+        f"real against real: {protocol['real']}" + (" (needs as many more)" if "real" not in sets else "")
+    ]
+    for extractor in protocol["extractors"]:
+        found = {name: each["distances"][extractor["extractor"]] for name, each in sets.items()}
+        block = [[found["downsample"]["distance"], "", "/ downsample", "kernel"]]
+        for name, each in found.items():
+            ratio, kernel = each["frechet_over_downsample"], each["kernel"]
+            shown = "-" if ratio is None else f"{ratio:.3f}", "-" if kernel is None else f"{kernel[0]:.3g}"
+            block.append([name, f"{each['frechet']:.4g}", *shown])
+        blocks.append(_aligned(block))
+    if bins := list(sets["downsample"]["ndb"]):
+        split, count = protocol["training_split"], protocol["num_training_images"]
+        block = [[f"bins of {split}, {count:,}"] + [f"{figure}/{k}" for k in bins for figure in ("NDB", "JS")]]
+        for name, each in sets.items():
+            pairs = [each["ndb"][k] for k in bins]
+            block.append([name] + [text for p in pairs for text in (f"{p['ndb_over_k']:.3f}", f"{p['js']:.4f}")])
+        blocks.append(_aligned(block))
+    block = []
+    for prefix, title in (("autoencoder_", "autoencoder alone"), ("", "whole model")):
+        if f"{prefix}psnr" in results:
+            error, decibels = results[f"{prefix}squared_error"], results[f"{prefix}psnr"]
+            block.append([f"squared error per image, {title}", f"{error:.2f}", f"PSNR {decibels:.2f} dB"])
+    for stage, title in (("vae", "first VAE"), ("second_stage", "second stage")):
+        if each := results.get(stage):
+            units = f"{each['active_units_by_variance']} of {each['latent_dim']}"
+            block.append([f"{title}: active units", units, f"by Burda's count {each['active_units']}"])
+            block.append([f"{title}: KL", f"{each['kl']:.2f} nats", f"gamma {each['gamma']:.3g}"])
+    block.append(["first VAE: MMD of q(z) and N(0, I)", f"{results['vae']['mmd']:.3g}"])
+    if each := results.get("likelihood"):
+        block.append(["ELBO per image", f"{each['elbo']:.2f} nats"])
+        samples = f"{each['num_importance_samples']} importance samples"
+        block.append(["negative log-likelihood per image", f"{each['nll']:.2f} nats", samples])
+    return "\n\n".join([*blocks, _aligned(block)])
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Rows of text in columns: the first to the left, the others to the right."""
+    columns = range(max(map(len, rows)))
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in columns]
+    lines = []
+    for row in rows:
+        padded = [text.rjust(width) for text, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *padded[1:]]).rstrip())
+    return "\n".join(lines)
+
+
+def summary_table(summary: dict, seconds: float) -> str:
+    vae, second = summary["vae"], summary["second_stage"]
+    known = f" (known factors: r = {summary['num_factors']})" if summary["num_factors"] else ""
+    rows = [
+        ("squared error per image, autoencoder alone", f"{summary['autoencoder_squared_error']:.2f}"),
+        ("squared error per image, whole model", f"{summary['squared_error']:.2f}"),
+        ("first VAE: active units", f"{vae['active_units_by_variance']} of {vae['latent_dim']}{known}"),
+        ("first VAE: active units by Burda's count", f"{vae['active_units']}"),
+        ("first VAE: KL, gamma", f"{vae['kl']:.2f} nats, {vae['gamma']:.3g}"),
+        ("second stage: KL, gamma", f"{second['kl']:.2f} nats, {second['gamma']:.3g}"),
+        ("wall time", f"{seconds:.0f} s"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])

@@ -1,0 +1,1 @@
+"""The Hub: uploads, repositories, model cards, data sets of latents."""

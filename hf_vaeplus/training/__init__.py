@@ -1,0 +1,1 @@
+"""Training: options and presets, the stages, the one loop, checkpoints, randomness, logs."""

@@ -1,0 +1,99 @@
+"""Codes and posteriors of a whole data set: computed once by a frozen stage and kept beside the image cache."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..data.cache import keep_batch
+from ..data.pixels import to_unit_range
+from ..files import build_once
+from ..modeling_vaeplus import VAEPlusPreTrainedModel
+
+
+def process_state() -> PartialState:
+    """This process's rank and device. A bare `PartialState()` would overlook that CPUs alone were asked for."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def load_frozen(model_class: type, path: str) -> VAEPlusPreTrainedModel:
+    """A trained stage for use by a later one: weights complete, no gradients, evaluation mode, on this device.
+
+    Raises:
+        ValueError, OSError: as [`VAEPlusPreTrainedModel.from_pretrained`].
+    """
+    model = model_class.from_pretrained(path).requires_grad_(False).eval()
+    return model.to(process_state().device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def encode_dataset(images, model: VAEPlusPreTrainedModel, encode: Callable) -> torch.Tensor:
+    """What `encode` says of every image, in the order of the data set, computed once and kept in the cache.
+
+    Args:
+        images: a map-style data set of images.
+        model: the network that `encode` uses: its weights and the images name the cached file.
+        encode: pixels in [0, 1] of shape `(batch, C, H, W)` -> `(batch, dim)`.
+
+    Returns:
+        float32 `torch.Tensor` of shape `(len(images), dim)` on the CPU.
+    """
+    state, key = process_state(), hashlib.sha256(f"{images.fingerprint} {len(images)}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    path = Path(images.path).parent.parent / "encoded" / f"{key.hexdigest()[:32]}.safetensors"
+
+    def build(path: Path):
+        loader = DataLoader(images, batch_size=256, collate_fn=keep_batch)
+        parts = []
+        for batch in tqdm(loader, desc="encoding", disable=not state.is_main_process):
+            pixels = to_unit_range(batch["pixel_values"].to(state.device))
+            parts.append(encode(pixels).float().cpu())
+        save_file({"rows": torch.cat(parts)}, path)
+
+    def load(path: Path) -> torch.Tensor:
+        rows = load_file(path).get("rows")
+        if rows is None or rows.ndim != 2 or len(rows) != len(images):
+            raise ValueError(f"expected one row for each of {len(images)} images")
+        return rows
+
+    with state.main_process_first():
+        return build_once(path, build, load)
+
+
+class TensorRows(Dataset):
+    """Rows of equally long tensors; a list of indices gives a batch."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int) -> dict:
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        return self[torch.as_tensor(indices)]
+
+
+class EncodedImages(Dataset):
+    """Images with what was computed of them."""
+
+    def __init__(self, images, encoded: dict[str, torch.Tensor]):
+        self.images, self.rows = images, TensorRows(encoded)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.images[index], **self.rows[index]}
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        return {**self.images.__getitems__(indices), **self.rows.__getitems__(indices)}
