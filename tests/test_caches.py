@@ -12,9 +12,10 @@ from helpers import start_together, two_stages
 from safetensors.torch import load_file, save_file
 from test_bad_input import full_disk
 
-from hf_vaeplus import VAEPlusAutoencoderModel, stages
+from hf_vaeplus import VAEPlusAutoencoderModel
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.files import write_json, write_whole
+from hf_vaeplus.training import codes as encoded_rows
 from hf_vaeplus.training.codes import encode_dataset
 
 
@@ -43,7 +44,7 @@ def encode_at_once(barrier, model, cache, encoded, pause, half):
         time.sleep(60)
 
     if half:
-        stages.save_file = save_half
+        encoded_rows.save_file = save_half
     barrier.wait()
     save_file({"rows": codes(model, cache, encoded, pause)}, encoded.with_name(f"found-{os.getpid()}"))
 

@@ -22,9 +22,9 @@ from test_bad_input import full_disk
 from test_cards import TINY
 from test_training import contents, interrupted, prepare_rows, reference, resume, run  # noqa: F401 (fixtures)
 
-from hf_vaeplus import checkpoints
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.files import sole_run
+from hf_vaeplus.training import checkpoints
 from hf_vaeplus.training.checkpoints import DamagedCheckpoint, check, list_checkpoints
 from hf_vaeplus.training.loop import TrainingInterrupted
 

@@ -24,10 +24,12 @@ from hf_vaeplus import (
     VAEPlusPipeline,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
-    stages,
 )
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import main, run_command
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.training import stages
+from hf_vaeplus.training.options import STAGES
 
 COMMANDS = ("quickstart", "train", "evaluate", "sample", "reconstruct", "interpolate")
 TRAIN_STAGE = Path(__file__).parents[1] / "examples" / "train_stage.py"
@@ -81,7 +83,7 @@ def home(tmp_path_factory) -> Path:
         {"num_channels": 3},
     ):  # decoded already: no progress bar before a mistake
         digits = dict(resolution=SIZE, num_channels=1, max_samples=40) | changes
-        stages.load_images("digits", **digits, cache_dir=home / "cache", progress=False)
+        load_images("digits", **digits, cache_dir=home / "cache", progress=False)
     return home
 
 
@@ -356,7 +358,7 @@ def test_train_leaves_what_it_says(trained):
     code, output, folder = trained
     assert code == 0
     named = output.split("saved in")[1].splitlines()[0].split(":")[1].split()
-    assert {path.name for path in folder.iterdir()} == {name.strip("/") for name in named} | {*stages.STAGES, ".lock"}
+    assert {path.name for path in folder.iterdir()} == {name.strip("/") for name in named} | {*STAGES, ".lock"}
     cell = 2 * SIZE + 1  # small images are drawn twice as large in a report
     sizes = {"samples": (8, 8), "reconstructions": (8, 8), "interpolation": (9, 8)}
     for name, (columns, rows) in sizes.items():
@@ -369,7 +371,7 @@ def test_train_leaves_what_it_says(trained):
 
 
 def test_settings_override_flags_override_the_preset(trained):
-    options = [json.loads((trained[2] / stage / "training_options.json").read_text()) for stage in stages.STAGES]
+    options = [json.loads((trained[2] / stage / "training_options.json").read_text()) for stage in STAGES]
     assert [each["train_batch_size"] for each in options] == [4, 4, 4]
     assert [each["seed"] for each in options] == [0, 3, 0]
     assert json.loads((trained[2] / "vae" / "config.json").read_text())["latent_dim"] == 5
@@ -578,7 +580,7 @@ def test_the_example_trains_a_stage_and_says_how_to_resume(working_folder, monke
 def test_the_examples_help_shows_its_commands(monkeypatch, capsys):
     assert example(monkeypatch, "--help") == 0
     output = capsys.readouterr().out
-    assert all(f"train_stage.py --stage {stage}" in output for stage in stages.STAGES)
+    assert all(f"train_stage.py --stage {stage}" in output for stage in STAGES)
 
 
 def test_the_example_of_evaluation_takes_the_options_of_the_command(working_folder, monkeypatch, capsys):

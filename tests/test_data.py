@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_vaeplus import data
+from hf_vaeplus.data import sources
 from hf_vaeplus.data.cache import keep_batch, load_images
 from hf_vaeplus.data.pixels import to_uint8, to_unit_range
 from hf_vaeplus.data.rendered_faces import factors_of, render_faces
@@ -75,13 +75,13 @@ def load(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """Labels of the pictures decoded so far in this process."""
-    labels, decode = [], data.decode_image
+    labels, decode = [], sources.decode_image
 
     def counting(content, label, **options):
         labels.append(label)
         return decode(content, label, **options)
 
-    monkeypatch.setattr(data, "decode_image", counting)
+    monkeypatch.setattr(sources, "decode_image", counting)
     return labels
 
 
@@ -92,7 +92,7 @@ def decoded(monkeypatch):
 @given(st.integers(1, 200), st.integers(1, 200), st.data())
 def test_crop_is_centred(height, width, draw):
     side = draw.draw(st.integers(1, min(height, width)))
-    cropped = data.decode_image(coordinates(height, width), "picture", side, side, 3)
+    cropped = sources.decode_image(coordinates(height, width), "picture", side, side, 3)
     top, left = (height - side) // 2, (width - side) // 2
     np.testing.assert_array_equal(cropped, coordinates(height, width)[top : top + side, left : left + side])
 
@@ -110,9 +110,9 @@ def test_celeba_crop_of_an_aligned_picture(tmp_path, load):
 def test_shrinking_averages_areas_and_enlarging_is_bicubic():
     pixels = noise(0, 64)
     means = pixels.reshape(16, 4, 16, 4, 3).mean((1, 3))
-    shrunk = data.decode_image(pixels, "picture", 16, None, 3)
+    shrunk = sources.decode_image(pixels, "picture", 16, None, 3)
     assert np.abs(shrunk - means).max() <= 1  # Pillow rounds after each of the two axes
-    enlarged = data.decode_image(pixels, "picture", 100, None, 3)
+    enlarged = sources.decode_image(pixels, "picture", 100, None, 3)
     bicubic = Image.fromarray(pixels).resize((100, 100), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(enlarged, np.asarray(bicubic))
 
@@ -121,9 +121,9 @@ def test_exif_orientation_and_grey():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
     pixels = noise(1)
-    upright = data.decode_image(encoded(pixels, exif=exif), "picture", 8, None, 3)
+    upright = sources.decode_image(encoded(pixels, exif=exif), "picture", 8, None, 3)
     np.testing.assert_array_equal(upright, np.rot90(pixels, -1))
-    grey = data.decode_image(encoded(pixels), "picture", 8, None, 1)
+    grey = sources.decode_image(encoded(pixels), "picture", 8, None, 1)
     np.testing.assert_allclose(grey[..., 0], pixels @ [0.299, 0.587, 0.114], atol=1)  # ITU-R 601 luma
 
 
@@ -282,7 +282,7 @@ def test_damaged_cache_is_built_again(folder, load, damage):
 
 def build_slowly(barrier, folder, cache, log, pause):
     """Runs in another process: load the folder, and write a line to `log` for every picture before it is decoded."""
-    decode = data.decode_image
+    decode = sources.decode_image
 
     def slow(content, label, **options):
         with open(log, "a") as file:
@@ -290,7 +290,7 @@ def build_slowly(barrier, folder, cache, log, pause):
         time.sleep(pause)
         return decode(content, label, **options)
 
-    data.decode_image = slow
+    sources.decode_image = slow
     barrier.wait()
     images = load_images(train_data_dir=folder, cache_dir=cache, progress=False, resolution=8).images
     np.save(log.with_name(f"read-{os.getpid()}.npy"), images)
@@ -441,7 +441,7 @@ def test_stream_in_a_loader_worker(folder, monkeypatch):
     stream.set_position(1, batch_size=4)
     for same, batch in zip(expected, DataLoader(stream, batch_size=None, num_workers=1), strict=False):
         assert torch.equal(batch["pixel_values"], same["pixel_values"])
-    monkeypatch.setattr(data, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
+    monkeypatch.setattr("hf_vaeplus.data.stream.get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
     with pytest.raises(ValueError, match="at most one DataLoader worker, got 2"):
         next(iter(stream))
 

@@ -20,11 +20,11 @@ from test_cards import code_blocks
 
 from hf_vaeplus import (
     VAEPlusPipeline,
-    encoding,
 )
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.stream import stream_images
+from hf_vaeplus.hub import latents
 from hf_vaeplus.hub.latents import encode_to_parquet
 
 SIZE, COUNT = 32, 21
@@ -146,7 +146,7 @@ def files_in(folder: Path) -> list[Path]:
 def test_an_endless_source_is_written_as_it_is_read_and_leaves_nothing_when_stopped(
     pipe, output, stop, working_folder, monkeypatch
 ):
-    monkeypatch.setattr(encoding, "_ROWS_PER_GROUP", 8)
+    monkeypatch.setattr(latents, "_ROWS_PER_GROUP", 8)
     endless, sizes = Endless(), []
 
     class Stopping:

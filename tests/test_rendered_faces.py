@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vaeplus import rendered_faces
+from hf_vaeplus.data import rendered_faces
 from hf_vaeplus.data.rendered_faces import FACTOR_NAMES, factors_of, render_faces
 
 ALL = len(FACTOR_NAMES)

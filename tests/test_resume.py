@@ -41,7 +41,7 @@ EARLIER = {"autoencoder": [], "vae": ["autoencoder"], "second_stage": ["autoenco
 DISTURBED_EXAMPLE = """
 import os, runpy, sys, time
 from pathlib import Path
-from hf_vaeplus import checkpoints, stages
+from hf_vaeplus.training import checkpoints, stages
 
 folder, point, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rank = os.environ.get("RANK", "0")

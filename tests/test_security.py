@@ -42,7 +42,7 @@ from hf_vaeplus.cli.main import main, run_command
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.stream import stream_images
 from hf_vaeplus.evaluation.features import open_extractor
-from hf_vaeplus.files import _sha256
+from hf_vaeplus.files import sha256
 from hf_vaeplus.hub.repository import push
 from hf_vaeplus.modeling_baselines import WAEMMDModel
 from hf_vaeplus.training.checkpoints import DamagedCheckpoint, check
@@ -147,7 +147,7 @@ def pickles_as_safetensors(folder: Path, witness: Path):
     for number, path in enumerate(sorted(folder.rglob("*.safetensors"))):
         path.write_bytes(forms(witness)[("pickle", "torch")[number % 2]])
     for path in folder.rglob("checksums.json"):
-        path.write_text(json.dumps({name: _sha256(path.parent / name) for name in json.loads(path.read_text())}))
+        path.write_text(json.dumps({name: sha256(path.parent / name) for name in json.loads(path.read_text())}))
     plant(folder, witness)
 
 
@@ -486,7 +486,7 @@ def test_checksums_name_files_of_their_checkpoint(where, planted):
     (planted / "secret").write_text("secret")
     path = checkpoint / "checksums.json"
     where = where.format(root=planted)
-    path.write_text(json.dumps({**json.loads(path.read_text()), where: _sha256(planted / "secret")}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), where: sha256(planted / "secret")}))
     with pytest.raises(DamagedCheckpoint, match=f"lacks {where}"):
         check(checkpoint)
 

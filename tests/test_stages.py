@@ -22,11 +22,11 @@ from hf_vaeplus import (
     VAEPlusPipeline,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
-    stages,
 )
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.pixels import to_unit_range
 from hf_vaeplus.evaluation.summaries import summarize
+from hf_vaeplus.training import stages
 from hf_vaeplus.training.codes import encode_dataset, load_frozen
 from hf_vaeplus.training.options import STAGES, StageOptions, load_preset, stage_options
 from hf_vaeplus.training.randomness import BatchNoise

@@ -42,7 +42,7 @@ from transformers import get_scheduler
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import build_parser
-from hf_vaeplus.data.sources import _open_source
+from hf_vaeplus.data.sources import open_source
 from hf_vaeplus.image_processing_vaeplus import decode_image
 from hf_vaeplus.modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
@@ -262,7 +262,7 @@ def picture(folder: Path):
 
 
 def _read(**source):
-    source, _, _ = _open_source(**source, resolution=8, num_channels=3)
+    source, _, _ = open_source(**source, resolution=8, num_channels=3)
     for row in source.rows():
         refusal((ValueError,), source.decode, [row], names=row[0])
 

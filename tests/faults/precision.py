@@ -16,8 +16,9 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 
-from hf_vaeplus import VAEPlusPipeline, training
+from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training import loop
 from hf_vaeplus.training.loop import train
 from hf_vaeplus.training.options import STAGES, stage_options
 from hf_vaeplus.training.stages import build_pipeline, build_stage, open_images
@@ -53,8 +54,8 @@ def fp16_on_cpu(init_scale: float = _HalfOnCPU.init_scale):
     """In it, `train` does on the CPU what it does in fp16 on a GPU: torch can, Accelerate leaves it out."""
     with (
         mock.patch.object(_HalfOnCPU, "init_scale", init_scale),
-        mock.patch.object(training, "Accelerator", _HalfOnCPU),
-        mock.patch.object(training, "refuse_fp16_on_cpu", lambda *_: None),
+        mock.patch.object(loop, "Accelerator", _HalfOnCPU),
+        mock.patch.object(loop, "refuse_fp16_on_cpu", lambda *_: None),
     ):
         yield
 
