@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils import LoggerType
 from faults.precision import fp16_on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ from hf_vaeplus.training.checkpoints import list_checkpoints
 from hf_vaeplus.training.codes import TensorRows
 from hf_vaeplus.training.logs import HealthWatch
 from hf_vaeplus.training.loop import TrainingDiverged, train
-from hf_vaeplus.training.options import SCHEDULES, StageOptions, TrainingOptions
+from hf_vaeplus.training.options import SCHEDULES, TRACKERS, StageOptions, TrainingOptions
 from hf_vaeplus.training.randomness import BatchNoise, GlobalBatchSampler, derived_seed
 
 DIM, LATENT_DIM, NUM_ROWS = 6, 4, 22
@@ -853,3 +854,7 @@ def test_precision_may_differ_between_two_runs_of_one_process(tmp_path, referenc
     run(tmp_path / "plain", checkpoints_total_limit=10)
     assert contents(tmp_path / "plain") == contents(reference) != contents(tmp_path / "bf16")
     assert PartialState().num_processes == 1
+
+
+def test_the_trackers_are_those_of_accelerate():
+    assert sorted(TRACKERS) == sorted(each.value for each in LoggerType)
