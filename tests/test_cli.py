@@ -1,7 +1,5 @@
 """The command line as a user meets it: help, mistakes, files."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -14,98 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from helpers import SIZE, run
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from hf_vaeplus import (
-    VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
     VAEPlusPipeline,
-    VAEPlusVAEConfig,
-    VAEPlusVAEModel,
 )
 from hf_vaeplus.cli.flags import parse_stage_options
-from hf_vaeplus.cli.main import main, run_command
-from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.cli.main import run_command
 from hf_vaeplus.training import stages
 from hf_vaeplus.training.options import STAGES
 
 COMMANDS = ("quickstart", "train", "evaluate", "sample", "reconstruct", "interpolate")
 TRAIN_STAGE = Path(__file__).parents[1] / "examples" / "train_stage.py"
 EVALUATE = Path(__file__).parents[1] / "examples" / "evaluate.py"
-SIZE = 32
-TINY = {
-    "common": {
-        "dataset_name": "digits",
-        "resolution": SIZE,
-        "num_channels": 1,
-        "max_train_samples": 40,
-        "max_train_steps": 3,
-        "train_batch_size": 8,
-        "logging_steps": 1,
-    },
-    "autoencoder": {"model": {"latent_dim": 6, "hidden_channels": [4, 8], "num_blocks": 1}},
-    "vae": {"model": {"latent_dim": 4, "hidden_dim": 8, "num_blocks": 1}},
-    "second_stage": {"model": {"hidden_dim": 8, "num_blocks": 1}},
-}
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A folder with a saved pipeline, two pictures, a preset and a text file."""
-    home = tmp_path_factory.mktemp("cli")
-    torch.manual_seed(0)
-    small = dict(hidden_dim=8, num_blocks=1)
-    image = dict(image_size=SIZE, latent_dim=6, hidden_channels=(4, 8), num_blocks=1)
-    stages_of_pipeline = (
-        VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(6,), latent_dim=4, reconstruction_space="image", **small)),
-        VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image)),
-        VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(4,), latent_dim=3, gamma_init=0.1, **small)),
-    )
-    source = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # fresh networks draw grey images only
-        for model in stages_of_pipeline:
-            for name, parameter in sorted(model.named_parameters()):
-                if name != "log_gamma":
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=source)
-    VAEPlusPipeline(*stages_of_pipeline).save_pretrained(home / "pipeline")
-    for number, size in enumerate(((50, 40), (20, 20))):
-        noise = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(home / f"{number}.png")
-    (home / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (home / "broken.yaml").write_text("vae: [1,")
-    (home / "notes.txt").write_text("not a picture")
-    for changes in (
-        {},
-        {"resolution": 36},
-        {"max_samples": 1},
-        {"num_channels": 3},
-    ):  # decoded already: no progress bar before a mistake
-        digits = dict(resolution=SIZE, num_channels=1, max_samples=40) | changes
-        load_images("digits", **digits, cache_dir=home / "cache", progress=False)
-    return home
-
-
-@pytest.fixture(autouse=True)
-def working_folder(home, tmp_path, monkeypatch) -> Path:
-    """Commands run in an empty folder, with `home` beside it, without a network and with the cache in `home`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VAEPLUS_CACHE", str(home / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "home").symlink_to(home)
-    return tmp_path
-
-
-def run(*argv: str) -> tuple[int, str, str]:
-    """`(exit code, standard output, standard error)` of `vaeplus ARGV`."""
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            code = main(list(argv))
-        except SystemExit as stop:  # argparse
-            code = stop.code
-    return code, output.getvalue(), errors.getvalue()
+pytestmark = pytest.mark.usefixtures("working_folder")
 
 
 # --------------------------------------------------------------------------------------------------------- help

@@ -1,7 +1,6 @@
 """What each stage trains on, what it keeps of it, and the three stages in a row."""
 
 import dataclasses
-import hashlib
 import json
 from functools import partial
 from importlib import resources
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import perturbed
+from helpers import TINY, perturbed, tree
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
@@ -475,21 +474,6 @@ def test_misspelt_model_fields_are_refused_with_a_hint(options):
 
 # ---------------------------------------------------------------------------------------------- all three stages
 
-TINY = {
-    "common": {
-        "dataset_name": "digits",
-        "resolution": 32,
-        "num_channels": 1,
-        "max_train_samples": 40,
-        "max_train_steps": 3,
-        "train_batch_size": 8,
-        "logging_steps": 1,
-    },
-    "autoencoder": {"model": AUTOENCODER},
-    "vae": {"model": {**MLP, "latent_dim": Z_DIM}},
-    "second_stage": {"model": MLP},
-}
-
 
 @pytest.fixture(scope="module")
 def trained(home):
@@ -519,28 +503,20 @@ def test_stages_trained_by_train_all_build_on_each_other(trained):
         torch.testing.assert_close(pipe.autoencoder.encode(to_unit_range(images)).mean(0), code, rtol=1e-3, atol=1e-4)
 
 
-def contents(folder: Path) -> dict:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def test_a_second_call_does_not_train_again(trained, home):
     _, _, folder = trained
-    before = contents(folder)
+    before = tree(folder)
     assert sum(name.endswith("stats.jsonl") for name in before) == 3
     train_all(TINY, folder, cache_dir=str(home / "cache"))
-    assert contents(folder) == before
+    assert tree(folder) == before
 
 
 def test_a_call_with_another_seed_is_refused_and_changes_nothing(trained, home):
     _, _, folder = trained
-    before = contents(folder)
+    before = tree(folder)
     with pytest.raises(ValueError, match="seed 0 -> 1.*output_dir"):
         train_all(TINY, folder, cache_dir=str(home / "cache"), seed=1)
-    assert contents(folder) == before
+    assert tree(folder) == before
 
 
 def test_the_seed_decides_the_whole_run(trained, home, tmp_path):
