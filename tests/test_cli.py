@@ -406,7 +406,7 @@ def test_training_three_images_still_ends_in_a_report(working_folder):
 def test_the_report_on_a_stream_does_not_decode_the_whole_source(monkeypatch):
     counts = []
     monkeypatch.setattr(stages, "load_images", lambda *args, max_samples, **rest: counts.append(max_samples) or [1, 2])
-    monkeypatch.setattr(stages, "train_all", lambda *args, **rest: pytest.fail("far enough", pytrace=False))
+    monkeypatch.setattr(stages, "train_stages", lambda *args, **rest: pytest.fail("far enough", pytrace=False))
     for flags in ([], ["--max_train_samples", "5000"], ["--max_train_samples", "30"]):
         with pytest.raises(pytest.fail.Exception, match="far enough"):
             run(*TRAIN.split(), "--set", "common.max_train_samples=null", "--streaming", *flags)
