@@ -30,7 +30,7 @@ from hf_vaeplus.training import stages
 from hf_vaeplus.training.codes import encode_dataset, load_frozen
 from hf_vaeplus.training.options import STAGES, StageOptions, load_preset, stage_options
 from hf_vaeplus.training.randomness import BatchNoise
-from hf_vaeplus.training.stages import open_images, run_stage, train_all
+from hf_vaeplus.training.stages import open_images, open_stage_images, run_stage, train_all
 
 CODE_DIM, Z_DIM, BATCH = 6, 4, 5
 AUTOENCODER = {"latent_dim": CODE_DIM, "hidden_channels": [4, 8], "num_blocks": 1}
@@ -512,6 +512,23 @@ def test_stages_trained_by_train_all_build_on_each_other(trained):
     images = open_images(trained[1]["vae"]).__getitems__(list(range(40)))["pixel_values"]
     with torch.no_grad():
         torch.testing.assert_close(pipe.autoencoder.encode(to_unit_range(images)).mean(0), code, rtol=1e-3, atol=1e-4)
+
+
+def test_stages_share_the_images_that_they_have_in_common(options):
+    shared = open_stage_images({
+        "autoencoder": options("autoencoder"),
+        "vae": options("vae", seed=1, train_batch_size=3),
+        "second_stage": options("second_stage", max_train_samples=20),
+    })  # fmt: skip
+    assert shared["autoencoder"] is shared["vae"]
+    assert (len(shared["vae"]), len(shared["second_stage"])) == (40, 20)
+    streams = open_stage_images({
+        "autoencoder": options("autoencoder", streaming=True),
+        "vae": options("vae", streaming=True, seed=1),
+        "second_stage": options("second_stage", streaming=True),
+    })  # fmt: skip
+    assert streams["autoencoder"] is streams["second_stage"]
+    assert [streams[stage].seed for stage in STAGES] == [0, 1, 0]  # a stream is shuffled by its seed
 
 
 def contents(folder: Path) -> dict:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ..evaluation.tables import summary_table
-from .flags import add_stage_options, assignment, given_options, writable
+from .flags import add_json, add_stage_options, assignment, given_options, writable
 
 _STARTED = time.perf_counter()  # the command line imports this file first: the wall time includes every later import
 
@@ -26,6 +26,7 @@ def add_quickstart(commands):
     parser.add_argument("--num_factors", type=int, default=8, help="r: factors the drawings vary in (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--cache_dir", default=None, help="where decoded images are kept (default: $VAEPLUS_CACHE)")
+    add_json(parser)
     parser.set_defaults(
         run=lambda args: _train(
             "quickstart",
@@ -62,6 +63,7 @@ def add_train(commands):
         leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir", "hub_subfolder"),
     )
     parser.add_argument("--output_dir", default="runs/vaeplus", help="where everything goes (default: %(default)s)")
+    add_json(parser)
     parser.set_defaults(
         run=lambda args: _train(
             args.config,
@@ -89,10 +91,12 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
         training_images = open_stage_images(options)
         images = _report_images(options["second_stage"], training_images["second_stage"], evaluation_split)
         pipe = train_stages(options, training_images, output_dir)
-        if is_main_process:
-            _report(pipe, images, options, output_dir)
-            if options["second_stage"].push_to_hub:
-                _push_result(pipe, output_dir, options["second_stage"])
+        if not is_main_process:
+            return None
+        found = _report(pipe, images, options, output_dir)
+        if options["second_stage"].push_to_hub:
+            _push_result(pipe, output_dir, options["second_stage"])
+        return found
 
 
 def _with_settings(preset: dict, settings) -> dict:
@@ -137,8 +141,8 @@ def _report_images(options, training_images, evaluation_split: str | None):
     return images
 
 
-def _report(pipe, images, options: dict, output_dir: Path):
-    """Write and print how the training went."""
+def _report(pipe, images, options: dict, output_dir: Path) -> dict:
+    """Write and print how the training went; what `--json` prints."""
     from ..evaluation.summaries import REPORT_FILES, report
 
     last = options["second_stage"]
@@ -148,6 +152,7 @@ def _report(pipe, images, options: dict, output_dir: Path):
     print(summary_table(summary, time.perf_counter() - _STARTED))
     print(f"\nsaved in {output_dir}: pipeline/ {' '.join(REPORT_FILES)}")
     print(f"sample again: vaeplus sample {output_dir / 'pipeline'} --num_images 64 --seed 1")
+    return {"files": [str(output_dir / name) for name in ("pipeline", *REPORT_FILES)], **summary}
 
 
 def _push_result(pipe, run_dir: Path, options):

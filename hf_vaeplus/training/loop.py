@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
+from ..data.cache import keep_batch
 from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from .checkpoints import TrainingState, drop_oldest, find_checkpoint, list_checkpoints, save_model
@@ -95,10 +96,6 @@ def _optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.optim.
     )
 
 
-def _as_is(batch):  # `__getitems__` has made the batch
-    return batch
-
-
 def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: int, last: int) -> DataLoader:
     place = dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
     loading = dict(num_workers=options.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda")
@@ -108,7 +105,7 @@ def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: 
     if len(dataset) == 0:
         raise ValueError("the data set is empty.")
     sampler = GlobalBatchSampler(len(dataset), options.train_batch_size, options.seed, **place, first=first, last=last)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, **loading)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=keep_batch, **loading)
 
 
 def _update_average(average: list[torch.Tensor], parameters: list[nn.Parameter], steps: int, decay: float):
@@ -198,6 +195,7 @@ class _Run:
     def __init__(self, stage: Stage, options: TrainingOptions, accelerator: Accelerator):
         self.stage, self.options, self.accelerator = stage, options, accelerator
         self.output_dir = Path(options.output_dir)
+        # What training_options.json holds.
         self.record = {**recorded_options(options), "num_processes": accelerator.num_processes}
         checkpoint = self._take_over_folder()
         model = stage.model.to(accelerator.device, memory_format=torch.channels_last)
