@@ -357,7 +357,7 @@ def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_fold
     code, output, errors = run(*command, "--evaluation_split", "train[:4]", "--json")
     assert code == 0
     written = "samples.png reconstructions.png interpolation.png curves.png summary.json"
-    assert f"out holds a finished run: {written} will be written anew.\n" in errors
+    assert f"{written} in out will be written anew.\n" in errors
     assert opened == ["pictures"] * 3  # once more to train on, and once as another split
     summary = json.loads((working_folder / "out/summary.json").read_text())
     assert summary["num_images"] == 4
