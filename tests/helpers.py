@@ -34,7 +34,7 @@ from hf_vaeplus.cli.main import main
 from hf_vaeplus.files import sha256
 from hf_vaeplus.provenance import provenance
 from hf_vaeplus.training.codes import TensorRows
-from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.loop import Stage, train
 from hf_vaeplus.training.options import TrainingOptions
 
 SIZE = 32  # of the pictures of tiny pipelines
@@ -193,7 +193,7 @@ def fit(output_dir, model=None, dataset=None, prepare=prepare_rows, preview=None
     """The trained model of a run of 8 steps in `output_dir`."""
     options = TrainingOptions(output_dir=str(output_dir), **TINY_RUN | options)
     model = make_vae() if model is None else model
-    return train(model, make_rows() if dataset is None else dataset, prepare, options, preview)
+    return train(Stage(model, make_rows() if dataset is None else dataset, prepare, preview), options)
 
 
 def resume(output_dir, **changes):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,15 @@ def disturbed_example(folder: Path, point: str, step: int, argv: list[str]):
         (folder / f"held-{rank}").touch()
         time.sleep(600)
 
-    def disturbed_train(model, dataset, prepare, *others):
+    def disturbed_train(stage, options):
         def disturbed_prepare(batch, noise, at):
             if point == "step" and at == step:
                 hold()
             if point == "nan" and at == step and rank == "1":
                 batch["code"] = batch["code"] * float("nan")
-            return prepare(batch, noise, at)
+            return stage.prepare(batch, noise, at)
 
-        return train(model, dataset, disturbed_prepare, *others)
+        return train(replace(stage, prepare=disturbed_prepare), options)
 
     def disturbed_save(tensors, path):
         if point == "save" and f".checkpoint-{step}." in str(path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils import LoggerType
 from faults.precision import fp16_on_cpu
 from helpers import (
     DIM,
@@ -41,8 +42,8 @@ from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel
 from hf_vaeplus.training.checkpoints import list_checkpoints
 from hf_vaeplus.training.codes import TensorRows
 from hf_vaeplus.training.logs import HealthWatch
-from hf_vaeplus.training.loop import TrainingDiverged, train
-from hf_vaeplus.training.options import SCHEDULES, StageOptions, TrainingOptions
+from hf_vaeplus.training.loop import Stage, TrainingDiverged, train
+from hf_vaeplus.training.options import SCHEDULES, TRACKERS, StageOptions, TrainingOptions
 from hf_vaeplus.training.randomness import BatchNoise, GlobalBatchSampler, derived_seed
 
 
@@ -624,10 +625,10 @@ def test_resuming_with_another_model_or_data_set_is_refused(tmp_path):
         stage = dict(stage="vae", dataset_name="digits", model={"hidden_dim": 8}, output_dir=str(tmp_path))
         return StageOptions(**TINY_RUN | stage | changes)
 
-    train(make_vae(), make_rows(), prepare_rows, options(max_train_steps=3))
+    train(Stage(make_vae(), make_rows(), prepare_rows), options(max_train_steps=3))
     for change in ({"model": {"hidden_dim": 9}}, {"dataset_name": "mnist"}, {"kl_warmup_steps": 5}):
         with pytest.raises(ValueError, match=f"other options .{next(iter(change))} "):
-            train(make_vae(), make_rows(), prepare_rows, options(**change, resume_from_checkpoint="latest"))
+            train(Stage(make_vae(), make_rows(), prepare_rows), options(**change, resume_from_checkpoint="latest"))
 
 
 def test_options_that_do_not_change_the_weights_may_change(interrupted, reference):
@@ -799,3 +800,7 @@ def test_precision_may_differ_between_two_runs_of_one_process(tmp_path, referenc
     fit(tmp_path / "plain", checkpoints_total_limit=10)
     assert contents(tmp_path / "plain") == contents(reference) != contents(tmp_path / "bf16")
     assert PartialState().num_processes == 1
+
+
+def test_the_trackers_are_those_of_accelerate():
+    assert sorted(TRACKERS) == sorted(each.value for each in LoggerType)
