@@ -132,7 +132,12 @@ def run_script(script: Path, *argv) -> tuple[int, str, str]:
 
     threads = torch.get_num_threads()
     words = [str(script), *map(str, argv)]
-    with importing_from(script.parent), mock.patch.object(sys, "argv", words), mock.patch.dict(os.environ):
+    with (
+        importing_from(script.parent),
+        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "excepthook", sys.excepthook),
+        mock.patch.dict(os.environ),
+    ):
         try:
             return captured(call)
         finally:
