@@ -213,7 +213,7 @@ def test_an_error_of_the_program_keeps_its_traceback():
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch):
-    def interrupted(options):
+    def interrupted(options, images):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "run_stage", interrupted)
