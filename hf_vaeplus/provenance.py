@@ -10,7 +10,6 @@ import time
 from functools import cache
 from pathlib import Path
 
-import torch
 from huggingface_hub import get_token
 
 _SECRETS = re.compile(
@@ -52,6 +51,7 @@ def provenance() -> dict:
     are left out.
     """
     import diffusers
+    import torch
     import transformers
 
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]

@@ -4,14 +4,11 @@ Every case of `CATALOGUE` ends in exit code 2 and one sentence, with every file 
 right, and give the right pixels.
 """
 
-import contextlib
 import gzip
-import hashlib
 import io
 import json
 import os
 import re
-import resource
 import shutil
 import struct
 import zipfile
@@ -23,11 +20,10 @@ import pyarrow
 import pytest
 import torch
 import yaml
-from helpers import encoded, idx, noise, parquet, png_chunk
+from helpers import SIZE, TINY, captured, encoded, full_disk, idx, noise, parquet, png_chunk, run, tree
 from loopback_hub import Fault, Repository
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import TINY, home, run  # noqa: F401
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.cli.flags import parse_stage_options
@@ -35,10 +31,8 @@ from hf_vaeplus.cli.main import run_command
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.stream import stream_images
 from hf_vaeplus.image_processing_vaeplus import decode_image
-from hf_vaeplus.provenance import provenance
 from hf_vaeplus.training.stages import run_stage
 
-SIZE = 32
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -497,7 +491,7 @@ def broken_pipelines(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def folder(home, tmp_path_factory):  # noqa: F811
+def folder(home, tmp_path_factory):
     """Where every command of the catalogue runs."""
     folder = tmp_path_factory.mktemp("bad")
     for name, content in FILES.items():
@@ -516,7 +510,7 @@ def pipe(folder):
 
 
 @pytest.fixture
-def place(folder, home, hub, tmp_path, monkeypatch):  # noqa: F811
+def place(folder, home, hub, tmp_path, monkeypatch):
     """Commands run in `folder`, with the cache of `home` and a Hub on loopback."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("VAEPLUS_CACHE", str(home / "cache"))
@@ -549,16 +543,6 @@ def data_sets(hub):
     return hub
 
 
-def tree(folder: Path) -> dict:
-    """Everything in a folder: path -> hash of the content, `None` for a folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        found[path.relative_to(folder).as_posix()] = (
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        )
-    return found
-
-
 def told(what, pipe) -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
     if isinstance(what, str):
@@ -570,25 +554,6 @@ def told(what, pipe) -> tuple[int, str, str]:
             return run(command, *argv)
         return captured(lambda: run_command(lambda: run_stage(parse_stage_options("", argv)), argv))
     return captured(lambda: run_command(lambda: what(pipe), []))
-
-
-@contextlib.contextmanager
-def full_disk():
-    """No file can grow beyond 100 bytes: the system refuses, in whichever library the write is."""
-    provenance()  # asks git, which would leave its lock behind if it were stopped here; the answer is kept
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def captured(call):
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        code = call()
-    return code, output.getvalue(), errors.getvalue()
 
 
 @pytest.mark.parametrize("what, message", CATALOGUE.values(), ids=CATALOGUE)

@@ -1,7 +1,6 @@
 """Pixels of every source, the cache on disk, and streams that resume."""
 
 import gzip
-import io
 import os
 import pickle
 import signal
@@ -16,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from helpers import start_together
+from helpers import encoded, noise, start_together, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,16 +34,6 @@ def coordinates(height, width):
     """A picture whose red channel is the row and whose green channel is the column."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
-
-
-def encoded(pixels, **options):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, **{"format": "png", **options})
-    return file.getvalue()
-
-
-def noise(seed, size=8):
-    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
 def write_parquet(path, pictures, column="image"):
@@ -372,11 +361,6 @@ def test_loader_workers_and_pickling(folder, load):
 
 
 # Stream
-
-
-def take(stream, first_batch, count, **position):
-    stream.set_position(first_batch, **position)
-    return [batch for _, batch in zip(range(count), stream, strict=False)]
 
 
 @pytest.fixture(params=["folder", "parquet"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import load_dataset
+from helpers import code_blocks, run_code
 from PIL import Image
-from test_cards import code_blocks, run_code
 
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import build_parser, main

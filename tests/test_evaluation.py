@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import perturbed
+from helpers import LAUNCH_TWO, perturbed
 from torch.distributions import LowRankMultivariateNormal
 from torch.nn.functional import avg_pool2d
 
@@ -35,10 +35,6 @@ from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.metrics.running import RunningMoments
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "evaluate.py"
-LAUNCH_TWO = (
-    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    " --dynamo_backend no --main_process_port 0"
-).split()
 SIZE, LATENT_DIM = 16, 12
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import perturbed, two_stages
+from helpers import make_pipeline, perturbed
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
@@ -32,7 +32,7 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def pipe() -> VAEPlusPipeline:
-    return two_stages(SIZE)
+    return make_pipeline(second_stage=False)
 
 
 @pytest.fixture(scope="module")

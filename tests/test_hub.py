@@ -12,13 +12,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from helpers import code_blocks, make_pipeline
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_ONLY_TOKEN, TOKEN, Fault
 from PIL import Image
 from safetensors.torch import load_file
-from test_cards import code_blocks
-from test_pipeline import make_pipeline
 from transformers import AutoModel, pipeline
 
 from hf_vaeplus import VAEPlusPipeline
@@ -235,12 +234,6 @@ def test_an_export_is_a_folder_that_loads(pipe, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- trouble
-
-
-@pytest.fixture
-def no_waiting(monkeypatch):
-    """The client waits between two tries; here it does not."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 def run_command(*words) -> int:

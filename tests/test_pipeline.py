@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
-from helpers import perturbed
+from helpers import make_pipeline, perturbed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributions import MultivariateNormal, Normal
@@ -47,19 +47,6 @@ def make_autoencoder(**options) -> VAEPlusAutoencoderModel:
 def make_vae(**options) -> VAEPlusVAEModel:
     options = dict(input_shape=(CODE_DIM,), latent_dim=Z_DIM, hidden_dim=8, num_blocks=1) | options
     return perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**options)))
-
-
-def make_pipeline(autoencoder: bool = True, second_stage: bool = True, **options) -> VAEPlusPipeline:
-    torch.manual_seed(0)
-    if autoencoder:
-        options = dict(reconstruction_space="image", gamma="learned", gamma_init=0.02) | options
-    else:
-        options = dict(input_shape=(3, SIZE, SIZE), network="conv", hidden_channels=(4, 8)) | options
-    return VAEPlusPipeline(
-        vae=make_vae(**options),
-        autoencoder=make_autoencoder() if autoencoder else None,
-        second_stage=make_vae(input_shape=(Z_DIM,), latent_dim=U_DIM, gamma_init=0.1) if second_stage else None,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,24 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import get_args, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
-import torch
 import yaml
-from accelerate.utils import LoggerType
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.catalogue import NAMED_DATA_SETS, ON_BAD_IMAGE
 from ..provenance import redacted
 
+if TYPE_CHECKING:  # a command line is parsed without it
+    import torch
+
 # Those of `transformers.get_scheduler` that need no metric and no setting of their own.
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+)  # fmt: skip
+# Those of `accelerate.utils.LoggerType`, whose import takes seconds.
+TRACKERS = (
+    "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 )  # fmt: skip
 
 
@@ -87,9 +92,9 @@ class TrainingOptions:
             raise ValueError(f"seed must be below 2**63, got {self.seed}.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
-        known = {"lr_scheduler": SCHEDULES, "report_to": ["none", *LoggerType]}
+        known = {"lr_scheduler": SCHEDULES, "report_to": ("none", *TRACKERS)}
         for name, values in known.items():
-            names = sorted(str(getattr(value, "value", value)) for value in values)
+            names = sorted(values)
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}.")
         if self.push_to_hub and not self.hub_model_id:
@@ -149,7 +154,7 @@ def refuse_other_options(written: Path, options: dict):
         )
 
 
-def refuse_fp16_on_cpu(options: TrainingOptions, device: torch.device):
+def refuse_fp16_on_cpu(options: TrainingOptions, device: "torch.device"):
     """Raises ValueError for what Accelerate would silently train in float32."""
     if options.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU, and this is a CPU: use bf16, or no for float32.")

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from helpers import encoded, idx, noise, parquet, png_chunk, two_stages
+from helpers import encoded, idx, make_pipeline, noise, parquet, png_chunk
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, features
 from transformers import get_scheduler
@@ -193,7 +193,7 @@ def preset(folder: Path):
 
 def pipeline(folder: Path):
     """`model_index.json` of a saved pipeline. No module that an index names is imported."""
-    two_stages().save_pretrained(folder)
+    make_pipeline(second_stage=False).save_pretrained(folder)
     (folder / f"{TRAP}.py").write_text("")
     sys.path.insert(0, str(folder))
     kinds = (ValueError, TypeError, OSError)
@@ -208,7 +208,7 @@ def pipeline(folder: Path):
 
 
 def _training_state() -> TrainingState:
-    model = two_stages().vae
+    model = make_pipeline(second_stage=False).vae
     optimizer = torch.optim.AdamW(model.parameters())
     return TrainingState(model, optimizer, get_scheduler("cosine", optimizer, 2, 10), None, None)
 
@@ -294,7 +294,7 @@ def table(folder: Path):
 
 def weights(folder: Path):
     """`model.safetensors` beside a config. What is loaded is finite."""
-    two_stages().vae.save_pretrained(folder)
+    make_pipeline(second_stage=False).vae.save_pretrained(folder)
 
     def execute(data):
         (folder / "model.safetensors").write_bytes(data)
@@ -361,7 +361,7 @@ def _presets() -> list[bytes]:
 def _saved(name: str) -> list[bytes]:
     """A file of a pipeline, or of a checkpoint of its VAE."""
     with tempfile.TemporaryDirectory() as folder:
-        two_stages().save_pretrained(folder)
+        make_pipeline(second_stage=False).save_pretrained(folder)
         _training_state().save(Path(folder), 1)
         return [(Path(folder) / name).read_bytes(), b"[" * 3000]
 
