@@ -107,7 +107,7 @@ MISTAKES = {
     "a field of the wrong type": (f"{TRAIN} --set vae.model.latent_dim=five", "latent_dim.*expected int"),
     "a number without a dot": (f"{TRAIN} --set vae.learning_rate=1e-3", "needs the dot"),
     "a negative number of steps": (f"{TRAIN} --max_train_steps -1", "max_train_steps must be positive, got -1"),
-    "a negative number of samples": (f"{TRAIN} --max_train_samples -1", "max_samples must be at least 1"),
+    "a negative number of samples": (f"{TRAIN} --max_train_samples -1", "max_train_samples must be at least 1"),
     "one image": (f"{TRAIN} --max_train_samples 1", "at least two"),
     "a seed out of range": (f"{TRAIN} --seed {2**63}", "seed must be below"),
     "a resolution that does not divide": (f"{TRAIN} --resolution 36", "multiple of"),
@@ -332,9 +332,9 @@ def test_training_three_images_still_ends_in_a_report(working_folder):
 def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_folder, monkeypatch):
     opened, hashed = [], []
 
-    def open_and_count(*args, **options):
-        opened.append(options["train_data_dir"])
-        return open_source(*args, **options)
+    def open_and_count(options, *args):
+        opened.append(options.train_data_dir)
+        return open_source(options, *args)
 
     def hash_and_count(file, *args):
         hashed.append(Path(file.name))
@@ -366,7 +366,9 @@ def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_fold
 
 def test_the_report_on_a_stream_does_not_decode_the_whole_source(monkeypatch):
     counts = []
-    monkeypatch.setattr(stages, "load_images", lambda *args, max_samples, **rest: counts.append(max_samples) or [1, 2])
+    monkeypatch.setattr(
+        stages, "open_cache", lambda options, *args, **rest: counts.append(options.max_train_samples) or [1, 2]
+    )
     monkeypatch.setattr(stages, "train_stages", lambda *args, **rest: pytest.fail("far enough", pytrace=False))
     for flags in ([], ["--max_train_samples", "5000"], ["--max_train_samples", "30"]):
         with pytest.raises(pytest.fail.Exception, match="far enough"):
