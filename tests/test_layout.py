@@ -16,7 +16,7 @@ FLOORS = (
     {"data"},
     {"pictures", "pipeline_vaeplus"},
     {"evaluation", "hub", "training"},
-    {"cli", "demo"},
+    {"cli", "demo", "registration"},
     {"__init__"},
 )
 ALONE = {  # an exported repository carries the first three, each a file of its own
