@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from . import registration
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .hub.pipeline import VAEPlusPipeline
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
         VAEPlusVAEConfig,
         VAEPlusVAEModel,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GaussianPosterior",

@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> str:
 
 
 def run(program: str, *argv: str):
-    command = [sys.executable, "-W", "error::ImportWarning", "-c", program, *argv]
+    command = [sys.executable, "-c", program, *argv]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

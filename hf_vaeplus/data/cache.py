@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..files import FULL
+from ..progress import tqdm
 from .pixels import to_unit_range
 from .sources import decoded_blocks, nothing_left, open_source, warn_of_left_out
 
