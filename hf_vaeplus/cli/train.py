@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 from ..evaluation.tables import summary_table
-from .flags import add_stage_options, assignment, given_options, writable
+from .flags import add_config, add_json, add_stage_options, assignment, given_options, writable
+
+_INTERRUPTED = "the same command goes on from the newest checkpoint"
 
 
 def add_quickstart(commands):
@@ -24,13 +26,13 @@ def add_quickstart(commands):
     parser.add_argument("--num_factors", type=int, default=8, help="r: factors the drawings vary in (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--cache_dir", default=None, help="where decoded images are kept (default: $VAEPLUS_CACHE)")
-    parser.set_defaults(
-        run=lambda args: _train(
-            "quickstart",
-            Path(args.output_dir),
-            {"num_factors": args.num_factors, "seed": args.seed, "cache_dir": args.cache_dir},
-        )
-    )
+    add_json(parser)
+    parser.set_defaults(run=_run_quickstart, interrupted=_INTERRUPTED)
+
+
+def _run_quickstart(args):
+    overrides = {"num_factors": args.num_factors, "seed": args.seed, "cache_dir": args.cache_dir}
+    return _train("quickstart", Path(args.output_dir), overrides)
 
 
 def add_train(commands):
@@ -44,7 +46,7 @@ def add_train(commands):
         "  vaeplus train --config quickstart --set vae.max_train_steps=200 vae.model.latent_dim=8\n"
         "  accelerate launch -m hf_vaeplus.cli train --config celeba64-cpu --dataset_name celeba",
     )
-    parser.add_argument("--config", required=True, metavar="PRESET", help="preset by name, or a YAML file")
+    add_config(parser, "that the options below override", required=True)
     parser.add_argument(
         "--set",
         nargs="+",
@@ -60,15 +62,13 @@ def add_train(commands):
         leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir", "hub_subfolder"),
     )
     parser.add_argument("--output_dir", default="runs/vaeplus", help="where everything goes (default: %(default)s)")
-    parser.set_defaults(
-        run=lambda args: _train(
-            args.config,
-            Path(args.output_dir),
-            {name: value for name, value in given_options(args).items() if name != "output_dir"},
-            args.set,
-            args.evaluation_split,
-        )
-    )
+    add_json(parser)
+    parser.set_defaults(run=_run_train, interrupted=_INTERRUPTED)
+
+
+def _run_train(args):
+    overrides = {name: value for name, value in given_options(args).items() if name != "output_dir"}
+    return _train(args.config, Path(args.output_dir), overrides, args.set, args.evaluation_split)
 
 
 def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), evaluation_split: str | None = None):
