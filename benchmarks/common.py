@@ -19,7 +19,7 @@ from hf_vaeplus.cli.flags import CommandParser
 from hf_vaeplus.cli.main import run_command
 from hf_vaeplus.data.cache import ImageDataset
 from hf_vaeplus.provenance import provenance
-from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.loop import Stage, train
 from hf_vaeplus.training.options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +181,7 @@ def train_and_time(model, dataset, prepare: Callable, options: TrainingOptions) 
         clock.tick()
         return prepare(batch, noise, step)
 
-    train(model, dataset, timed, options)
+    train(Stage(model, dataset, timed), options)
     return clock.seconds_per_step
 
 

@@ -18,16 +18,17 @@ import torch
 from common import Clock, benchmark, goal, in_turn, synthetic_images, train_and_time
 from train_throughput import ADAMW, CASES, build
 
-from hf_vaeplus.training.loop import train
+from hf_vaeplus.training.loop import Stage, train
 from hf_vaeplus.training.options import TrainingOptions
 from hf_vaeplus.training.randomness import BatchNoise
 
 # How often they come in the preset celeba64-cpu, in steps.
 LOG_EVERY, SAVE_EVERY = 50, 500
-# What `_train` calls, by the name of the function and part of its file's path.
+LOOP = ("train", "take_step", "_accumulate_gradient")  # the functions of loop.py that every step is made of
+# What they call, by the name of the function and part of its file's path.
 PIECES = {
     "data": [("next", ""), ("__next__", "")],
-    "arguments: pixels to floats, noise": [("prepare", ""), ("__init__", "training.py")],
+    "arguments: pixels to floats, noise": [("prepare", ""), ("__init__", "randomness.py")],
     "forward": [("_wrapped_call_impl", ""), ("__call__", "module.py")],
     "backward": [("backward", "")],
     "gradient norm and clipping": [("_no_grad_wrapper", "clip_grad")],
@@ -35,8 +36,8 @@ PIECES = {
     "learning rate": [("step", "lr_scheduler"), ("get_last_lr", "")],
     "moving average": [("_update_average", "")],
     "progress bar": [("update", "tqdm")],
-    "log": [("reduce", ""), ("log", ""), ("set_postfix", ""), ("dumps", ""), ("open", ""), ("postfix", "")],
-    "checkpoint": [("_save", "")],
+    "log": [("log", "loop.py")],
+    "checkpoint": [("save", "loop.py")],
 }
 
 
@@ -68,16 +69,17 @@ def bare(model, arguments: list[dict], precision: str) -> float:
 
 
 def profile(model, images, prepare, options) -> list[dict]:
-    """Milliseconds of what `_train` calls, by piece; the rest of the loop's own lines come last."""
+    """Milliseconds of what the loop calls, by piece; the rest of the loop's own lines come last."""
     profiler = cProfile.Profile(common.now)
-    profiler.runcall(train, model, images, prepare, options)
+    profiler.runcall(train, Stage(model, images, prepare), options)
     stats = pstats.Stats(profiler).stats
-    loop = next(key for key in stats if key[2] == "_train")
+    loop = {key for key in stats if key[0].endswith("loop.py") and key[2] in LOOP}
     found = {piece: [0, 0.0] for piece in [*PIECES, "rest of the loop", "once, before and after"]}
-    found["rest of the loop"] = [options.max_train_steps, stats[loop][2]]
-    for (file, _, function), (*_, callers) in stats.items():
-        if loop in callers:
-            _, calls, _, seconds = callers[loop]
+    found["rest of the loop"] = [options.max_train_steps, sum(stats[key][2] for key in loop)]
+    for called, (*_, callers) in stats.items():
+        file, _, function = called
+        for caller in loop & callers.keys() if called not in loop else ():
+            _, calls, _, seconds = callers[caller]
             function = function.removesuffix(">").split(".")[-1].split()[-1]
             names = [piece for piece, known in PIECES.items() for n, part in known if n == function and part in file]
             other = "rest of the loop" if calls >= options.max_train_steps else "once, before and after"
@@ -88,9 +90,7 @@ def profile(model, images, prepare, options) -> list[dict]:
     for piece, (calls, seconds) in found.items():
         per_call = 1e3 * seconds / max(1, calls)
         once = piece == "once, before and after"
-        if piece == "log":  # its functions come once a line; the last step has one as well
-            per_call = 1e3 * seconds / max(1, -(-options.max_train_steps // LOG_EVERY))
-        elif not once and piece != "checkpoint":
+        if not once and every[piece] == 1:
             per_call = 1e3 * seconds / options.max_train_steps
         rows.append({"piece": piece, "ms": per_call, "every": "-" if once else f"{every[piece]} steps",
                      "ms_per_step": 0.0 if once else per_call / every[piece]})  # fmt: skip

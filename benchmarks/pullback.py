@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -124,13 +125,13 @@ def first_vae(form, args, images, codes, autoencoder, **model) -> dict:
     )  # fmt: skip
     noise = torch.randn(len(codes), shape["latent_dim"], generator=torch.Generator().manual_seed(0))
     started = time.perf_counter()
-    stage, dataset, prepare, options, *_ = build_stage(options)
+    stage = build_stage(options)
     setup, curve, paused, clock = time.perf_counter() - started, [], 0.0, None
 
     def timed(*batch):
         nonlocal clock
         clock = clock or time.perf_counter()
-        return prepare(*batch)
+        return stage.prepare(*batch)
 
     def watch(model):
         nonlocal paused
@@ -141,7 +142,7 @@ def first_vae(form, args, images, codes, autoencoder, **model) -> dict:
         paused += time.perf_counter() - asked
         return Image.new("L", (1, 1))
 
-    trained = train(stage, dataset, timed, options, watch)
+    trained = train(replace(stage, prepare=timed, preview=watch), options)
     last = json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])
     result = {
         "form": form,

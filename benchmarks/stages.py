@@ -11,6 +11,7 @@ run stops long before: its steps per second count, its seconds to a goal do not.
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from common import Clock, benchmark
@@ -22,14 +23,13 @@ from hf_vaeplus.training.stages import all_stage_options, build_stage
 
 def run(options) -> tuple[list[float], list[dict]]:
     """Train one stage; the moment at which each step began, and the lines of stats.jsonl."""
-    model, dataset, prepare, options, _, *finish = build_stage(options)
-    clock = Clock()
+    stage, clock = build_stage(options), Clock()
 
     def timed(batch, noise, step):
         clock.tick()
-        return prepare(batch, noise, step)
+        return stage.prepare(batch, noise, step)
 
-    train(model, dataset, timed, options, None, *finish)
+    train(replace(stage, prepare=timed, preview=None), options)
     clock.tick()
     return clock, [json.loads(line) for line in (Path(options.output_dir) / "stats.jsonl").read_text().splitlines()]
 

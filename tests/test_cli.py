@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, mistakes, files."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import encoded, noise
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
@@ -27,6 +29,7 @@ from hf_vaeplus import (
 )
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import main, run_command
+from hf_vaeplus.data import cache
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.training import stages
 from hf_vaeplus.training.options import STAGES
@@ -403,10 +406,45 @@ def test_training_three_images_still_ends_in_a_report(working_folder):
         assert picture.size == (9 * (2 * SIZE + 1), 2 * SIZE + 1)
 
 
+def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_folder, monkeypatch):
+    opened, hashed = [], []
+
+    def open_and_count(*args, **options):
+        opened.append(options["train_data_dir"])
+        return open_source(*args, **options)
+
+    def hash_and_count(file, *args):
+        hashed.append(Path(file.name))
+        return file_digest(file, *args)
+
+    pictures = working_folder / "pictures"
+    pictures.mkdir()
+    for seed in range(6):
+        (pictures / f"{seed}.png").write_bytes(encoded(noise(seed, SIZE, SIZE)))
+    open_source, file_digest = cache.open_source, hashlib.file_digest
+    monkeypatch.setattr(cache, "open_source", open_and_count)
+    monkeypatch.setattr(hashlib, "file_digest", hash_and_count)
+    command = (*TRAIN.split(), "--train_data_dir", "pictures", "--max_train_steps", "1", "--random_flip")
+    code, output, _ = run(*command)
+    assert code == 0 and "anew" not in output
+    assert opened == ["pictures"]  # for three stages and the report
+    assert sorted(path.name for path in hashed if path.parent.name == "pictures") == [f"{i}.png" for i in range(6)]
+    assert json.loads((working_folder / "out/summary.json").read_text())["num_images"] == 6  # not their mirror images
+
+    code, output, errors = run(*command, "--evaluation_split", "train[:4]", "--json")
+    assert code == 0
+    written = "samples.png reconstructions.png interpolation.png curves.png summary.json"
+    assert f"out holds a finished run: {written} will be written anew.\n" in errors
+    assert opened == ["pictures"] * 3  # once more to train on, and once as another split
+    summary = json.loads((working_folder / "out/summary.json").read_text())
+    assert summary["num_images"] == 4
+    assert json.loads(output) == {"files": [f"out/{name}" for name in ("pipeline", *written.split())], **summary}
+
+
 def test_the_report_on_a_stream_does_not_decode_the_whole_source(monkeypatch):
     counts = []
     monkeypatch.setattr(stages, "load_images", lambda *args, max_samples, **rest: counts.append(max_samples) or [1, 2])
-    monkeypatch.setattr(stages, "train_all", lambda *args, **rest: pytest.fail("far enough", pytrace=False))
+    monkeypatch.setattr(stages, "train_stages", lambda *args, **rest: pytest.fail("far enough", pytrace=False))
     for flags in ([], ["--max_train_samples", "5000"], ["--max_train_samples", "30"]):
         with pytest.raises(pytest.fail.Exception, match="far enough"):
             run(*TRAIN.split(), "--set", "common.max_train_samples=null", "--streaming", *flags)

@@ -161,7 +161,7 @@ def place(home, tmp_path_factory):  # noqa: F811
         patch.chdir(folder / "inner")
         patch.setenv("VAEPLUS_CACHE", str(folder / "cache"))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr("hf_vaeplus.training.stages.train_all", refuse)
+        patch.setattr("hf_vaeplus.training.stages.train_stages", refuse)
         patch.setattr("hf_vaeplus.demo.serve", refuse)
         yield folder
 

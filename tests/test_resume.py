@@ -40,6 +40,7 @@ EARLIER = {"autoencoder": [], "vae": ["autoencoder"], "second_stage": ["autoenco
 # process, not the main one, a batch of NaN.
 DISTURBED_EXAMPLE = """
 import os, runpy, sys, time
+from dataclasses import replace
 from pathlib import Path
 from hf_vaeplus.training import checkpoints, stages
 
@@ -51,14 +52,14 @@ def hold():
     (folder / f"held-{rank}").touch()
     time.sleep(600)
 
-def disturbed_train(model, dataset, prepare, *others):
+def disturbed_train(stage, options):
     def disturbed_prepare(batch, noise, at):
         if point == "step" and at == step:
             hold()
         if point == "nan" and at == step and rank == "1":
             batch["code"] = batch["code"] * float("nan")
-        return prepare(batch, noise, at)
-    return train(model, dataset, disturbed_prepare, *others)
+        return stage.prepare(batch, noise, at)
+    return train(replace(stage, prepare=disturbed_prepare), options)
 
 def disturbed_save(tensors, path):
     if point == "save" and f".checkpoint-{step}." in str(path):

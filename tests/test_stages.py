@@ -30,7 +30,7 @@ from hf_vaeplus.training import stages
 from hf_vaeplus.training.codes import encode_dataset, load_frozen
 from hf_vaeplus.training.options import STAGES, StageOptions, load_preset, stage_options
 from hf_vaeplus.training.randomness import BatchNoise
-from hf_vaeplus.training.stages import open_images, run_stage, train_all
+from hf_vaeplus.training.stages import open_images, open_stage_images, run_stage, train_all
 
 CODE_DIM, Z_DIM, BATCH = 6, 4, 5
 AUTOENCODER = {"latent_dim": CODE_DIM, "hidden_channels": [4, 8], "num_blocks": 1}
@@ -64,14 +64,9 @@ def options(home):
 
 
 def build(options: StageOptions):
-    """`(model, data set, prepare)` of a stage, and `finish` of the first and the last."""
-    builders = {
-        "autoencoder": stages._autoencoder_stage,
-        "vae": stages._vae_stage,
-        "second_stage": stages._second_stage,
-    }
-    torch.manual_seed(0)
-    return builders[options.stage](options, open_images(options))
+    """`(model, data set, prepare)` of a stage."""
+    stage = stages.build_stage(options)
+    return stage.model, stage.dataset, stage.prepare
 
 
 def noise_of(step: int, seed: int = 0) -> BatchNoise:
@@ -85,7 +80,7 @@ INDICES = [3, 0, 5, 39, 1]
 
 
 def test_the_autoencoder_trains_on_pixels(options):
-    _, dataset, prepare, _ = build(options("autoencoder"))
+    _, dataset, prepare = build(options("autoencoder"))
     batch = dataset.__getitems__(INDICES)
     arguments = prepare(batch, noise_of(0), 0)
     assert arguments.keys() == {"pixel_values"}
@@ -147,7 +142,7 @@ def test_a_vae_without_an_autoencoder_trains_on_pixels(options):
 
 
 def test_the_second_stage_draws_z_afresh_at_each_step_and_only_from_seed_and_step(options):
-    _, dataset, prepare, _ = build(options("second_stage"))
+    _, dataset, prepare = build(options("second_stage"))
     batch = dataset.__getitems__(INDICES)
     arguments = prepare(batch, noise_of(2), 2)
     eps, own = (draw := noise_of(2))(Z_DIM), draw(Z_DIM)
@@ -160,7 +155,7 @@ def test_the_second_stage_draws_z_afresh_at_each_step_and_only_from_seed_and_ste
 
 
 def test_the_second_stages_z_follow_the_posterior(options, home):
-    _, dataset, prepare, _ = build(options("second_stage"))
+    _, dataset, prepare = build(options("second_stage"))
     batch = dataset.__getitems__(INDICES)
     with torch.no_grad():
         autoencoder = VAEPlusAutoencoderModel.from_pretrained(home / "autoencoder").eval()
@@ -211,7 +206,7 @@ def test_a_trained_autoencoder_has_the_gains_of_its_images(options, tmp_path, st
 
 @pytest.mark.parametrize("stage", ["vae", "second_stage"])
 def test_kl_warmup(options, stage):
-    _, dataset, prepare, *_ = build(options(stage, kl_warmup_steps=4))
+    _, dataset, prepare = build(options(stage, kl_warmup_steps=4))
     batch = dataset.__getitems__(INDICES)
     weights = [prepare(batch, noise_of(step), step)["kl_weight"] for step in range(6)]
     assert weights == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
@@ -331,9 +326,9 @@ def test_a_code_that_never_moves_gets_a_thousandth_of_the_others_scale(options, 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stream_gives_the_same_kind_of_batch(options, stage):
-    _, cached, prepare, *_ = build(options(stage))
+    _, cached, prepare = build(options(stage))
     expected = prepare(cached.__getitems__(INDICES), noise_of(0), 0)
-    _, stream, prepare, *_ = build(options(stage, streaming=True))
+    _, stream, prepare = build(options(stage, streaming=True))
     stream.set_position(0, BATCH)
     streamed = prepare(next(iter(stream)), noise_of(0), 0)
     assert streamed.keys() == expected.keys()
@@ -517,6 +512,23 @@ def test_stages_trained_by_train_all_build_on_each_other(trained):
     images = open_images(trained[1]["vae"]).__getitems__(list(range(40)))["pixel_values"]
     with torch.no_grad():
         torch.testing.assert_close(pipe.autoencoder.encode(to_unit_range(images)).mean(0), code, rtol=1e-3, atol=1e-4)
+
+
+def test_stages_share_the_images_that_they_have_in_common(options):
+    shared = open_stage_images({
+        "autoencoder": options("autoencoder"),
+        "vae": options("vae", seed=1, train_batch_size=3),
+        "second_stage": options("second_stage", max_train_samples=20),
+    })  # fmt: skip
+    assert shared["autoencoder"] is shared["vae"]
+    assert (len(shared["vae"]), len(shared["second_stage"])) == (40, 20)
+    streams = open_stage_images({
+        "autoencoder": options("autoencoder", streaming=True),
+        "vae": options("vae", streaming=True, seed=1),
+        "second_stage": options("second_stage", streaming=True),
+    })  # fmt: skip
+    assert streams["autoencoder"] is streams["second_stage"]
+    assert [streams[stage].seed for stage in STAGES] == [0, 1, 0]  # a stream is shuffled by its seed
 
 
 def contents(folder: Path) -> dict:

@@ -27,7 +27,7 @@ from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel, VAEPlu
 from hf_vaeplus.training.checkpoints import list_checkpoints
 from hf_vaeplus.training.codes import TensorRows
 from hf_vaeplus.training.logs import HealthWatch
-from hf_vaeplus.training.loop import TrainingDiverged, train
+from hf_vaeplus.training.loop import Stage, TrainingDiverged, train
 from hf_vaeplus.training.options import SCHEDULES, TRACKERS, StageOptions, TrainingOptions
 from hf_vaeplus.training.randomness import BatchNoise, GlobalBatchSampler, derived_seed
 
@@ -94,7 +94,7 @@ def killed_at(kill_step):
 def run(output_dir, model=None, dataset=None, prepare=prepare_rows, preview=None, **options):
     options = TrainingOptions(output_dir=str(output_dir), **TINY_RUN | options)
     model = make_vae() if model is None else model
-    return train(model, make_rows() if dataset is None else dataset, prepare, options, preview)
+    return train(Stage(model, make_rows() if dataset is None else dataset, prepare, preview), options)
 
 
 def resume(output_dir, **changes):
@@ -679,10 +679,10 @@ def test_resuming_with_another_model_or_data_set_is_refused(tmp_path):
         stage = dict(stage="vae", dataset_name="digits", model={"hidden_dim": 8}, output_dir=str(tmp_path))
         return StageOptions(**TINY_RUN | stage | changes)
 
-    train(make_vae(), make_rows(), prepare_rows, options(max_train_steps=3))
+    train(Stage(make_vae(), make_rows(), prepare_rows), options(max_train_steps=3))
     for change in ({"model": {"hidden_dim": 9}}, {"dataset_name": "mnist"}, {"kl_warmup_steps": 5}):
         with pytest.raises(ValueError, match=f"other options .{next(iter(change))} "):
-            train(make_vae(), make_rows(), prepare_rows, options(**change, resume_from_checkpoint="latest"))
+            train(Stage(make_vae(), make_rows(), prepare_rows), options(**change, resume_from_checkpoint="latest"))
 
 
 def test_options_that_do_not_change_the_weights_may_change(interrupted, reference):

@@ -90,10 +90,10 @@ def run(options, seed, folder, settings, start=None) -> dict:
     options = stage_options(
         "vae", {"vae": options}, seed=seed, output_dir=str(folder), resume_from_checkpoint="latest"
     )
-    model, *others = build_stage(options)
+    stage = build_stage(options)
     if start is not None:
-        start(model)
-    model = train(model, *others)
+        start(stage.model)
+    model = train(stage, options)
     last = json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])
     source = dict(train_data_dir=options.train_data_dir, resolution=options.resolution, num_channels=1)
     split = "test" if options.dataset_name == "mnist" else "train"

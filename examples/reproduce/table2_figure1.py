@@ -98,16 +98,16 @@ def _compare(name, size, special, seed, settings, cells, args):
 
 def train_and_watch(options):
     """Train; the model, and at each step the mean over the batch of ||d loss of one image / dz||."""
-    model, *others = build_stage(options)
-    norms, decode = [], model.decode
+    stage = build_stage(options)
+    norms, decode = [], stage.model.decode
 
     def watched(latents):
         if latents.requires_grad:
             latents.register_hook(lambda gradient: norms.append(float(gradient.norm(dim=1).mean() * len(gradient))))
         return decode(latents)
 
-    model.decode = watched
-    train(model, *others)
+    stage.model.decode = watched
+    train(stage, options)
     return VAEPlusVAEModel.from_pretrained(options.output_dir).eval(), norms
 
 

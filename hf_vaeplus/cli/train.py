@@ -9,6 +9,7 @@ from pathlib import Path
 from ..evaluation.tables import summary_table
 from .flags import add_config, add_json, add_stage_options, assignment, given_options, writable
 
+_STARTED = time.perf_counter()  # before any library is imported: the wall time includes the imports
 _INTERRUPTED = "the same command goes on from the newest checkpoint"
 
 
@@ -75,48 +76,80 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
     from ..files import sole_run
     from ..training.codes import process_state
     from ..training.options import load_preset
-    from ..training.stages import all_stage_options
+    from ..training.stages import all_stage_options, open_stage_images, train_stages
 
-    preset = load_preset(preset_name)
+    preset = _with_settings(load_preset(preset_name), settings)
+    options = all_stage_options(preset, output_dir, **overrides)
+    is_main_process = process_state().is_main_process
+    writable(output_dir, output_dir, "--output_dir")
+    with sole_run(output_dir) if is_main_process else contextlib.nullcontext():
+        if is_main_process:
+            _announce_overwriting(output_dir)
+        training_images = open_stage_images(options)
+        images = _report_images(options["second_stage"], training_images["second_stage"], evaluation_split)
+        pipe = train_stages(options, training_images, output_dir)
+        if not is_main_process:
+            return None
+        found = _report(pipe, images, options, output_dir)
+        if options["second_stage"].push_to_hub:
+            _push_result(pipe, output_dir, options["second_stage"])
+        return found
+
+
+def _with_settings(preset: dict, settings) -> dict:
+    """A preset, changed in place by what `--set` gives."""
     for name, value in settings:
         stage, _, option = name.partition(".")
         if not option:
             raise ValueError(f"--set takes STAGE.OPTION=VALUE, got {name}={value}.")
-        target = preset.setdefault(stage, {})
+        section = preset.setdefault(stage, {})
         if option.startswith("model."):
-            target, option = target.setdefault("model", {}), option.removeprefix("model.")
-        target[option] = value
-    options = all_stage_options(preset, output_dir, **overrides)
-    writable(output_dir, output_dir, "--output_dir")
-    with sole_run(output_dir) if process_state().is_main_process else contextlib.nullcontext():
-        _train_and_report(preset, options, output_dir, overrides, evaluation_split)
+            section, option = section.setdefault("model", {}), option.removeprefix("model.")
+        section[option] = value
+    return preset
 
 
-def _train_and_report(preset: dict, options: dict, output_dir: Path, overrides: dict, evaluation_split: str | None):
-    from ..evaluation.summaries import report
-    from ..training.codes import process_state
-    from ..training.stages import open_images, train_all
+def _announce_overwriting(output_dir: Path):
+    from ..evaluation.summaries import REPORT_FILES
 
-    started = time.perf_counter()
-    last = dataclasses.replace(options["second_stage"], random_flip=False, streaming=False)
-    if options["second_stage"].streaming:  # no cache was wanted: one of the images that `report` looks at
-        last.max_train_samples = min(last.max_train_samples or 2_000, 2_000)
-    images = open_images(last, evaluation_split)  # by all processes, and before hours of training
+    existing = [name for name in REPORT_FILES if (output_dir / name).exists()]
+    if existing:
+        print(f"{output_dir} holds a finished run: {' '.join(existing)} will be written anew.")
+
+
+def _report_images(options, training_images, evaluation_split: str | None):
+    """The images that the report measures on, opened by all processes and before hours of training.
+
+    They are the training images without mirror images, or another split. A stream has no first images to go back to,
+    so as many of its images as the report looks at are decoded into a cache.
+    """
+    from ..evaluation.summaries import MAX_IMAGES
+    from ..training.stages import open_images
+
+    if evaluation_split is not None:
+        images = open_images(options, evaluation_split)
+    elif options.streaming:
+        count = min(options.max_train_samples or MAX_IMAGES, MAX_IMAGES)
+        images = open_images(dataclasses.replace(options, streaming=False, random_flip=False, max_train_samples=count))
+    else:
+        images = training_images.unmirrored()
     if len(images) < 2:
         raise ValueError(f"{images.name} holds one image: the statistics of a posterior need at least two.")
-    pipe, _ = train_all(preset, output_dir, **overrides)
-    if not process_state().is_main_process:
-        return
+    return images
+
+
+def _report(pipe, images, options: dict, output_dir: Path) -> dict:
+    """Write and print how the training went; what `--json` prints."""
+    from ..evaluation.summaries import REPORT_FILES, report
+
+    last = options["second_stage"]
     num_factors = last.num_factors if last.dataset_name == "rendered-faces" else None
     folders = {stage: Path(each.output_dir) for stage, each in options.items()}
     summary = report(pipe, images, folders, output_dir, last.seed, num_factors)
-    print(summary_table(summary, time.perf_counter() - started))
-    print(
-        f"\nsaved in {output_dir}: pipeline/ samples.png reconstructions.png interpolation.png curves.png summary.json"
-    )
+    print(summary_table(summary, time.perf_counter() - _STARTED))
+    print(f"\nsaved in {output_dir}: pipeline/ {' '.join(REPORT_FILES)}")
     print(f"sample again: vaeplus sample {output_dir / 'pipeline'} --num_images 64 --seed 1")
-    if last.push_to_hub:
-        _push_result(pipe, output_dir, last)
+    return {"files": [str(output_dir / name) for name in ("pipeline", *REPORT_FILES)], **summary}
 
 
 def _push_result(pipe, run_dir: Path, options):

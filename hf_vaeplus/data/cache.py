@@ -4,6 +4,7 @@ Decoding a JPEG costs a hundred times more than reading pixels, so `load_images`
 whose name is a hash of the source's content and of every option that changes a pixel.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -231,6 +232,12 @@ class ImageDataset(Dataset):
             batch[mirrored] = batch[mirrored, :, ::-1]
         # Stored as NHWC, so that the permuted view is already channels last.
         return {"pixel_values": torch.from_numpy(batch).permute(0, 3, 1, 2), "index": torch.from_numpy(indices)}
+
+    def unmirrored(self):
+        """The same images without their mirror images: a view of this cache."""
+        view = copy.copy(self)
+        view.random_flip = False
+        return view
 
     def pixels(self, start, stop):
         """Items `start` to `stop` (or to the end) as the models see them: float32 `(B, C, H, W)` in [0, 1]."""

@@ -11,8 +11,11 @@ from ..pictures import image_grid, plot_curves
 from ..progress import tqdm
 from ..provenance import provenance
 
+MAX_IMAGES = 2_000  # that `summarize` measures on
+REPORT_FILES = ("samples.png", "reconstructions.png", "interpolation.png", "curves.png", "summary.json")
 
-def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> dict:
+
+def summarize(pipe, images, max_images: int = MAX_IMAGES, batch_size: int = 100) -> dict:
     """Reconstruction errors and posterior statistics of each stage, over the first `max_images` of `images`.
 
     Args:
@@ -84,9 +87,9 @@ def summary_of(pipe, rows: dict) -> dict:
 
 
 def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int, num_factors: int | None) -> dict:
-    """Leave in `output_dir` what a person looks at first, and return the summary.
+    """Write `REPORT_FILES` to `output_dir`, for people to look at first, and return the summary.
 
-    `samples.png`, `reconstructions.png` (pairs), `interpolation.png`, `curves.png` and `summary.json`.
+    `reconstructions.png` shows pairs of an image and its reconstruction.
 
     Args:
         pipe, images: as in `summarize`.

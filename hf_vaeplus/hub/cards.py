@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 from importlib import resources
@@ -150,7 +151,7 @@ def code_text(text) -> str:
 def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[str]:
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]
-    parameters = sum(_product(shape) for shape in shapes)
+    parameters = sum(math.prod(shape) for shape in shapes)
     told = ("latent_dim", "hidden_channels", "hidden_dim", "num_blocks", "gamma", "reconstruction_space")
     model = ", ".join(f"{name} {config[name]}" for name in told if name in config)
     if stage != "autoencoder":
@@ -165,13 +166,6 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
         model,
     ]
     return [plain_text(cell) for cell in row]
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
 
 
 def _figures(summary: dict) -> list[tuple[str, str]]:

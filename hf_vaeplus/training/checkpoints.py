@@ -140,15 +140,15 @@ class TrainingState:
         return progress if self.scaler is None else {**progress, "scaler": self.scaler.state_dict()}
 
     def _read_progress(self, path: Path) -> dict:
-        own = self._progress()
+        expected = self._progress()
         try:
             found = json.loads(path.read_text())
-            progress = {key: found[key] for key in own}
+            progress = {key: found[key] for key in expected}
             schedule = dict(found["scheduler"])
             progress["scheduler"] = {"last_epoch": schedule["last_epoch"], "_last_lr": schedule["_last_lr"]}
-            for key, value in own["scheduler"].items():  # other versions of PyTorch keep a little more or less
+            for key, value in expected["scheduler"].items():  # other versions of PyTorch keep a little more or less
                 progress["scheduler"].setdefault(key, schedule.get(key, value))
-            fits = _alike(progress, own)
+            fits = _alike(progress, expected)
         except (LookupError, RecursionError, TypeError, ValueError):
             fits = False
         if not fits:
@@ -215,10 +215,10 @@ class TrainingState:
                 if key.startswith(prefix)
             }
         self.optimizer.load_state_dict(state)
-        own = self.scheduler.base_lrs  # the run may go on with another learning rate
-        self.scheduler.load_state_dict({**progress["scheduler"], "base_lrs": own})
+        rates = self.scheduler.base_lrs  # the run may go on with another learning rate
+        self.scheduler.load_state_dict({**progress["scheduler"], "base_lrs": rates})
         factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
-        for group, rate, factor in zip(self.optimizer.param_groups, own, factors, strict=True):
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, factors, strict=True):
             group["lr"] = rate * factor
         if self.scaler is not None:
             self.scaler.load_state_dict(progress["scaler"])

@@ -1,7 +1,7 @@
-"""The one training loop of all stages, on Accelerate: checkpoints, exact resume, averaging, logs. No stage logic.
+"""The one training loop of all stages, on Accelerate: checkpoints, exact resume, averaging, logs.
 
-What differs between stages is passed in: a model whose `forward` returns its loss first, a data set, and `prepare`,
-which turns a batch into the arguments of `forward`.
+Whatever differs between stages is passed in as a [`Stage`]. The loop knows one thing about the models: some have a
+gamma, which gets its own learning rate (`log_gamma`) and its own advice in the log (`HealthWatch`).
 
 Randomness is a function of (seed, progress, position in the global batch) and of nothing else: the order of the data,
 the noise and the augmentation. So a resumed run is the same run bit for bit, and two processes see what one process
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,10 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, get_scheduler
 
+from ..data.cache import keep_batch
 from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
@@ -42,6 +44,27 @@ from .options import LOCAL_OPTIONS, TrainingOptions, recorded_options, refuse_fp
 from .randomness import BatchNoise, GlobalBatchSampler
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stage:
+    """A stage of training as the loop sees it.
+
+    Attributes:
+        model: its `forward(**prepare(batch, noise, step))` returns a `ModelOutput` with a scalar `loss`; every other
+            scalar of the output is logged. A parameter named `log_gamma` gets its own learning rate.
+        dataset: a map-style data set with `__getitems__` that returns a batch (a dict of tensors), or an
+            `IterableDataset` of batches with `set_position(first_batch, batch_size, rank, world_size)`.
+        prepare: `(batch on the device, noise, step) -> keyword arguments of forward`.
+        preview: draws a picture of what the model does, for `samples/`.
+        finish: changes the trained model in place, once, before it is drawn and saved; the same in every process.
+    """
+
+    model: PreTrainedModel
+    dataset: Dataset
+    prepare: Callable[[dict, BatchNoise, int], dict]
+    preview: Callable[[PreTrainedModel], Image.Image] | None = None
+    finish: Callable[[PreTrainedModel], None] | None = None
 
 
 class TrainingDiverged(RuntimeError):
@@ -56,8 +79,21 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.signal = signal
 
 
-def _as_is(batch):  # `__getitems__` has made the batch
-    return batch
+def _optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.optim.AdamW:
+    """AdamW, with a learning rate of its own and no weight decay for a learned gamma."""
+    gamma = [parameter for name, parameter in model.named_parameters() if name == "log_gamma"]
+    groups = [{"params": [parameter for name, parameter in model.named_parameters() if name != "log_gamma"]}]
+    if gamma:
+        rate = options.learning_rate * options.gamma_lr_multiplier
+        groups.append({"params": gamma, "lr": rate, "weight_decay": 0.0})
+    return torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.adam_weight_decay,
+        eps=options.adam_epsilon,
+        fused=True,
+    )
 
 
 def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: int, last: int) -> DataLoader:
@@ -69,7 +105,7 @@ def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: 
     if len(dataset) == 0:
         raise ValueError("the data set is empty.")
     sampler = GlobalBatchSampler(len(dataset), options.train_batch_size, options.seed, **place, first=first, last=last)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, **loading)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=keep_batch, **loading)
 
 
 def _update_average(average: list[torch.Tensor], parameters: list[nn.Parameter], steps: int, decay: float):
@@ -79,217 +115,6 @@ def _update_average(average: list[torch.Tensor], parameters: list[nn.Parameter],
             torch._foreach_copy_(average, parameters)
         else:
             torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + steps) / (10 + steps)))
-
-
-def train(
-    model: PreTrainedModel,
-    dataset,
-    prepare: Callable[[dict, BatchNoise, int], dict],
-    options: TrainingOptions,
-    preview: Callable[[PreTrainedModel], Image.Image] | None = None,
-    finish: Callable[[PreTrainedModel], None] | None = None,
-) -> PreTrainedModel:
-    """Train `model` and leave in `options.output_dir`: the model, checkpoints, `stats.jsonl`, `samples/`.
-
-    Args:
-        model: its `forward(**prepare(batch, noise, step))` returns a `ModelOutput` with a scalar `loss`; every other
-            scalar of the output is logged. Models with `log_gamma` as a parameter give it its own learning rate.
-        dataset: a map-style data set with `__getitems__` that returns a batch (a dict of tensors), or an
-            `IterableDataset` of batches with `set_position(first_batch, batch_size, rank, world_size)`.
-        prepare: `(batch on the device, noise, step) -> keyword arguments of forward`.
-        options: see [`TrainingOptions`].
-        preview: draws a picture of what the model does, for `samples/`.
-        finish: changes the trained model in place, once, before it is drawn and saved; the same in every process.
-
-    Returns:
-        The trained model, its moving average if `use_ema`, in evaluation mode.
-
-    Raises:
-        TrainingDiverged: a loss, gradient or weight was not finite; the newest checkpoint is the last good state.
-        TrainingInterrupted: SIGTERM or Ctrl-C; the state is the newest checkpoint.
-        FileExistsError: `output_dir` holds a run already and nothing says to resume it, or another process is
-            training there.
-        ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist, is damaged or does not fit.
-        ValueError: fp16 on a CPU.
-    """
-    # A stage may differ from the one before in its precision, and a bare `PartialState()` before this (unlike
-    # `Accelerator`) ignores ACCELERATE_USE_CPU: two CPU processes would each train alone.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    output_dir = Path(options.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        log_with=None if options.report_to == "none" else options.report_to,
-        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
-    )
-    refuse_fp16_on_cpu(options, accelerator.device)
-    alone = sole_run(output_dir) if accelerator.is_main_process else contextlib.nullcontext()
-    with alone, _StopSignals() as stop:
-        return _train(model, dataset, prepare, options, preview, finish, accelerator, output_dir, stop)
-
-
-def _train(model, dataset, prepare, options, preview, finish, accelerator, output_dir, stop) -> PreTrainedModel:
-    checkpoint = find_checkpoint(output_dir, options.resume_from_checkpoint, options.strict_resume)
-    written = {**recorded_options(options), "num_processes": accelerator.num_processes}
-    if checkpoint is not None:
-        refuse_other_options(checkpoint.parent / "training_options.json", written)
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in output_dir.glob(".checkpoint-*.partial"):
-            shutil.rmtree(leftover)
-        write_json(output_dir / "training_options.json", written)
-
-    gamma = [parameter for name, parameter in model.named_parameters() if name == "log_gamma"]
-    others = [parameter for name, parameter in model.named_parameters() if name != "log_gamma"]
-    groups = [{"params": others}]
-    if gamma:
-        rate = options.learning_rate * options.gamma_lr_multiplier
-        groups.append({"params": gamma, "lr": rate, "weight_decay": 0.0})
-    model.to(accelerator.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
-        fused=True,
-    )
-    scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, options.max_train_steps)
-    ema = copy.deepcopy(model) if options.use_ema else None
-    state = TrainingState(model, optimizer, scheduler, accelerator.scaler, ema)
-    if checkpoint is not None:
-        state.load(checkpoint)
-        logger.info("resumed %s", checkpoint)
-    if options.torch_compile:
-        model.compile()
-    wrapped, scaler = accelerator.prepare(model), accelerator.scaler
-    if options.report_to != "none":
-        recorded = recorded_options(options).items()
-        settings = {name: value if isinstance(value, int | float) else str(value) for name, value in recorded}
-        accelerator.init_trackers("vaeplus", config=settings)
-
-    passes_per_step = options.gradient_accumulation_steps
-    loader = _loader(
-        dataset, options, accelerator, state.step * passes_per_step, options.max_train_steps * passes_per_step
-    )
-    batches = iter(loader)
-    push = None
-    if options.push_to_hub and accelerator.is_main_process:
-        push = BackgroundPush(options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token)
-
-    trained = model if ema is None else ema
-    # Walks through the modules of a small model take as long as a tenth of its steps: once is enough.
-    parameters, buffers = list(model.parameters()), list(model.buffers())
-    average = [] if ema is None else [parameter.detach() for parameter in ema.parameters()]
-    ema_buffers = [] if ema is None else list(ema.buffers())
-
-    def snapshot(folder: Path):
-        """What is pushed: the model as it would be saved now, and how it was made."""
-        trained.save_pretrained(folder)
-        write_json(folder / "training_options.json", {n: v for n, v in written.items() if n not in LOCAL_OPTIONS})
-        shutil.copy(output_dir / "stats.jsonl", folder)
-
-    if accelerator.is_main_process:
-        drop_lines_after(output_dir / "stats.jsonl", state.step)
-        (output_dir / "samples").mkdir(exist_ok=True)
-    latent_dim = getattr(model.config, "latent_dim", 0)
-    floor = model.config.min_gamma if getattr(model.config, "gamma", "fixed") != "fixed" else 0.0
-    watch = HealthWatch(latent_dim, min(500, options.max_train_steps // 2), floor)
-    progress = tqdm(
-        total=options.max_train_steps,
-        initial=state.step,
-        desc=output_dir.name,
-        disable=not accelerator.is_main_process,
-    )
-    wrapped.train()
-    since, samples_since = time.perf_counter(), 0
-    while state.step < options.max_train_steps:
-        before = state.window, state.window_passes, [buffer.clone() for buffer in buffers]
-        for number in range(passes_per_step):
-            forward_pass = state.step * passes_per_step + number
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
-            noise = BatchNoise(
-                options.seed,
-                forward_pass,
-                options.train_batch_size,
-                accelerator.process_index,
-                accelerator.num_processes,
-                accelerator.device,
-            )
-            last = number == passes_per_step - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                output = wrapped(**prepare(batch, noise, state.step))
-                one = 1 + 0 * output.loss.detach()  # NaN if the loss is not finite: then no gradient is, anywhere
-                accelerator.backward(one * output.loss / passes_per_step)
-            scalars = {name: value.detach() for name, value in output.items() if _is_scalar(value)}
-            values = torch.stack([value.double() for value in scalars.values()])
-            state.window = values if state.window is None else state.window + values
-            state.window_passes += 1
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        # The gradient holds every process's loss, so all processes come to the same decision.
-        if not math.isfinite(grad_norm):
-            _stop_if_diverged(accelerator, state, before, options, list(scalars))
-        elif 0 < options.max_grad_norm < grad_norm:
-            clip_grads_with_norm_(parameters, options.max_grad_norm, grad_norm)
-        if scaler is None:
-            optimizer.step()
-        else:  # leaves the step out if a gradient is not finite
-            scaler.step(optimizer)
-            scaler.update()
-        scheduler.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            _update_average(average, parameters, state.step, options.ema_decay)
-            for copied, buffer in zip(ema_buffers, buffers, strict=True):
-                copied.copy_(buffer)
-        state.step += 1
-        samples_since += options.train_batch_size * passes_per_step * accelerator.num_processes
-        progress.update()
-
-        if state.step % options.logging_steps == 0 or state.step == options.max_train_steps:
-            means = accelerator.reduce(state.window / state.window_passes, "mean").tolist()
-            stats = {"step": state.step, **dict(zip(scalars, means, strict=True))}
-            stats["grad_norm"] = float(grad_norm) if math.isfinite(grad_norm) else None  # a step that fp16 skipped
-            stats["learning_rate"] = scheduler.get_last_lr()[0]
-            state.window, state.window_passes = None, 0
-            speed, since, samples_since = samples_since / (time.perf_counter() - since), time.perf_counter(), 0
-            if accelerator.is_main_process:
-                with open(output_dir / "stats.jsonl", "a") as file:
-                    file.write(json.dumps(stats) + "\n")
-                progress.set_postfix(postfix(stats, speed))
-                for sentence in watch(stats):
-                    progress.write(sentence, file=sys.stderr)
-            trackers = {**stats, "grad_norm": float(grad_norm), "samples_per_second": speed}  # they know no null
-            accelerator.log(trackers, step=state.step)
-        if state.step % options.checkpointing_steps == 0 or state.step == options.max_train_steps:
-            _save(accelerator, state, options)
-            if push is not None and state.step < options.max_train_steps:
-                push(snapshot, f"{output_dir.name}: step {state.step} of {options.max_train_steps}")
-        # Several processes agree on where to stop: now and then, for it costs a message.
-        if accelerator.num_processes == 1 or state.step % options.logging_steps == 0:
-            _stop_if_asked(stop, accelerator, state, options)
-        due = options.sample_steps and state.step % options.sample_steps == 0
-        if preview is not None and accelerator.is_main_process and due and state.step < options.max_train_steps:
-            _draw_preview(accelerator, preview, trained, output_dir, state.step)
-    progress.close()
-
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # takes autocast off the model: only now
-    trained.eval()
-    if finish is not None:
-        finish(trained)
-    if accelerator.is_main_process:
-        drop_oldest(output_dir, options.checkpoints_total_limit)  # a save that was killed at its end did not
-        save_model(trained, output_dir)
-        if preview is not None:
-            _draw_preview(accelerator, preview, trained, output_dir, state.step)
-        if push is not None:
-            push.finish(snapshot, f"{output_dir.name}: {options.max_train_steps} steps, the end")
-    for tracker in accelerator.trackers:  # `end_training` would leave no process group for the next stage
-        tracker.finish()
-    accelerator.wait_for_everyone()
-    return trained
 
 
 def _is_scalar(value) -> bool:
@@ -317,72 +142,327 @@ class _StopSignals:
         os.kill(os.getpid(), number)
 
 
-def _stop_if_asked(stop: _StopSignals, accelerator, state: TrainingState, options: TrainingOptions):
-    number = stop.number
-    if accelerator.num_processes > 1:
-        number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
-    if not number or state.step == options.max_train_steps:
-        return
-    if state.step % options.checkpointing_steps:  # else it has just been saved
-        _save(accelerator, state, options)
-    raise TrainingInterrupted(
-        f"stopped by {signal.Signals(number).name} after step {state.step}, which is saved as checkpoint-{state.step}",
-        number,
+def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
+    """Train the model of `stage` and leave in `options.output_dir`: the model, checkpoints, `stats.jsonl`, `samples/`.
+
+    Args:
+        stage: see [`Stage`].
+        options: see [`TrainingOptions`].
+
+    Returns:
+        The trained model, its moving average if `use_ema`, in evaluation mode.
+
+    Raises:
+        TrainingDiverged: a loss, gradient or weight was not finite; the newest checkpoint is the last good state.
+        TrainingInterrupted: SIGTERM or Ctrl-C; the state is the newest checkpoint.
+        FileExistsError: `output_dir` holds a run already and nothing says to resume it, or another process is
+            training there.
+        ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist, is damaged or does not fit.
+        ValueError: fp16 on a CPU.
+    """
+    # A stage may differ from the one before in its precision, and a bare `PartialState()` before this (unlike
+    # `Accelerator`) ignores ACCELERATE_USE_CPU: two CPU processes would each train alone.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    output_dir = Path(options.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
-
-
-def _save(accelerator, state: TrainingState, options: TrainingOptions, beside: int = 0):
-    """Save a checkpoint and keep `beside` more of the others than usual; weights that are not finite stop the run."""
-    spoilt = [name for name, tensor in state.model.state_dict().items() if not tensor.isfinite().all()]
-    if spoilt:
-        terms = ", ".join(["gamma"] * ("log_gamma" in spoilt) + [name for name in spoilt if name != "log_gamma"][:3])
-        good = list_checkpoints(options.output_dir)
-        raise TrainingDiverged(
-            f"up to step {state.step} weights have become not finite ({terms}), and are not saved;"
-            f" {f'the last good state is {good[-1].name}' if good else 'no step before was saved'}."
-            f" {'Resume' if good else 'Start anew'} with a lower learning_rate."
-        )
-    if state.window is not None:  # one process writes, so all must hold the same sums
-        state.window = accelerator.reduce(state.window, "mean")
-    if accelerator.is_main_process:
-        state.save(Path(options.output_dir), options.checkpoints_total_limit + beside)
-    accelerator.wait_for_everyone()
+    refuse_fp16_on_cpu(options, accelerator.device)
+    alone = sole_run(output_dir) if accelerator.is_main_process else contextlib.nullcontext()
+    with alone, _StopSignals() as signals:
+        run = _Run(stage, options, accelerator)
+        while run.step < options.max_train_steps:
+            names, grad_norm = run.take_step()
+            if run.is_due(options.logging_steps):
+                run.log(names, grad_norm)
+            if run.is_due(options.checkpointing_steps):
+                run.save()
+                run.push()
+            run.stop_if_asked(signals)
+            if options.sample_steps and run.step % options.sample_steps == 0 and run.step < options.max_train_steps:
+                run.draw_preview()
+        return run.finish()
 
 
 _MIN_LOSS_SCALE = 1e-4  # as in fairseq: from the 65536 at the start, 30 steps that overflow in a row
 
 
-def _stop_if_diverged(accelerator, state: TrainingState, before: tuple, options: TrainingOptions, scalars: list[str]):
-    """Save the state before the step that went wrong, and say which term was not finite, in whichever process.
+class _Run:
+    """A run of the loop: what is set up once, one step, and what is done between steps."""
 
-    In fp16 a gradient that is not finite, of a loss that is, only means that the scale of the loss is too large: the
-    scaler skips such a step and halves the scale. It goes wrong when that does not help.
-    """
-    finite = accelerator.reduce(state.window).isfinite().tolist()
-    names = [name for name, is_finite in zip(scalars, finite, strict=True) if not is_finite]
-    advice = "Resume with a lower learning_rate or with max_grad_norm"
-    if not names and accelerator.scaler is not None:
-        if accelerator.scaler.get_scale() > _MIN_LOSS_SCALE:
+    def __init__(self, stage: Stage, options: TrainingOptions, accelerator: Accelerator):
+        self.stage, self.options, self.accelerator = stage, options, accelerator
+        self.output_dir = Path(options.output_dir)
+        # What training_options.json holds.
+        self.record = {**recorded_options(options), "num_processes": accelerator.num_processes}
+        checkpoint = self._take_over_folder()
+        model = stage.model.to(accelerator.device, memory_format=torch.channels_last)
+        optimizer = _optimizer(model, options)
+        scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, options.max_train_steps)
+        average = copy.deepcopy(model) if options.use_ema else None
+        self.state = TrainingState(model, optimizer, scheduler, accelerator.scaler, average)
+        if checkpoint is not None:
+            self.state.load(checkpoint)
+            logger.info("resumed %s", checkpoint)
+        if options.torch_compile:
+            model.compile()
+        self.wrapped = accelerator.prepare(model)
+        self.trained = model if average is None else average
+        # Walks through the modules of a small model take as long as a tenth of its steps: once is enough.
+        self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
+        self.averages = [] if average is None else [parameter.detach() for parameter in average.parameters()]
+        self.average_buffers = [] if average is None else list(average.buffers())
+        passes = options.gradient_accumulation_steps
+        first, last = self.step * passes, options.max_train_steps * passes
+        self.batches = iter(_loader(stage.dataset, options, accelerator, first, last))
+        self._start_logs()
+        self.wrapped.train()
+        self.logged_at, self.logged_step = time.perf_counter(), self.step
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.state.step
+
+    def is_due(self, every: int) -> bool:
+        """Whether the step that is done is the last, or one of every so many."""
+        return self.step % every == 0 or self.step == self.options.max_train_steps
+
+    def _take_over_folder(self) -> Path | None:
+        """Find the checkpoint to go on from, and write down the options in the folder of the run."""
+        options = self.options
+        checkpoint = find_checkpoint(self.output_dir, options.resume_from_checkpoint, options.strict_resume)
+        if checkpoint is not None:
+            refuse_other_options(checkpoint.parent / "training_options.json", self.record)
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            for leftover in self.output_dir.glob(".checkpoint-*.partial"):
+                shutil.rmtree(leftover)
+            write_json(self.output_dir / "training_options.json", self.record)
+        return checkpoint
+
+    def _start_logs(self):
+        """Trackers, uploads, the log files, advice, and the progress bar."""
+        options, accelerator = self.options, self.accelerator
+        if options.report_to != "none":
+            recorded = recorded_options(options).items()
+            settings = {name: value if isinstance(value, int | float) else str(value) for name, value in recorded}
+            accelerator.init_trackers("vaeplus", config=settings)
+        self.uploads = None
+        if options.push_to_hub and accelerator.is_main_process:
+            self.uploads = BackgroundPush(
+                options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token
+            )
+        if accelerator.is_main_process:
+            drop_lines_after(self.output_dir / "stats.jsonl", self.step)
+            (self.output_dir / "samples").mkdir(exist_ok=True)
+        config = self.state.model.config
+        floor = config.min_gamma if getattr(config, "gamma", "fixed") != "fixed" else 0.0
+        first_step = min(500, options.max_train_steps // 2)
+        self.health = HealthWatch(getattr(config, "latent_dim", 0), first_step, floor)
+        self.progress = tqdm(
+            total=options.max_train_steps,
+            initial=self.step,
+            desc=self.output_dir.name,
+            disable=not accelerator.is_main_process,
+        )
+
+    def take_step(self) -> tuple[list[str], torch.Tensor]:
+        """One step of the optimizer.
+
+        Returns:
+            The names of the logged scalars, whose sums are in `state.window`, and the norm of the gradient.
+
+        Raises:
+            TrainingDiverged: the gradient was not finite.
+        """
+        state, options = self.state, self.options
+        before = state.window, state.window_passes, [buffer.clone() for buffer in self.buffers]
+        for number in range(options.gradient_accumulation_steps):
+            names = self._accumulate_gradient(number)
+        if state.scaler is not None:
+            state.scaler.unscale_(state.optimizer)
+        grad_norm = get_total_norm([each.grad for each in self.parameters if each.grad is not None])
+        # The gradient holds every process's loss, so all processes come to the same decision.
+        if not math.isfinite(grad_norm):
+            self._stop_if_diverged(before, names)
+        elif 0 < options.max_grad_norm < grad_norm:
+            clip_grads_with_norm_(self.parameters, options.max_grad_norm, grad_norm)
+        if state.scaler is None:
+            state.optimizer.step()
+        else:  # leaves the step out if a gradient is not finite
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+        state.scheduler.step()
+        state.optimizer.zero_grad()
+        if state.ema is not None:
+            _update_average(self.averages, self.parameters, state.step, options.ema_decay)
+            for average, buffer in zip(self.average_buffers, self.buffers, strict=True):
+                average.copy_(buffer)
+        state.step += 1
+        self.progress.update()
+        return names, grad_norm
+
+    def _accumulate_gradient(self, number: int) -> list[str]:
+        """Forward and backward pass `number` of a step; the names of the scalars that it adds to `state.window`."""
+        state, options, accelerator = self.state, self.options, self.accelerator
+        passes = options.gradient_accumulation_steps
+        batch = {name: each.to(accelerator.device, non_blocking=True) for name, each in next(self.batches).items()}
+        noise = BatchNoise(
+            options.seed,
+            state.step * passes + number,
+            options.train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+        )
+        with contextlib.nullcontext() if number == passes - 1 else accelerator.no_sync(self.wrapped):
+            output = self.wrapped(**self.stage.prepare(batch, noise, state.step))
+            one = 1 + 0 * output.loss.detach()  # NaN if the loss is not finite: then no gradient is, anywhere
+            accelerator.backward(one * output.loss / passes)
+        scalars = {name: value.detach() for name, value in output.items() if _is_scalar(value)}
+        values = torch.stack([value.double() for value in scalars.values()])
+        state.window = values if state.window is None else state.window + values
+        state.window_passes += 1
+        return list(scalars)
+
+    def log(self, names: list[str], grad_norm: torch.Tensor):
+        """A line of stats.jsonl, and the same for trackers and for the progress bar; advice, if there is any."""
+        state, options, accelerator = self.state, self.options, self.accelerator
+        means = accelerator.reduce(state.window / state.window_passes, "mean").tolist()
+        state.window, state.window_passes = None, 0
+        stats = {"step": state.step, **dict(zip(names, means, strict=True))}
+        stats["grad_norm"] = float(grad_norm) if math.isfinite(grad_norm) else None  # a step that fp16 skipped
+        stats["learning_rate"] = state.scheduler.get_last_lr()[0]
+        now, per_step = time.perf_counter(), options.train_batch_size * options.gradient_accumulation_steps
+        samples = (state.step - self.logged_step) * per_step * accelerator.num_processes
+        speed = samples / (now - self.logged_at)
+        self.logged_at, self.logged_step = now, state.step
+        if accelerator.is_main_process:
+            with open(self.output_dir / "stats.jsonl", "a") as file:
+                file.write(json.dumps(stats) + "\n")
+            self.progress.set_postfix(postfix(stats, speed))
+            for sentence in self.health(stats):
+                self.progress.write(sentence, file=sys.stderr)
+        trackers = {**stats, "grad_norm": float(grad_norm), "samples_per_second": speed}  # they know no null
+        accelerator.log(trackers, step=state.step)
+
+    def save(self, beside: int = 0):
+        """Save a checkpoint and keep `beside` more of the others than usual.
+
+        Raises:
+            TrainingDiverged: weights are not finite.
+        """
+        state, options = self.state, self.options
+        spoilt = [name for name, tensor in state.model.state_dict().items() if not tensor.isfinite().all()]
+        if spoilt:
+            terms = ", ".join(
+                ["gamma"] * ("log_gamma" in spoilt) + [name for name in spoilt if name != "log_gamma"][:3]
+            )
+            good = list_checkpoints(self.output_dir)
+            raise TrainingDiverged(
+                f"up to step {state.step} weights have become not finite ({terms}), and are not saved;"
+                f" {f'the last good state is {good[-1].name}' if good else 'no step before was saved'}."
+                f" {'Resume' if good else 'Start anew'} with a lower learning_rate."
+            )
+        if state.window is not None:  # one process writes, so all must hold the same sums
+            state.window = self.accelerator.reduce(state.window, "mean")
+        if self.accelerator.is_main_process:
+            state.save(self.output_dir, options.checkpoints_total_limit + beside)
+        self.accelerator.wait_for_everyone()
+
+    def push(self):
+        """Start an upload of the model as it is now; the last one is left to `finish`."""
+        if self.uploads is not None and self.step < self.options.max_train_steps:
+            self.uploads(
+                self._write_upload, f"{self.output_dir.name}: step {self.step} of {self.options.max_train_steps}"
+            )
+
+    def _write_upload(self, folder: Path):
+        """What is pushed: the model as it would be saved now, and how it was made."""
+        self.trained.save_pretrained(folder)
+        shared = {name: value for name, value in self.record.items() if name not in LOCAL_OPTIONS}
+        write_json(folder / "training_options.json", shared)
+        shutil.copy(self.output_dir / "stats.jsonl", folder)
+
+    def stop_if_asked(self, signals: _StopSignals):
+        """After a signal, save the state and raise TrainingInterrupted.
+
+        Several processes agree on where to stop: now and then, for it costs a message.
+        """
+        state, options, accelerator = self.state, self.options, self.accelerator
+        number = signals.number
+        if accelerator.num_processes > 1:
+            if state.step % options.logging_steps:
+                return
+            number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+        if not number or state.step == options.max_train_steps:
             return
-        names = ["the gradient, however small the loss is scaled"]
-        advice = "The model is out of fp16's range: start anew with mixed_precision bf16"
-    state.window, state.window_passes, buffers = before
-    for buffer, value in zip(state.model.buffers(), buffers, strict=True):  # an analytic gamma has moved
-        buffer.copy_(value)
-    _save(accelerator, state, options, beside=1)
-    raise TrainingDiverged(
-        f"step {state.step + 1} gave values that are not finite ({', '.join(names or ['the gradient'])}); the state"
-        f" before it is saved as checkpoint-{state.step}. {advice}."
-    )
+        if state.step % options.checkpointing_steps:  # else it has just been saved
+            self.save()
+        raise TrainingInterrupted(
+            f"stopped by {signal.Signals(number).name} after step {state.step}, which is saved as"
+            f" checkpoint-{state.step}",
+            number,
+        )
 
+    def _stop_if_diverged(self, before: tuple, names: list[str]):
+        """Save the state before the step that went wrong, and say which term was not finite, in whichever process.
 
-@torch.no_grad()
-def _draw_preview(accelerator, preview, model, output_dir: Path, step: int):
-    was_training = model.training
-    model.eval()
-    picture = preview(model)
-    model.train(was_training)
-    picture.save(output_dir / "samples" / f"step-{step:07d}.png")
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"samples": np.asarray(picture.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+        In fp16 a gradient that is not finite, of a loss that is, only means that the scale of the loss is too large:
+        the scaler skips such a step and halves the scale. It goes wrong when that does not help.
+        """
+        state = self.state
+        finite = self.accelerator.reduce(state.window).isfinite().tolist()
+        spoilt = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+        advice = "Resume with a lower learning_rate or with max_grad_norm"
+        if not spoilt and state.scaler is not None:
+            if state.scaler.get_scale() > _MIN_LOSS_SCALE:
+                return
+            spoilt = ["the gradient, however small the loss is scaled"]
+            advice = "The model is out of fp16's range: start anew with mixed_precision bf16"
+        state.window, state.window_passes, buffers = before
+        for buffer, value in zip(self.buffers, buffers, strict=True):  # an analytic gamma has moved
+            buffer.copy_(value)
+        self.save(beside=1)
+        raise TrainingDiverged(
+            f"step {state.step + 1} gave values that are not finite ({', '.join(spoilt or ['the gradient'])}); the"
+            f" state before it is saved as checkpoint-{state.step}. {advice}."
+        )
+
+    @torch.no_grad()
+    def draw_preview(self):
+        """A picture of what the model does, in `samples/` and for TensorBoard."""
+        if self.stage.preview is None or not self.accelerator.is_main_process:
+            return
+        was_training = self.trained.training
+        picture = self.stage.preview(self.trained.eval())
+        self.trained.train(was_training)
+        picture.save(self.output_dir / "samples" / f"step-{self.step:07d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                pixels = np.asarray(picture.convert("RGB"))[None]
+                tracker.log_images({"samples": pixels}, step=self.step, dataformats="NHWC")
+
+    def finish(self) -> PreTrainedModel:
+        """Finish, save, draw and upload the trained model."""
+        self.progress.close()
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # takes autocast off the model: only now
+        self.trained.eval()
+        if self.stage.finish is not None:
+            self.stage.finish(self.trained)
+        if self.accelerator.is_main_process:
+            # A save that was killed at its end did not do this.
+            drop_oldest(self.output_dir, self.options.checkpoints_total_limit)
+            save_model(self.trained, self.output_dir)
+        self.draw_preview()
+        if self.uploads is not None:
+            message = f"{self.output_dir.name}: {self.options.max_train_steps} steps, the end"
+            self.uploads.finish(self._write_upload, message)
+        for tracker in self.accelerator.trackers:  # `end_training` would leave no process group for the next stage
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
+        return self.trained

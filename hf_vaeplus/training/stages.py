@@ -20,6 +20,7 @@ from ..data.cache import load_images
 from ..data.pixels import to_unit_range
 from ..data.stream import stream_images
 from ..hub.repository import save_feature_extractor
+from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
 from ..modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
@@ -31,24 +32,28 @@ from ..modeling_vaeplus import (
 from ..pictures import image_grid
 from ..progress import tqdm
 from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen, process_state
-from .loop import train
+from .loop import Stage, train
 from .options import STAGES, StageOptions, check_preset, refuse_fp16_on_cpu, stage_options
 from .randomness import derived_seed
 
 
-def run_stage(options: StageOptions) -> VAEPlusPreTrainedModel:
-    """Train one stage as [`StageOptions`] says; see [`~hf_vaeplus.training.train`] for what it leaves and raises."""
+def run_stage(options: StageOptions, images=None) -> VAEPlusPreTrainedModel:
+    """Train one stage as [`StageOptions`] says; see [`~hf_vaeplus.training.loop.train`] for what it leaves and raises.
+
+    Args:
+        options: of the stage.
+        images (*optional*): what `open_images(options)` returned, to open the source once for several stages.
+    """
     refuse_fp16_on_cpu(options, process_state().device)  # before the data is read
-    return train(*build_stage(options))
+    return train(build_stage(options, images), options)
 
 
-def build_stage(options: StageOptions) -> tuple:
-    """The arguments of [`~hf_vaeplus.training.train`] for one stage, in order; the model comes first."""
+def build_stage(options: StageOptions, images=None) -> Stage:
+    """The stage that [`~hf_vaeplus.training.loop.train`] trains with the same options; arguments as of `run_stage`."""
+    images = open_images(options) if images is None else images
     torch.manual_seed(derived_seed(options.seed, 2))  # the initial weights
-    images = open_images(options)
     build = {"autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage}[options.stage]
-    model, dataset, prepare, *finish = build(options, images)
-    return model, dataset, prepare, options, _previewer(options, images), *finish
+    return build(options, images)
 
 
 def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
@@ -67,16 +72,25 @@ def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
         ValueError: unknown sections, options or model fields, checked for all stages before the first one trains.
     """
     options = all_stage_options(preset, output_dir, **overrides)
+    return train_stages(options, open_stage_images(options), output_dir), options
+
+
+def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Path):
+    """The work of `train_all`: from the options and the images of each stage to the saved pipeline, which it returns.
+
+    Raises:
+        ValueError: unknown model fields, checked for all stages before the first one trains.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
-    autoencoder = _autoencoder_config(options["autoencoder"], open_images(options["autoencoder"]))
+    autoencoder = _autoencoder_config(options["autoencoder"], images["autoencoder"])
     _second_stage_config(options["second_stage"], _vae_config(options["vae"], autoencoder))
     for stage in STAGES:
-        model = run_stage(options[stage])
+        model = run_stage(options[stage], images[stage])
     pipe = build_pipeline(options["second_stage"], model)
     if process_state().is_main_process:
         pipe.save_pretrained(output_dir / "pipeline")
         save_feature_extractor(pipe, output_dir / "pipeline", options["autoencoder"].source_crop)
-    return pipe, options
+    return pipe
 
 
 def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, StageOptions]:
@@ -86,10 +100,29 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
     options = {}
     for position, stage in enumerate(STAGES):
         earlier = {before: folders[before] for before in STAGES[:position]}
-        own = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
-        options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **own})
+        fixed = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
+        options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **fixed})
         refuse_fp16_on_cpu(options[stage], process_state().device)
     return options
+
+
+# The options that decide which images a stage trains on, and how they are read.
+_IMAGE_OPTIONS = (
+    "dataset_name", "train_data_dir", "train_data_files", "split", "dataset_revision", "image_column", "resolution",
+    "crop", "num_channels", "num_factors", "max_train_samples", "on_bad_image", "random_flip", "streaming",
+    "cache_dir",
+)  # fmt: skip
+
+
+def open_stage_images(options: dict[str, StageOptions]) -> dict:
+    """The images that each stage trains on. Stages that train on the same images share them: opened once."""
+    opened, images = {}, {}
+    for stage, each in options.items():
+        key = *(getattr(each, name) for name in _IMAGE_OPTIONS), each.seed if each.streaming else None
+        if key not in opened:
+            opened[key] = open_images(each)
+        images[stage] = opened[key]
+    return images
 
 
 def open_images(options: StageOptions, split: str | None = None):
@@ -133,7 +166,7 @@ def _second_stage_config(options: StageOptions, vae: VAEPlusVAEConfig) -> VAEPlu
     return VAEPlusVAEConfig(**{**defaults, **options.model})
 
 
-def _autoencoder_stage(options: StageOptions, images):
+def _autoencoder_stage(options: StageOptions, images) -> Stage:
     model = VAEPlusAutoencoderModel(_autoencoder_config(options, images))
 
     def prepare(batch, noise, step):
@@ -142,10 +175,10 @@ def _autoencoder_stage(options: StageOptions, images):
     def finish(trained):
         trained.match_spectrum(_some_images(images, trained.device))
 
-    return model, images, prepare, finish if options.match_spectrum else None
+    return Stage(model, images, prepare, _previewer(options, images), finish if options.match_spectrum else None)
 
 
-def _vae_stage(options: StageOptions, images):
+def _vae_stage(options: StageOptions, images) -> Stage:
     if options.autoencoder is None:  # a VAE straight on pixels: the baselines, and small images
         shape = dict(input_shape=(images.num_channels, images.resolution, images.resolution), network="conv")
         model_class = WAEMMDModel if options.mmd_weight else VAEPlusVAEModel
@@ -159,7 +192,7 @@ def _vae_stage(options: StageOptions, images):
                 return {**inputs, "mmd_weight": options.mmd_weight}
             return {**inputs, "kl_weight": _kl_weight(options, step)}
 
-        return model, images, prepare
+        return Stage(model, images, prepare, _previewer(options, images))
 
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder)
     config = _vae_config(options, autoencoder.config)
@@ -185,7 +218,7 @@ def _vae_stage(options: StageOptions, images):
             inputs.update(targets=pixels, target_decoder=autoencoder.decode)
         return {**inputs, "noise": noise(config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
-    return model, dataset, prepare
+    return Stage(model, dataset, prepare, _previewer(options, images))
 
 
 @torch.no_grad()
@@ -202,7 +235,7 @@ def _pullback_metric(autoencoder, images, codes, options: StageOptions) -> tuple
     return metric, error / seen
 
 
-def _second_stage(options: StageOptions, images):
+def _second_stage(options: StageOptions, images) -> Stage:
     vae = load_frozen(VAEPlusVAEModel, options.vae)
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder) if options.autoencoder else None
     latent_dim = vae.config.latent_dim
@@ -224,16 +257,16 @@ def _second_stage(options: StageOptions, images):
 
     @torch.no_grad()
     def finish(trained):
-        posteriors = rows
         if rows is None:
             parts = _some_images(images, vae.device)
-            posteriors = torch.cat([
-                statistics(pixels if autoencoder is None else autoencoder.encode(pixels)).cpu() for pixels in parts
-            ])  # fmt: skip
-        means, logvars = posteriors.double().chunk(2, dim=1)
-        covariance = torch.cov(means.T).reshape(latent_dim, latent_dim) + logvars.exp().mean(0).diag()
+            posteriors = (statistics(part if autoencoder is None else autoencoder.encode(part)) for part in parts)
+        else:
+            posteriors = [rows]
+        moments = PosteriorStatistics(latent_dim)  # of q(z)
+        for each in posteriors:
+            moments.update(*each.chunk(2, dim=1))
         generator = torch.Generator().manual_seed(derived_seed(options.seed, 5))
-        trained.match_moments(means.mean(0), covariance, generator)
+        trained.match_moments(moments.aggregate_mean(), moments.aggregate_covariance(), generator)
 
     def prepare(batch, noise, step):
         if "posterior" not in batch:
@@ -243,7 +276,7 @@ def _second_stage(options: StageOptions, images):
         z = mean + (0.5 * logvar).exp() * noise(latent_dim)
         return {"inputs": z, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
-    return model, dataset, prepare, finish if options.match_moments else None
+    return Stage(model, dataset, prepare, _previewer(options, images), finish if options.match_moments else None)
 
 
 def _some_images(images, device, count: int = 5_000) -> Iterator[torch.Tensor]:

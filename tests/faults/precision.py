@@ -70,7 +70,7 @@ def compare(folder: Path, steps: int, precisions=("bf16", "fp16"), stages=STAGES
             own = dict(model=MODELS[stage], output_dir=str(output_dir), mixed_precision=precision)
             options = stage_options(stage, **{**DATA, **LENGTH, **trained, **own, "max_train_steps": steps})
             with fp16_on_cpu(init_scale=64.0):  # no step overflows: what is compared is rounding, not skipped steps
-                model = train(*build_stage(options))
+                model = train(build_stage(options), options)
             curves[precision] = [json.loads(line) for line in (output_dir / "stats.jsonl").read_text().splitlines()]
             if precision == "no":
                 reference, last = options, model

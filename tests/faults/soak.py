@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -76,13 +77,14 @@ def stage_of(part: str, folder: Path, steps: int) -> StageOptions:
 
 def train_watched(part: str, folder: Path, steps: int, watch: Watch):
     """`run_stage`, with a watch in its steps."""
-    model, dataset, prepare, options, *others = build_stage(stage_of(part, folder, steps))
+    options = stage_of(part, folder, steps)
+    stage = build_stage(options)
 
     def watched(batch, noise, step):
         watch(step + 1)
-        return prepare(batch, noise, step)
+        return stage.prepare(batch, noise, step)
 
-    trained = train(model, dataset, watched, options, *others)
+    trained = train(replace(stage, prepare=watched), options)
     if part == "second_stage":
         build_pipeline(options, trained).save_pretrained(folder / "pipeline")
 

@@ -28,8 +28,9 @@ def test_weights_that_are_kept_in_bf16_are_beyond_the_tolerances(tmp_path):
     build_stage = precision.build_stage
 
     def build_in_low_precision(options):
-        model, *others = build_stage(options)
-        return model.to(precision.DTYPES.get(options.mixed_precision, torch.float32)), *others
+        stage = build_stage(options)
+        stage.model.to(precision.DTYPES.get(options.mixed_precision, torch.float32))
+        return stage
 
     with mock.patch.object(precision, "build_stage", build_in_low_precision):
         rows = precision.compare(tmp_path, 40, ("bf16",), stages=("autoencoder",))
