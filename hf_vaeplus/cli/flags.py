@@ -111,6 +111,40 @@ def add_config(parser, purpose: str, **options):
     parser.add_argument("--config", metavar="PRESET", help=f"{names} or a YAML file, {purpose}", **options)
 
 
+def check_resolution(options):
+    """Refuse, before anything is decoded, images of a size that the network of a stage cannot take.
+
+    Raises:
+        ValueError: names the nearest sizes that it can take.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ..modeling_vaeplus import VAEPlusAutoencoderConfig, VAEPlusVAEConfig
+
+    if options.stage == "second_stage" or options.autoencoder:  # trains on codes
+        return
+    channels = options.num_channels or 3
+
+    def mistake(size: int) -> Exception | None:
+        try:
+            if options.stage == "autoencoder":
+                VAEPlusAutoencoderConfig(**{"image_size": size, "num_channels": channels, **options.model})
+            else:
+                VAEPlusVAEConfig(**{"input_shape": (channels, size, size), "network": "conv", **options.model})
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            return error
+        return None
+
+    if error := mistake(options.resolution):
+        ways = range(options.resolution - 1, 0, -1), range(options.resolution + 1, 2 * options.resolution + 256)
+        nearest = [next((str(size) for size in way if not mistake(size)), None) for way in ways]
+        if any(nearest):  # otherwise the resolution is not what is wrong
+            raise ValueError(
+                f"the network cannot take images of resolution {options.resolution}, the nearest that it can take:"
+                f" {' and '.join(filter(None, nearest))} ({error})"
+            )
+
+
 def assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name:
@@ -149,6 +183,7 @@ def parse_stage_options(description: str, argv: list[str] | None = None):
         section = {n: value for n, value in dataclasses.asdict(options).items() if n not in ("stage", "hub_token")}
         print(yaml.safe_dump({options.stage: section}, sort_keys=False), end="")
         return None
+    calm_libraries()
     return options
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ..evaluation.tables import summary_table
-from .flags import add_config, add_json, add_stage_options, assignment, given_options, writable
+from .flags import add_config, add_json, add_stage_options, assignment, check_resolution, given_options, writable
 
 _STARTED = time.perf_counter()  # before any library is imported: the wall time includes the imports
 _INTERRUPTED = "the same command goes on from the newest checkpoint"
@@ -80,6 +80,8 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
 
     preset = _with_settings(load_preset(preset_name), settings)
     options = all_stage_options(preset, output_dir, **overrides)
+    for each in options.values():
+        check_resolution(each)
     is_main_process = process_state().is_main_process
     writable(output_dir, output_dir, "--output_dir")
     with sole_run(output_dir) if is_main_process else contextlib.nullcontext():
