@@ -12,6 +12,7 @@ import functools
 import html
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -424,11 +425,12 @@ async def _no_request(request, error):
     return PlainTextResponse("this is no request of this page.", 422)
 
 
-def serve(demo: gr.Blocks, block: bool = True, **options) -> str:
+def serve(demo: gr.Blocks, block: bool = True, ready: Callable[[str], object] | None = None, **options) -> str:
     """Serve a page of [`build_demo`] with its limits.
 
     Args:
         block (`bool`): print the address, and return only when interrupted.
+        ready: called with the address once the page answers.
         options: of `gr.Blocks.launch`, such as `server_name` and `server_port`.
 
     Returns:
@@ -450,6 +452,8 @@ def serve(demo: gr.Blocks, block: bool = True, **options) -> str:
         prevent_thread_lock=True,
         **options,
     )
+    if ready is not None:
+        ready(address)
     if block:
         print(f"the demo is at {address} (stop it with Ctrl+C)", flush=True)
         demo.block_thread()

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..files import FULL
+from ..progress import tqdm
 from .options import ImageOptions, image_options
 from .pixels import to_unit_range
 from .sources import cache_folder, decoded_blocks, nothing_left, open_source, warn_of_left_out

@@ -14,7 +14,6 @@ from accelerate.utils import parse_flag_from_env
 from sklearn.mixture import GaussianMixture
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..data.pixels import to_uint8, to_unit_range
 from ..files import build_once
@@ -25,6 +24,7 @@ from ..metrics.mmd import imq_mmd
 from ..metrics.ndb import NDB
 from ..metrics.reconstruction import psnr
 from ..metrics.running import RunningMoments
+from ..progress import tqdm
 from ..training.randomness import derived_seed
 from .features import FeatureExtractor, distance_name
 from .summaries import joined, pass_through, summary_of

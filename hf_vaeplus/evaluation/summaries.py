@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from ..files import write_json
 from ..metrics.latents import active_units, active_units_by_variance, kl_per_dimension
 from ..metrics.reconstruction import squared_error
 from ..pictures import image_grid, plot_curves
+from ..progress import tqdm
 from ..provenance import provenance
 
 MAX_IMAGES = 2_000  # that `summarize` measures on

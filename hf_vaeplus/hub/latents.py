@@ -11,9 +11,9 @@ import pyarrow as pa
 from datasets import Features, List, Value
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCardData, HfApi
 from pyarrow.parquet import ParquetWriter
-from tqdm.auto import tqdm
 
 from ..files import FULL
+from ..progress import tqdm
 from ..provenance import provenance
 from .cards import code_text, plain_text
 

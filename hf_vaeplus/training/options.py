@@ -182,6 +182,12 @@ class StageOptions(ImageOptions, TrainingOptions):
             )
 
 
+def preset_names() -> list[str]:
+    """Names of the presets that the package carries."""
+    carried = (resources.files("hf_vaeplus") / "presets").iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in carried if entry.name.endswith(".yaml"))
+
+
 def load_preset(name: str | Path) -> dict:
     """A preset by the name of one that the package carries, or by the path of a YAML file.
 
@@ -193,7 +199,7 @@ def load_preset(name: str | Path) -> dict:
         ValueError: not a mapping of mappings, or an unknown section or option.
     """
     carried = resources.files("hf_vaeplus") / "presets"
-    names = sorted(entry.name.removesuffix(".yaml") for entry in carried.iterdir() if entry.name.endswith(".yaml"))
+    names = preset_names()
     path = carried / f"{name}.yaml" if name in names else Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"no preset or file named {name}: the presets are {', '.join(names)}.")

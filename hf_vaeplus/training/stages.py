@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
-from tqdm.auto import tqdm
 
 from ..data.cache import open_cache
 from ..data.pixels import to_unit_range
@@ -32,6 +31,7 @@ from ..modeling_vaeplus import (
     VAEPlusVAEModel,
 )
 from ..pictures import image_grid
+from ..progress import tqdm
 from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen, process_state
 from .loop import Stage, train
 from .options import STAGES, StageOptions, check_preset, refuse_fp16_on_cpu, stage_options
