@@ -153,7 +153,7 @@ class Handlers:
         """The picture as the model sees it, its reconstruction, a draw from its posterior, and figures in Markdown."""
         seen = self.read(file)
         posterior = self.pipe.encode(seen)
-        again = self.pipe.decode(posterior.mean)
+        again = self.pipe.decode(posterior.mean, "pt")
         error = squared_error(again, seen)
         figures = (
             f"Squared error **{error.item():.4g}** (summed over {seen.numel()} values in [0, 1]; PSNR"
@@ -167,7 +167,7 @@ class Handlers:
         return self._draw(self.pipe.encode(self.read(file)))
 
     def _draw(self, posterior) -> Image.Image:
-        return _picture(self.pipe.decode(posterior.sample()))
+        return self.pipe.decode(posterior.sample())[0]
 
     def interpolate(self, first, last, steps) -> list[Image.Image]:
         """`steps` pictures from the first uploaded picture to the last."""
@@ -184,7 +184,7 @@ class Handlers:
 
     def _start(self, images) -> tuple:
         z = self.pipe.encode(images).mean
-        return z, _picture(self.pipe.decode(z)), *self._slider_values(z)
+        return z, self.pipe.decode(z)[0], *self._slider_values(z)
 
     def _slider_values(self, z) -> list[float]:
         return [round(min(max(z[0, j].item(), -RANGE), RANGE), 2) for j in self.directions]
@@ -198,7 +198,7 @@ class Handlers:
             value = _number(f"the direction z{j}", value, -RANGE, RANGE)
             if value != start:  # `start` is rounded and cut to the range: what is not moved stays exact
                 z[0, j] = value
-        return _picture(self.pipe.decode(z))
+        return self.pipe.decode(z)[0]
 
     def reset(self, z) -> tuple:
         """The picture and the sliders as they were at the start."""

@@ -23,7 +23,7 @@ from hf_vaeplus import (
     VAEPlusVAEModel,
 )
 from hf_vaeplus.data.cache import load_images
-from hf_vaeplus.hub.repository import export, save_feature_extractor
+from hf_vaeplus.hub.repository import export
 from hf_vaeplus.training.stages import train_all
 
 TASK = "image-feature-extraction"
@@ -37,10 +37,8 @@ def pipe() -> VAEPlusPipeline:
 
 @pytest.fixture(scope="module")
 def folder(pipe, tmp_path_factory) -> Path:
-    """A saved pipeline with what `transformers` needs beside it."""
     folder = tmp_path_factory.mktemp("features") / "pipeline"
     pipe.save_pretrained(folder)
-    save_feature_extractor(pipe, folder)
     return folder
 
 
@@ -91,7 +89,6 @@ def test_a_pixel_vae_has_features_as_well(tmp_path):
     config = VAEPlusVAEConfig(input_shape=(1, SIZE, SIZE), network="conv", latent_dim=3, hidden_channels=(4, 8))
     pipe = VAEPlusPipeline(perturbed(VAEPlusVAEModel(config)).eval())
     pipe.save_pretrained(tmp_path)
-    save_feature_extractor(pipe, tmp_path)
     features = pipeline(TASK, model=str(tmp_path))(pictures()[0], return_tensors=True)
     torch.testing.assert_close(features, pipe.encode(fitted(pictures()[0].convert("L"))).mean)
 
@@ -138,9 +135,9 @@ print(json.dumps(extractor(Image.open(sys.argv[2]))))
 """
 
 
-def test_an_exported_folder_works_by_trust_without_the_package_and_without_torchvision(pipe, folder, tmp_path):
+def test_an_exported_folder_works_by_trust_without_the_package_and_without_torchvision(pipe, tmp_path):
     exported = tmp_path / "exported"
-    export(pipe, exported, processor=VAEPlusImageProcessor.from_pretrained(folder))
+    export(pipe, exported)
     pictures()[0].save(tmp_path / "picture.png")
     command = [sys.executable, "-c", WITHOUT, str(exported), str(tmp_path / "picture.png")]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}

@@ -21,10 +21,10 @@ from test_cards import code_blocks
 from test_pipeline import make_pipeline
 from transformers import AutoModel, pipeline
 
-from hf_vaeplus import VAEPlusPipeline
+from hf_vaeplus import VAEPlusImageProcessor, VAEPlusPipeline
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.hub.client import explain
-from hf_vaeplus.hub.repository import export, save_feature_extractor
+from hf_vaeplus.hub.repository import export
 
 REPO = "org/drawings"
 COMPONENTS = {"autoencoder": "VAEPlusAutoencoderModel", "vae": "VAEPlusVAEModel", "second_stage": "VAEPlusVAEModel"}
@@ -70,6 +70,7 @@ def test_what_the_repository_holds(hub, pipe):
     pipe.push_to_hub(REPO)
     own = ("config.json", "model.safetensors", "modeling_vaeplus.py")
     common = {"README.md", "model_index.json", "modeling_vaeplus.py", "pipeline.py"}
+    common |= {"config.json", "preprocessor_config.json", "image_processing_vaeplus.py"}
     assert hub[REPO].files().keys() == {f"{name}/{file}" for name in COMPONENTS for file in own} | common
     index = json.loads(hub[REPO].files()["model_index.json"])
     assert index["_class_name"] == ["pipeline", "VAEPlusPipeline"]
@@ -88,7 +89,7 @@ def test_a_stage_alone_without_trust(hub, pipe, name):
 
 
 def test_features_of_what_was_pushed(hub, pipe, saved):
-    save_feature_extractor(pipe, saved, crop=40)
+    VAEPlusImageProcessor(32, crop=40).save_pretrained(saved)
     VAEPlusPipeline.from_pretrained(saved).push_to_hub(REPO)
     extractor = pipeline("image-feature-extraction", model=REPO)
     assert extractor.image_processor.crop == 40

@@ -110,7 +110,7 @@ def sample_images(
     """
     for numbers in batches:
         generators = _generators(seed, _SAMPLES, numbers)
-        wanted = dict(sharpness=sharpness, batch_size=len(generators), output_type="pt")
+        wanted = dict(sharpness=sharpness, decode_batch_size=len(generators), output_type="pt")
         yield to_uint8(pipe(len(generators), generators, **wanted).images)
 
 
@@ -143,7 +143,7 @@ def sample_mixture(
             drawn.append(means[component] + factors[component] @ noise)
         latents = torch.stack(drawn).float()
         if pipe.autoencoder is None:
-            images = pipe.decode(latents, batch_size=len(latents))
+            images = pipe.decode(latents, "pt", len(latents))
         else:
             images = pipe.autoencoder.decode(latents.to(pipe.autoencoder.device)).cpu()
         yield to_uint8(images)

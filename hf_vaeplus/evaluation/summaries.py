@@ -47,7 +47,7 @@ def pass_through(pipe, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[dict,
         code = pipe.autoencoder.encode(code)
         reconstructions["autoencoder"] = pipe.autoencoder.decode(code).float().cpu().clamp(0, 1)
     posterior = pipe.vae.encode(code)
-    reconstructions["reconstruction"] = pipe.decode(posterior.mean, batch_size=len(pixels))
+    reconstructions["reconstruction"] = pipe.decode(posterior.mean, "pt", len(pixels))
     z = posterior.sample(noise.to(posterior.mean.device))
     posteriors = {"vae": posterior}
     if pipe.second_stage is not None:

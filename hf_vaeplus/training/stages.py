@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..data.cache import load_images
 from ..data.pixels import to_unit_range
 from ..data.stream import stream_images
-from ..hub.repository import save_feature_extractor
+from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..modeling_baselines import WAEMMDModel
 from ..modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
@@ -74,8 +74,9 @@ def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
         model = run_stage(options[stage])
     pipe = build_pipeline(options["second_stage"], model)
     if process_state().is_main_process:
+        channels, size, _ = pipe.image_shape
+        pipe.image_processor = VAEPlusImageProcessor(size, channels, options["autoencoder"].source_crop)
         pipe.save_pretrained(output_dir / "pipeline")
-        save_feature_extractor(pipe, output_dir / "pipeline", options["autoencoder"].source_crop)
     return pipe, options
 
 
