@@ -13,6 +13,7 @@ import html
 import random
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from .data.pixels import to_uint8, to_unit_range
 from .image_processing_vaeplus import decode_image
 from .metrics.latents import PosteriorStatistics
 from .metrics.reconstruction import psnr, squared_error
+
+if TYPE_CHECKING:
+    from .pipeline_vaeplus import VAEPlusPipeline
 
 try:
     import gradio as gr
@@ -81,7 +85,7 @@ class Handlers:
         ValueError: one sentence for the visitor, from every method, about a value that cannot be used.
     """
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: "VAEPlusPipeline"):
         self.pipe = pipe
         self.sharpens = pipe.autoencoder is not None and pipe.autoencoder.config.matched_spectrum
         generator = torch.Generator().manual_seed(0)
@@ -222,7 +226,7 @@ def _picture(images: torch.Tensor) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def build_demo(pipe) -> gr.Blocks:
+def build_demo(pipe: "VAEPlusPipeline") -> gr.Blocks:
     """The page of a pipeline: four tabs, filled with samples of the pipeline. [`serve`] starts it.
 
     It takes 256 samples and their posteriors to order the latent directions by their KL.

@@ -73,7 +73,7 @@ class VAEPlusConfig(PreTrainedConfig):
             ) from error
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs) -> "VAEPlusConfig | tuple[VAEPlusConfig, dict]":
         """`PreTrainedConfig.from_dict`, which reads every stored config: unknown keys become attributes and are named.
 
         A newer version wrote such a key, or another program set it on the config before saving.
@@ -95,7 +95,7 @@ class VAEPlusConfig(PreTrainedConfig):
         return super().from_dict({**config_dict, "_unknown_keys": unknown}, **kwargs)
 
     @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike):
+    def from_json_file(cls, json_file: str | os.PathLike) -> "VAEPlusConfig":
         """As [`VAEPlusConfig.from_dict`] with the contents of a file."""
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
@@ -506,7 +506,7 @@ class ResidualConvBlock(nn.Module):
 class ConvEncoder(nn.Sequential):
     """(batch, channels, size, size) -> (batch, out_dim): folded patches, residual blocks per scale, linear."""
 
-    def __init__(self, config, num_channels: int, image_size: int, out_dim: int, num_blocks: int):
+    def __init__(self, config: VAEPlusConfig, num_channels: int, image_size: int, out_dim: int, num_blocks: int):
         widths = config.hidden_channels
         layers = [
             nn.PixelUnshuffle(config.patch_size),
@@ -523,7 +523,7 @@ class ConvEncoder(nn.Sequential):
 class ConvDecoder(nn.Sequential):
     """(batch, in_dim) -> (batch, channels, size, size): the encoder mirrored, pixels unfolded at the end."""
 
-    def __init__(self, config, num_channels: int, image_size: int, in_dim: int, num_blocks: int):
+    def __init__(self, config: VAEPlusConfig, num_channels: int, image_size: int, in_dim: int, num_blocks: int):
         widths = config.hidden_channels
         grid = image_size // config.patch_size // 2 ** (len(widths) - 1)
         layers = [nn.Linear(in_dim, widths[-1] * grid**2), nn.Unflatten(1, (widths[-1], grid, grid))]
@@ -547,7 +547,9 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["log_gamma"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
+    ) -> "VAEPlusPreTrainedModel | tuple[VAEPlusPreTrainedModel, dict]":
         """`PreTrainedModel.from_pretrained`, but from safetensors alone, and never half random.
 
         Raises:
@@ -737,7 +739,7 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         return torch.fft.irfft2(spectrum, s=images.shape[2:])
 
     @torch.no_grad()
-    def match_spectrum(self, batches: Iterable[torch.Tensor], max_gain: float = 20.0):
+    def match_spectrum(self, batches: Iterable[torch.Tensor], max_gain: float = 20.0) -> None:
         """After training, measure the gains of `sharpen`: the square root of mean |F x|^2 / mean |F xhat|^2.
 
         Args:
@@ -878,7 +880,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
     def _weight_dtype(self) -> torch.dtype:
         return self.input_mean.dtype  # `self.dtype` may find `log_gamma`, which stays float32
 
-    def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor):
+    def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Standardise inputs by `mean` and `std`, of one input's shape (convolutions: `(channels, 1, 1)`).
 
         Raises:
@@ -894,7 +896,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         self.input_mean.copy_(mean)
         self.input_std.copy_(std)
 
-    def set_pullback_metric(self, metric: torch.Tensor, error_floor: float):
+    def set_pullback_metric(self, metric: torch.Tensor, error_floor: float) -> None:
         """Measure errors of codes as the images see them: error_floor + (mean - target)^T metric (mean - target).
 
         Args:
@@ -1163,7 +1165,14 @@ class VAEPlusEncoderModel(VAEPlusPreTrainedModel):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, subfolder: str = "", **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args,
+        config: VAEPlusEncoderConfig | None = None,
+        subfolder: str = "",
+        **kwargs,
+    ) -> "VAEPlusEncoderModel":
         """Load the stages that `config.json` names, each as [`VAEPlusPreTrainedModel.from_pretrained`] does."""
         if config is None:
             where = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -1180,7 +1189,7 @@ class VAEPlusEncoderModel(VAEPlusPreTrainedModel):
         model.config = config
         return model
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save `config.json`, and each stage in its folder with the options of `PreTrainedModel.save_pretrained`."""
         self.config.save_pretrained(save_directory)
         for stage in self.config.stages:

@@ -355,7 +355,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return torch.cat(all_log_weights, dim=1)
 
-    def compile(self, **options):
+    def compile(self, **options) -> None:
         """Compile what the methods call: `encode`, `decode` and `sample` of the components (`torch.compile(pipe.vae)`
         would compile a `forward` that inference never calls). The first call of each takes seconds to minutes.
 

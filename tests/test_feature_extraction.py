@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from helpers import perturbed, two_stages
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, pipeline
@@ -105,6 +106,34 @@ def test_an_extractor_can_be_saved_and_loaded_again(folder, tmp_path):
     assert posterior.logvar.shape == (3, 4)
 
 
+def test_what_is_set_on_the_config_of_an_extractor_is_loaded_again(pipe, tmp_path):
+    model = VAEPlusEncoderModel(pipe.autoencoder, pipe.vae)
+    model.config.made_by = "hand"
+    model.save_pretrained(tmp_path)
+    assert VAEPlusEncoderModel.from_pretrained(tmp_path).config.made_by == "hand"
+
+
+@pytest.mark.parametrize("load", [VAEPlusPipeline.from_pretrained, DiffusionPipeline.from_pretrained])
+def test_a_pipeline_keeps_its_crop_from_folder_to_folder(pipe, load, tmp_path):
+    VAEPlusPipeline(pipe.vae, pipe.autoencoder).save_pretrained(tmp_path / "first")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "first").crop is None  # not known: the largest square
+    VAEPlusImageProcessor(SIZE, crop=40).save_pretrained(tmp_path / "first")
+    loaded = load(tmp_path / "first")
+    assert loaded.image_processor(pictures()[0], "pt").pixel_values.shape == (1, 3, SIZE, SIZE)
+    loaded.save_pretrained(tmp_path / "second")
+    assert pipeline(TASK, model=str(tmp_path / "second")).image_processor.crop == 40
+    loaded.image_processor = VAEPlusImageProcessor(SIZE, crop=36)
+    loaded.save_pretrained(tmp_path / "second")
+    assert load(tmp_path / "second").image_processor.crop == 36
+
+
+def test_a_damaged_image_processor_is_not_replaced_by_another(folder, tmp_path):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / "preprocessor_config.json").write_text("{")
+    with pytest.raises(OSError, match="preprocessor_config.json"):
+        VAEPlusPipeline.from_pretrained(damaged)
+
+
 def test_training_leaves_an_extractor_that_prepares_pictures_as_training_did(tmp_path):
     (tmp_path / "faces").mkdir()
     for number in range(6):
@@ -160,7 +189,7 @@ def test_the_processor_makes_what_training_saw(channels, crop, tmp_path):
         picture.save(tmp_path / f"{number}.png")
     options = dict(resolution=SIZE, num_channels=channels, crop=crop, cache_dir=tmp_path / "cache", progress=False)
     images = load_images(train_data_dir=tmp_path, **options)
-    processor = VAEPlusImageProcessor(SIZE, channels, crop)
+    processor = VAEPlusImageProcessor(np.int64(SIZE), channels, crop and np.int32(crop))
     processor.save_pretrained(tmp_path / "saved")
     VAEPlusEncoderConfig().save_pretrained(tmp_path / "saved")
     loaded = AutoImageProcessor.from_pretrained(tmp_path / "saved")

@@ -98,6 +98,8 @@ def test_features_of_what_was_pushed(hub, pipe, saved):
     found = extractor(Image.fromarray(pixels), return_tensors=True)
     torch.testing.assert_close(found, pipe.encode(shrunk).mean, rtol=1e-5, atol=1e-5)
     assert "image_processing_vaeplus.py" in hub[REPO].files()
+    VAEPlusPipeline.from_pretrained(REPO).push_to_hub("org/copy")
+    assert json.loads(hub["org/copy"].files()["preprocessor_config.json"])["crop"] == 40
 
 
 def test_a_pipeline_without_its_optional_stages(hub):
@@ -196,6 +198,8 @@ pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
 images = pipe(3, torch.Generator().manual_seed(3), output_type="pt").images
 vae = AutoModel.from_pretrained(repo, subfolder="vae", trust_remote_code=True)
 assert type(vae).__name__ == "VAEPlusVAEModel"
+assert vae.config.later == pipe.vae.config.later == ["a", "newer", "version"]
+pipe.save_pretrained("again")
 save_file({"images": images, "log_gamma": vae.log_gamma.detach()}, output)
 """
 
@@ -212,6 +216,7 @@ def environment_without_the_package(folder: Path) -> Path:
 
 
 def test_without_the_package_by_trust_online_then_offline(hub, pipe, tmp_path):
+    pipe.vae.config.later = ["a", "newer", "version"]
     pipe.push_to_hub(REPO)
     python = environment_without_the_package(tmp_path / "venv")
     for offline in ("0", "1"):

@@ -3,11 +3,13 @@
 `pixel_pipeline` is affine and decodes z to 0.5 + 0.05 z, so an image shows its z.
 """
 
+import inspect
 import json
 import math
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from types import ModuleType
 
@@ -225,6 +227,64 @@ def test_the_progress_bar_shows_only_for_several_batches(pipeline, capfd):
     pipeline.set_progress_bar_config(disable=True)
 
 
+def test_a_batch_is_what_diffusers_means_by_it(pipeline):
+    assert len(pipeline(batch_size=4).images) == len(pipeline(num_images=4, batch_size=4).images) == 4
+    assert torch.equal(pipeline(batch_size=4, generator=generator(), output_type="pt").images, sampled(pipeline))
+
+
+def test_numbers_of_numpy_and_tuples_are_taken(pipeline, images):
+    options = dict(temperature=np.float32(0.5), sharpness=np.float64(0), decode_batch_size=np.int32(3))
+    assert torch.equal(
+        sampled(pipeline, np.int64(4), **options), sampled(pipeline, 4, temperature=0.5, decode_batch_size=3)
+    )
+    generators = [tuple(generator(seed) for seed in range(4)), [generator(seed) for seed in range(4)]]
+    assert torch.equal(*(sampled(pipeline, generator=each) for each in generators))
+    pictures = pipeline.reconstruct(images)
+    assert torch.equal(pipeline.encode(tuple(pictures), np.int64(2)).mean, pipeline.encode(pictures, 2).mean)
+    assert len(pipeline.interpolate(images, images, np.int64(3))[0]) == 3
+    pairs = [tuple(generator(seed) for seed in range(5)), [generator(seed) for seed in range(5)]]
+    estimates = [pipeline.log_likelihood(images, np.int64(2), each, np.int64(4)) for each in pairs]
+    assert torch.equal(*estimates)
+
+
+def test_every_method_gives_pictures_unless_asked_for_something_else(pipeline, images):
+    z = pipeline.encode(images).mean
+    for found in (pipeline(5).images, pipeline.decode(z), pipeline.reconstruct(images)):
+        assert len(found) == 5 and all(isinstance(each, Image.Image) for each in found)
+    assert isinstance(pipeline.interpolate(images, images)[0][0], Image.Image)
+    methods = [
+        each for _, each in inspect.getmembers(VAEPlusPipeline, inspect.isfunction) if "output_type" in str(each)
+    ]
+    for method in (VAEPlusPipeline.__call__, *methods):
+        assert inspect.signature(method).parameters["output_type"].default == "pil"
+
+
+def test_the_methods_say_what_they_return():
+    for name in ("__call__", "encode", "decode", "reconstruct", "interpolate", "log_likelihood", "compile"):
+        assert "return" in typing.get_type_hints(getattr(VAEPlusPipeline, name)), name
+    returned = typing.get_type_hints(VAEPlusPipeline.encode)["return"]
+    members = [name for name in vars(returned) if not name.startswith("_")]
+    assert {"sample", "mode", "kl", "log_prob"} <= set(members)
+    for name in members:
+        assert inspect.signature(getattr(returned, name)) == inspect.signature(getattr(GaussianPosterior, name))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+def test_compile_builds_graphs_of_what_the_methods_call(images, tmp_path):
+    pipe, graphs = make_pipeline(), []
+    expected = sampled(pipe), pipe.encode(images).mean, pipe.reconstruct(images, "pt")
+    pipe.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    found = [sampled(pipe)]
+    assert len(graphs) == 3  # second_stage.sample, vae.decode and autoencoder.decode
+    found.append(pipe.encode(images).mean)
+    assert len(graphs) == 5
+    found.append(pipe.reconstruct(images, "pt"))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(sampled(VAEPlusPipeline.from_pretrained(tmp_path)), expected[0])
+
+
 # --------------------------------------------------------------------------------------------- encoding and decoding
 
 
@@ -377,6 +437,31 @@ def test_bfloat16(pipeline, images, tmp_path):
         assert pipe.encode(images).mean.dtype == torch.float32
         assert pipe.log_likelihood(images, 2).dtype == torch.float32
     assert torch.equal(sampled(loaded), sampled(cast))
+
+
+@pytest.mark.parametrize("matched", [False, True])
+def test_a_pipeline_in_double_precision_does_all_that_one_in_single_precision_does(images, matched):
+    pipe = make_pipeline()
+    if matched:
+        pipe.second_stage.match_moments(torch.ones(Z_DIM), torch.eye(Z_DIM) + 0.5, generator(1), num_samples=100)
+        pipe.autoencoder.match_spectrum([images])
+
+    def found():
+        return [
+            sampled(pipe),
+            sampled(pipe, None, latents=torch.ones(2, U_DIM, dtype=torch.float64)),
+            sampled(pipe, sharpness=float(matched)),
+            pipe.encode(images).mean.float(),
+            pipe.reconstruct(images, "pt"),
+            pipe.interpolate(images[:1], images[1:2], 3, "pt"),
+            pipe.log_likelihood(images, 2, generator()),
+        ]
+
+    single = found()
+    pipe.to(torch.float64)
+    for one, other in zip(found(), single, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
 
 
 def test_model_offload_hooks_fire(pipeline, images, monkeypatch):

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +29,10 @@ from ..metrics.running import RunningMoments
 from ..training.randomness import derived_seed
 from .features import FeatureExtractor, distance_name
 from .summaries import joined, pass_through, summary_of
+
+if TYPE_CHECKING:
+    from ..data.cache import ImageDataset
+    from ..pipeline_vaeplus import VAEPlusPipeline
 
 SAMPLERS = ("second_stage", "sharpened", "prior", "mixture", "gaussian")
 
@@ -95,7 +100,7 @@ class Judge:
 
 
 def sample_images(
-    pipe, batches: Iterable[Sequence[int]], seed: int = 0, sharpness: float = 0.0
+    pipe: "VAEPlusPipeline", batches: Iterable[Sequence[int]], seed: int = 0, sharpness: float = 0.0
 ) -> Iterator[torch.Tensor]:
     """Samples of a pipeline: image i is a function of (seed, i), whatever its batch and the number of processes.
 
@@ -116,7 +121,11 @@ def sample_images(
 
 @torch.no_grad()
 def sample_mixture(
-    pipe, codes: torch.Tensor, batches: Iterable[Sequence[int]], num_components: int = 10, seed: int = 0
+    pipe: "VAEPlusPipeline",
+    codes: torch.Tensor,
+    batches: Iterable[Sequence[int]],
+    num_components: int = 10,
+    seed: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Samples of a Gaussian mixture fitted to codes after training, decoded (Ghosh et al. 2020, Section 4).
 
@@ -190,8 +199,8 @@ class _Shares:
 
 @torch.no_grad()
 def evaluate(
-    pipe,
-    images,
+    pipe: "VAEPlusPipeline",
+    images: "ImageDataset",
     extractors: Sequence[FeatureExtractor],
     samplers: Sequence[str] = (),
     num_images: int = 10_000,

@@ -1,6 +1,7 @@
 """What a training run ends with: errors, posterior statistics, and pictures."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -11,8 +12,12 @@ from ..metrics.reconstruction import squared_error
 from ..pictures import image_grid, plot_curves
 from ..provenance import provenance
 
+if TYPE_CHECKING:
+    from ..data.cache import ImageDataset
+    from ..pipeline_vaeplus import VAEPlusPipeline
 
-def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> dict:
+
+def summarize(pipe: "VAEPlusPipeline", images: "ImageDataset", max_images: int = 2_000, batch_size: int = 100) -> dict:
     """Reconstruction errors and posterior statistics of each stage, over the first `max_images` of `images`.
 
     Args:
@@ -36,7 +41,7 @@ def summarize(pipe, images, max_images: int = 2_000, batch_size: int = 100) -> d
 
 
 @torch.no_grad()
-def pass_through(pipe, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[dict, dict]:
+def pass_through(pipe: "VAEPlusPipeline", pixels: torch.Tensor, noise: torch.Tensor) -> tuple[dict, dict]:
     """One batch through the stages, each encoder and decoder once.
 
     Returns:
@@ -62,7 +67,7 @@ def joined(batches: list[dict]) -> dict:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def summary_of(pipe, rows: dict) -> dict:
+def summary_of(pipe: "VAEPlusPipeline", rows: dict) -> dict:
     """What [`summarize`] returns, from the rows of all images."""
     summary = {"num_images": len(rows["z"])}
     if pipe.autoencoder is not None:
@@ -83,7 +88,14 @@ def summary_of(pipe, rows: dict) -> dict:
     return summary
 
 
-def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int, num_factors: int | None) -> dict:
+def report(
+    pipe: "VAEPlusPipeline",
+    images: "ImageDataset",
+    run_dirs: dict[str, Path],
+    output_dir: Path,
+    seed: int,
+    num_factors: int | None,
+) -> dict:
     """Leave in `output_dir` what a person looks at first, and return the summary.
 
     `samples.png`, `reconstructions.png` (pairs), `interpolation.png`, `curves.png` and `summary.json`.

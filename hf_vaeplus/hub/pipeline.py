@@ -41,7 +41,7 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
         return self._image_processor
 
     @image_processor.setter
-    def image_processor(self, processor: VAEPlusImageProcessor):
+    def image_processor(self, processor: VAEPlusImageProcessor) -> None:
         self._image_processor = processor
 
     @classmethod
@@ -100,7 +100,7 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
                 )
         return index
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """`DiffusionPipeline.save_pretrained`; what it writes is also a feature extractor for `transformers`.
 
         `transformers.pipeline("image-feature-extraction", save_directory)` reads the `config.json` of a

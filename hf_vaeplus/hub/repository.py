@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -14,10 +15,13 @@ from .. import image_processing_vaeplus, modeling_vaeplus, pipeline_vaeplus
 from .cards import short_card
 from .client import full_repo_id, upload_folder
 
+if TYPE_CHECKING:
+    from ..pipeline_vaeplus import VAEPlusPipeline
+
 _WHOSE_CARD = re.compile(r'from_pretrained\("([^"]+)"')
 
 
-def export(pipe, folder: str | Path, variant: str | None = None):
+def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = None) -> None:
     """Save a pipeline as a repository that loads with this package, and by trust in the code it carries without it.
 
     Without the package: `DiffusionPipeline.from_pretrained(repository, trust_remote_code=True)`, or
@@ -58,7 +62,7 @@ def _name_classes(path: Path, module: str = "modeling_vaeplus", **classes: str):
 
 
 def push(
-    pipe,
+    pipe: "VAEPlusPipeline",
     repo_id: str,
     *,
     card_folder: str | Path | None = None,
