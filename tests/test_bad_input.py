@@ -340,7 +340,10 @@ CATALOGUE = {
     ),
     "a component that is missing": ("sample partless --output out.png", "partless"),
     "a component of any module": ("sample module --output out.png", "takes its vae from 'os', so it is no pipeline"),
-    "a config of unknown fields": ("sample fields --output out.png", "no field 'latents': did you mean 'latent_dim'"),
+    "a config that names a method": (
+        "sample fields --output out.png",
+        "no field 'to_dict' and cannot keep it: remove it from the file",
+    ),
     "weights that are not numbers": ("sample nans --output out.png", "weights of nans/vae hold NaN or infinity in"),
     "no images": (f"{SAMPLE} --num_images 0", "num_images must be an integer of at least 1, got 0"),
     "half an image": (f"{SAMPLE} --num_images 0.5", "'0.5'"),
@@ -485,7 +488,7 @@ def broken_pipelines(folder: Path):
     edit(copy("foreign") / "model_index.json", _class_name="LDMPipeline", vae=["diffusers", "AutoencoderKL"])
     shutil.rmtree(copy("partless") / "vae")
     edit(copy("module") / "model_index.json", vae=["os", "system"])
-    edit(copy("fields") / "vae/config.json", latents=3)
+    edit(copy("fields") / "vae/config.json", to_dict=3)
     weights = copy("nans") / "vae/model.safetensors"
     save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
 

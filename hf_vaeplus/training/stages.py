@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 from ..data.cache import open_cache
 from ..data.pixels import to_unit_range
 from ..data.stream import open_stream
-from ..hub.repository import save_feature_extractor
+from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
 from ..modeling_vaeplus import (
@@ -89,8 +89,9 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
         model = run_stage(options[stage], images[stage])
     pipe = build_pipeline(options["second_stage"], model)
     if process_state().is_main_process:
+        channels, size, _ = pipe.image_shape
+        pipe.image_processor = VAEPlusImageProcessor(size, channels, options["autoencoder"].source_crop)
         pipe.save_pretrained(output_dir / "pipeline")
-        save_feature_extractor(pipe, output_dir / "pipeline", options["autoencoder"].source_crop)
     return pipe
 
 
