@@ -12,16 +12,20 @@ rest: --config celeba64-cpu. After an interruption add --resume_from_checkpoint 
 
 import sys
 
-from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import run_command
-from hf_vaeplus.training.stages import run_stage
 
 
-def main():
+def main():  # the imports wait in here, so that Ctrl-C during them ends in a sentence as well
+    from hf_vaeplus.cli.flags import check_resolution, parse_stage_options
+
     options = parse_stage_options(__doc__)
     if options is not None:
+        from hf_vaeplus.training.stages import run_stage
+
+        check_resolution(options)
         run_stage(options)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    again = "the same command with --resume_from_checkpoint latest goes on from the newest checkpoint"
+    sys.exit(run_command(main, interrupted=again))

@@ -1,34 +1,24 @@
 """VAE+ for the Hugging Face ecosystem: images from noise in one pass, with posteriors and without adversaries."""
 
-from transformers import AutoConfig, AutoModel
-from transformers.models.auto.image_processing_auto import (
-    AutoImageProcessor,
-)  # its top level's once asked for torchvision
+from typing import TYPE_CHECKING
 
-from .image_processing_vaeplus import VAEPlusImageProcessor
-from .modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
-from .modeling_vaeplus import (
-    GaussianPosterior,
-    VAEPlusAutoencoderConfig,
-    VAEPlusAutoencoderModel,
-    VAEPlusEncoderConfig,
-    VAEPlusEncoderModel,
-    VAEPlusPreTrainedModel,
-    VAEPlusVAEConfig,
-    VAEPlusVAEModel,
-)
+from . import registration
+from .version import __version__ as __version__
 
-for _config, _model in (
-    (VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel),
-    (VAEPlusVAEConfig, VAEPlusVAEModel),
-    (VAEPlusEncoderConfig, VAEPlusEncoderModel),
-    (PenalizedAutoencoderConfig, PenalizedAutoencoderModel),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-AutoImageProcessor.register(
-    VAEPlusEncoderConfig, image_processor_classes={"pil": VAEPlusImageProcessor}, exist_ok=True
-)
+if TYPE_CHECKING:
+    from .hub.pipeline import VAEPlusPipeline
+    from .image_processing_vaeplus import VAEPlusImageProcessor
+    from .modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
+    from .modeling_vaeplus import (
+        GaussianPosterior,
+        VAEPlusAutoencoderConfig,
+        VAEPlusAutoencoderModel,
+        VAEPlusEncoderConfig,
+        VAEPlusEncoderModel,
+        VAEPlusPreTrainedModel,
+        VAEPlusVAEConfig,
+        VAEPlusVAEModel,
+    )
 
 __all__ = [
     "GaussianPosterior",
@@ -46,9 +36,22 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name == "VAEPlusPipeline":  # on first use: importing a model alone does not import diffusers
-        from .hub.pipeline import VAEPlusPipeline
+def __getattr__(name: str):  # on first use: `vaeplus --help` imports no torch
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "VAEPlusPipeline":
+        from .hub import pipeline as home
+    elif name == "VAEPlusImageProcessor":
+        from . import image_processing_vaeplus as home
+    elif name.startswith("PenalizedAutoencoder"):
+        from . import modeling_baselines as home
+    else:
+        from . import modeling_vaeplus as home
+    return getattr(home, name)
 
-        return VAEPlusPipeline
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+registration.install()

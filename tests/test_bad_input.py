@@ -272,13 +272,13 @@ CATALOGUE = {
     "fp16 of a stage on a CPU": (f"{FIRST} --mixed_precision fp16", "fp16 needs a GPU, and this is a CPU"),
     "a schedule that waits for a metric": (
         f"{TRAIN} --lr_scheduler reduce_lr_on_plateau",
-        "lr_scheduler must be one of constant, .*, got 'reduce_lr_on_plateau'",
+        r"--lr_scheduler: invalid choice: 'reduce_lr_on_plateau' \(choose from .?constant",
     ),
     "a decay beyond one": (f"{TRAIN} --ema_decay 1.5", r"ema_decay must lie in \[0, 1\), got 1.5"),
     "a norm that is not a number": (f"{TRAIN} --max_grad_norm nan", "max_grad_norm must .*got nan"),
     "negative workers": (f"{TRAIN} --dataloader_num_workers -1", "dataloader_num_workers must not be negative"),
     "a negative warm-up": (f"{TRAIN} --kl_warmup_steps -1", "kl_warmup_steps must not be negative, got -1"),
-    "a negative penalty": (f"{STAGE} --stage vae --mmd_weight -1", "mmd_weight=-1.0 .*must not be negative"),
+    "a negative penalty": (f"{STAGE} --stage vae --mmd_weight -1", "mmd_weight must not be negative, got -1.0"),
     "a penalty that is not a number": (
         f"{STAGE} --stage vae --mmd_weight nan",
         "mmd_weight must be a finite number, got nan",
@@ -340,7 +340,10 @@ CATALOGUE = {
     ),
     "a component that is missing": ("sample partless --output out.png", "partless"),
     "a component of any module": ("sample module --output out.png", "takes its vae from 'os', so it is no pipeline"),
-    "a config of unknown fields": ("sample fields --output out.png", "no field 'latents': did you mean 'latent_dim'"),
+    "a config that names a method": (
+        "sample fields --output out.png",
+        "no field 'to_dict' and cannot keep it: remove it from the file",
+    ),
     "weights that are not numbers": ("sample nans --output out.png", "weights of nans/vae hold NaN or infinity in"),
     "no images": (f"{SAMPLE} --num_images 0", "num_images must be an integer of at least 1, got 0"),
     "half an image": (f"{SAMPLE} --num_images 0.5", "'0.5'"),
@@ -485,7 +488,7 @@ def broken_pipelines(folder: Path):
     edit(copy("foreign") / "model_index.json", _class_name="LDMPipeline", vae=["diffusers", "AutoencoderKL"])
     shutil.rmtree(copy("partless") / "vae")
     edit(copy("module") / "model_index.json", vae=["os", "system"])
-    edit(copy("fields") / "vae/config.json", latents=3)
+    edit(copy("fields") / "vae/config.json", to_dict=3)
     weights = copy("nans") / "vae/model.safetensors"
     save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
 

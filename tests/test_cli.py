@@ -1,11 +1,13 @@
 """The command line as a user meets it: help, mistakes, files."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +19,15 @@ from helpers import SIZE, encoded, noise, run
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
+import hf_vaeplus
 from hf_vaeplus import (
     VAEPlusAutoencoderModel,
     VAEPlusPipeline,
 )
 from hf_vaeplus.cli.flags import parse_stage_options
-from hf_vaeplus.cli.main import run_command
+from hf_vaeplus.cli.main import build_parser, main, run_command
 from hf_vaeplus.data import cache
+from hf_vaeplus.progress import tqdm
 from hf_vaeplus.training import stages
 from hf_vaeplus.training.options import STAGES
 
@@ -59,6 +63,26 @@ def test_help_of_a_command_shows_an_example_that_it_accepts(command, home, monke
     assert len(seen) == len(examples)
 
 
+def test_the_version_is_that_of_the_package():
+    assert run("--version") == (0, f"vaeplus {hf_vaeplus.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["train", "train_stage"])
+def test_the_help_of_config_lists_the_presets(command, capsys):
+    with contextlib.suppress(SystemExit):
+        parse_stage_options("", ["--help"]) if command == "train_stage" else main([command, "--help"])
+    presets = Path(hf_vaeplus.__file__).parent.joinpath("presets").glob("*.yaml")
+    assert ", ".join(sorted(path.stem for path in presets)) in " ".join(capsys.readouterr().out.split())
+
+
+def test_hyphens_stand_for_underscores():
+    argv = ["--stage", "autoencoder", "--train-data-dir=my-pictures", "--no-use-ema", "--max-train_steps", "7"]
+    options = parse_stage_options("", argv)
+    assert (options.train_data_dir, options.use_ema, options.max_train_steps) == ("my-pictures", False, 7)
+    args = build_parser().parse_args(["sample", "--num-images", "3", "--", "--a-folder"])
+    assert (args.num_images, args.pipeline) == (3, "--a-folder")
+
+
 # ----------------------------------------------------------------------------------------------------- mistakes
 
 PIPE = "home/pipeline"
@@ -67,12 +91,17 @@ EVAL = f"evaluate {PIPE} --dataset_name digits --max_images 40"
 MISTAKES = {
     # argparse's own
     "no command": ("", "COMMAND"),
-    "an unknown command": ("trian", "'trian'.*quickstart"),
+    "an unknown command": ("trian", "'trian', did you mean train.*quickstart"),
     "no preset": ("train", "--config"),
-    "an unknown flag": (f"{TRAIN} --lerning_rate 0.1", "--lerning_rate"),
+    "an unknown flag": (f"{TRAIN} --lerning_rate 0.1", "no option --lerning_rate, did you mean --learning_rate"),
+    "an unknown flag with hyphens": (
+        f"{TRAIN} --lerning-rate=0.1",
+        "no option --lerning-rate, did you mean --learning",
+    ),
+    "a flag like no other": (f"{TRAIN} --zzz", r"no option --zzz \("),
     "a shortened flag": (f"sample {PIPE} --num_image 3", "--num_image"),
     "a number that is none": (f"{TRAIN} --seed one", "--seed.*'one'"),
-    "a choice that is none": (f"{TRAIN} --mixed_precision fp8", "'fp8'.*bf16"),
+    "a choice that is none": (f"{TRAIN} --mixed_precision fb16", "'fb16', did you mean .p16.*bf16"),
     "one picture to interpolate": (f"interpolate {PIPE} home/0.png", "IMAGE"),
     "a setting without a value": (f"{TRAIN} --set vae.seed", "NAME=VALUE"),
     "a setting with broken YAML": (f"{TRAIN} --set vae.model=[1,", "readable"),
@@ -84,6 +113,11 @@ MISTAKES = {
     "a pipeline that the Hub lacks": ("sample nobody/nothing", "there is no folder nobody/nothing"),
     "a missing picture": (f"reconstruct {PIPE} home/9.png", "home/9.png is not a readable picture.*No such file"),
     "an unreadable picture": (f"reconstruct {PIPE} home/0.png home/notes.txt", "notes.txt is not a readable picture"),
+    "a folder without pictures": (f"reconstruct {PIPE} home/pipeline", "folder home/pipeline holds no pictures"),
+    "pictures of which none is one": (
+        f"reconstruct {PIPE} home/notes.txt --on_bad_image skip --quiet",
+        "none of the pict",
+    ),
     "a folder as a picture": (f"interpolate {PIPE} home/0.png home", "home is not a readable picture"),
     # numbers
     "no images": (f"sample {PIPE} --num_images 0", "num_images must be an integer of at least 1, got 0"),
@@ -107,10 +141,13 @@ MISTAKES = {
     "a field of the wrong type": (f"{TRAIN} --set vae.model.latent_dim=five", "latent_dim.*expected int"),
     "a number without a dot": (f"{TRAIN} --set vae.learning_rate=1e-3", "needs the dot"),
     "a negative number of steps": (f"{TRAIN} --max_train_steps -1", "max_train_steps must be positive, got -1"),
-    "a negative number of samples": (f"{TRAIN} --max_train_samples -1", "max_samples must be at least 1"),
+    "a negative number of samples": (f"{TRAIN} --max_train_samples -1", "max_train_samples must be at least 1"),
     "one image": (f"{TRAIN} --max_train_samples 1", "at least two"),
     "a seed out of range": (f"{TRAIN} --seed {2**63}", "seed must be below"),
-    "a resolution that does not divide": (f"{TRAIN} --resolution 36", "multiple of"),
+    "a resolution that does not divide": (
+        f"{TRAIN} --resolution 37",
+        r"cannot take images of resolution 37, the nearest that it can take: 32 and 40 \(.*multiple of",
+    ),
     "an output folder that is a file": ("train --config home/tiny.yaml --output_dir home/notes.txt", "notes.txt"),
     "an output folder below a file": ("train --config home/tiny.yaml --output_dir home/notes.txt/a", "notes.txt/a"),
     "two sources": (f"{TRAIN} --train_data_dir home --train_data_files a.parquet", "exactly one of"),
@@ -164,6 +201,27 @@ def test_a_mistake_gives_one_sentence_and_exit_code_2(command, message, working_
     assert set(home.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [f"sample {PIPE}", f"reconstruct {PIPE} home/0.png", f"interpolate {PIPE} home/0.png home/1.png", EVAL],
+    ids=lambda command: command.split()[0],
+)
+def test_a_file_that_exists_is_replaced_only_with_overwrite(command, working_folder, monkeypatch):
+    """Without the flag it is refused before the work."""
+    output = working_folder / ("old.json" if command == EVAL else "old.png")
+    output.write_bytes(b"old")
+    words = [*command.split(), "--output", output.name]
+    with monkeypatch.context() as patch:
+        patch.setattr(VAEPlusPipeline, "from_pretrained", lambda *args, **options: pytest.fail("began to work"))
+        code, _, errors = run(*words)
+    assert code == 2 and f"{output.name} exists: add --overwrite to replace it" in errors and errors.count("\n") == 1
+    assert output.read_bytes() == b"old"
+    few = ["--num_images", "4"] if words[0] in ("sample", "evaluate") else []
+    code, printed, _ = run(*words, *few, "--overwrite")
+    assert code == 0 and printed.endswith(f"saved {output.name}\n") or f"saved in {output.name}\n" in printed
+    assert output.read_bytes() != b"old"
+
+
 @pytest.mark.parametrize("flags", ["--output home/notes.txt", "--output home", "--output .png", "--output samples",
                                    "--output home/notes.txt/a.png", "--separate --output home/notes.txt",
                                    "--separate --output home/notes.txt/a"])  # fmt: skip
@@ -213,13 +271,13 @@ def test_an_error_of_the_program_keeps_its_traceback():
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch):
-    def interrupted(options):
+    def interrupted(options, images):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "run_stage", interrupted)
     code, _, errors = run(*TRAIN.split())
     assert code == 130
-    assert re.search("interrupted; .* same command .*--resume_from_checkpoint latest", errors.splitlines()[-1])
+    assert errors.splitlines()[-1].endswith("interrupted; the same command goes on from the newest checkpoint")
 
 
 def test_divergence_has_its_own_exit_code(working_folder):
@@ -332,9 +390,9 @@ def test_training_three_images_still_ends_in_a_report(working_folder):
 def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_folder, monkeypatch):
     opened, hashed = [], []
 
-    def open_and_count(*args, **options):
-        opened.append(options["train_data_dir"])
-        return open_source(*args, **options)
+    def open_and_count(options, *args):
+        opened.append(options.train_data_dir)
+        return open_source(options, *args)
 
     def hash_and_count(file, *args):
         hashed.append(Path(file.name))
@@ -366,7 +424,9 @@ def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_fold
 
 def test_the_report_on_a_stream_does_not_decode_the_whole_source(monkeypatch):
     counts = []
-    monkeypatch.setattr(stages, "load_images", lambda *args, max_samples, **rest: counts.append(max_samples) or [1, 2])
+    monkeypatch.setattr(
+        stages, "open_cache", lambda options, *args, **rest: counts.append(options.max_train_samples) or [1, 2]
+    )
     monkeypatch.setattr(stages, "train_stages", lambda *args, **rest: pytest.fail("far enough", pytrace=False))
     for flags in ([], ["--max_train_samples", "5000"], ["--max_train_samples", "30"]):
         with pytest.raises(pytest.fail.Exception, match="far enough"):
@@ -401,7 +461,9 @@ def test_evaluate_prints_json_and_depends_on_the_seed(working_folder):
     first = json.loads(output)
     assert code == 0 and first == json.loads((working_folder / "new/first.json").read_text())
     assert list(first["sets"])[-1] == "second_stage"
-    again, other = (json.loads(run(*EVALUATION.split(), "--json", "--seed", seed)[1]) for seed in "01")
+    again, other = (
+        json.loads(run(*EVALUATION.split(), "--json", "--seed", seed, "--output", f"{seed}.json")[1]) for seed in "01"
+    )
     assert again["sets"] == first["sets"] and again["likelihood"] == first["likelihood"]
     assert other["sets"]["real"] == first["sets"]["real"] and other["squared_error"] == first["squared_error"]
     for name in ("sets", "likelihood", "vae"):
@@ -428,7 +490,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_sample_draws_a_grid_that_depends_on_the_seed_alone(working_folder):
     first, again, other = (working_folder / f"{name}.png" for name in ("first", "again", "other"))
-    assert run("sample", PIPE, "--num_images", "5", "--output", str(first)) == (0, "", "")
+    assert run("sample", PIPE, "--num_images", "5", "--output", str(first)) == (0, f"saved {first}\n", "")
     run("sample", PIPE, "--num_images", "5", "--output", str(again), "--seed", "0", "--batch_size", "2")
     run("sample", PIPE, "--num_images", "5", "--output", str(other), "--seed", "1")
     grid = pixels(first)
@@ -446,8 +508,9 @@ def test_sample_at_temperature_0_draws_one_image(working_folder):
 
 @pytest.mark.parametrize("flags, folder", [([], "samples"), (["--output", "new/folder/"], "new/folder")])
 def test_separate_files_hold_the_images_of_the_grid(working_folder, flags, folder):
-    assert run("sample", PIPE, "--num_images", "3", "--output", "grid.png") == (0, "", "")
-    assert run("sample", PIPE, "--num_images", "3", "--separate", *flags) == (0, "", "")
+    assert run("sample", PIPE, "--num_images", "3", "--output", "grid.png") == (0, "saved grid.png\n", "")
+    said = f"saved 3 pictures in {folder}\n"
+    assert run("sample", PIPE, "--num_images", "3", "--separate", *flags) == (0, said, "")
     files = sorted((working_folder / folder).iterdir())
     assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
     grid = pixels(working_folder / "grid.png")
@@ -470,7 +533,8 @@ def test_separate_files_are_not_mixed_with_older_ones(working_folder):
 
 
 def test_reconstruct_draws_pairs(working_folder, home):
-    assert run("reconstruct", PIPE, *["home/0.png", "home/1.png"] * 3) == (0, "", "")
+    saved = "saved reconstructions.png\n"
+    assert run("reconstruct", PIPE, *["home/0.png", "home/1.png"] * 3) == (0, saved, "")
     grid = pixels(working_folder / "reconstructions.png")
     assert grid.shape == (2 * (SIZE + 1), 8 * (SIZE + 1), 3)
     with Image.open(home / "0.png") as picture:  # 40 x 50: the centre 40 x 40
@@ -482,17 +546,35 @@ def test_reconstruct_draws_pairs(working_folder, home):
 
 
 def test_a_crop_is_taken_from_the_centre_of_the_picture(working_folder, home):
-    assert run("reconstruct", PIPE, "home/0.png", "--crop", str(SIZE)) == (0, "", "")
+    assert run("reconstruct", PIPE, "home/0.png", "--crop", str(SIZE))[0] == 0
     with Image.open(home / "0.png") as picture:  # 40 x 50
         original = np.asarray(picture)[9 : 9 + SIZE, 4 : 4 + SIZE]
     np.testing.assert_array_equal(pixels(working_folder / "reconstructions.png")[1:, 1 : SIZE + 1], original)
     for crop, told in (("0", "--crop must be positive"), ("41", "smaller than crop=41")):
-        code, _, error = run("reconstruct", PIPE, "home/0.png", "--crop", crop)
+        code, _, error = run("reconstruct", PIPE, "home/0.png", "--crop", crop, "--overwrite")
         assert code == 2 and told in error
 
 
+def test_reconstruct_takes_folders_and_leaves_out_bad_pictures(working_folder, home, caplog):
+    (working_folder / "pictures" / "more").mkdir(parents=True)
+    shutil.copy(home / "0.png", working_folder / "pictures" / "more" / "b.png")
+    shutil.copy(home / "1.png", working_folder / "pictures" / "a.png")
+    (working_folder / "pictures" / "broken.jpg").write_bytes(b"no picture")
+    (working_folder / "pictures" / "notes.txt").write_text("not looked at")
+    command = ["reconstruct", PIPE, "pictures", "home/0.png", "--json"]
+    code, _, errors = run(*command)
+    assert code == 2 and "pictures/broken.jpg is not a readable picture" in errors
+    code, output, _ = run(*command, "--on_bad_image", "skip")
+    assert code == 0 and json.loads(output)["num_images"] == 3
+    assert "left out: pictures/broken.jpg is not a readable picture" in caplog.text
+    by_name = run("reconstruct", PIPE, "home/1.png", "home/0.png", "home/0.png", "--output", "named.png")
+    assert by_name[0] == 0
+    np.testing.assert_array_equal(pixels(working_folder / "reconstructions.png"), pixels(working_folder / "named.png"))
+
+
 def test_interpolate_draws_a_row_from_one_reconstruction_to_the_other(working_folder):
-    assert run("interpolate", PIPE, "home/0.png", "home/1.png", "--steps", "4") == (0, "", "")
+    saved = "saved interpolation.png\n"
+    assert run("interpolate", PIPE, "home/0.png", "home/1.png", "--steps", "4") == (0, saved, "")
     row = pixels(working_folder / "interpolation.png")
     assert row.shape == (SIZE + 1, 4 * (SIZE + 1), 3)
     run("reconstruct", PIPE, "home/0.png", "home/1.png")
@@ -507,6 +589,74 @@ def test_interpolate_draws_a_row_from_one_reconstruction_to_the_other(working_fo
 
 def process(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300)
+
+
+def test_what_needs_no_network_imports_no_library():
+    """Help, version, completion and usage errors; all in one process, which has imported nothing else."""
+    program = """
+import contextlib, io, sys
+from hf_vaeplus.cli.main import main
+for command, expected in {
+    "--help": 0, "--version": 0, "train --help": 0, "evaluate --help": 0, "completion bash": 0, "completion zsh": 0,
+    "": 2, "trian": 2, "sample": 2, "sample pipeline --num-image 3": 2, "train --config quickstart --seed one": 2,
+}.items():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = main(command.split())
+        except SystemExit as stop:
+            code = stop.code
+    assert code == expected, command
+    heavy = {"torch", "transformers", "diffusers", "accelerate", "datasets", "numpy", "PIL"} & sys.modules.keys()
+    assert not heavy, (command, heavy)
+"""
+    found = process("-c", program)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("module", ["hf_vaeplus.cli.flags", "torch", "transformers.modeling_utils", "diffusers"])
+def test_ctrl_c_during_an_import_ends_with_one_sentence(module, working_folder):
+    program = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background would ignore it
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from hf_vaeplus.cli.main import main
+sys.exit(main())
+"""
+    found = process("-c", program, "sample", PIPE)
+    assert (found.returncode, found.stdout) == (130, "")
+    assert found.stderr == "vaeplus: error: interrupted; nothing was written\n"
+    assert not (working_folder / "samples.png").exists()
+
+
+def test_an_interruption_says_what_was_written_before(monkeypatch):
+    def save(image, path, save=Image.Image.save):
+        if path.name.endswith("000002.png"):
+            raise KeyboardInterrupt
+        save(image, path)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    code, _, errors = run("sample", PIPE, "--num_images", "3", "--separate")
+    assert code == 130
+    assert errors.endswith("interrupted; files written before that: 2, the last is samples/000001.png\n")
+
+
+def test_quiet_leaves_results_alone(working_folder, home):
+    quiet = process("-m", "hf_vaeplus.cli", *f"{EVAL} --num-images 8 --quiet".split())
+    assert quiet.returncode == 0 and "saved in results.json" in quiet.stdout
+    assert quiet.stderr == ""
+
+
+def test_tqdm_disable_wins_over_the_choice_of_a_process(monkeypatch, capsys):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert list(tqdm(range(3), disable=False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("TQDM_DISABLE")
+    assert list(tqdm(range(3), disable=False)) == [0, 1, 2]
+    assert "3/3" in capsys.readouterr().err
 
 
 def test_a_mistake_in_a_process_of_its_own():

@@ -67,7 +67,8 @@ def test_evaluate_gives_its_file_as_one_line():
         f"sample {PIPE} --json --num_images many",  # of argparse, in a command
         f"sample {PIPE} --json --debug --num_images many",  # whose traceback would not help
         "card home somebody/something --json",
-        "quickstart --json",  # has no --json
+        "quickstart --json --seed -1",
+        "demo /nowhere --json --port 99999",
     ],
 )
 def test_a_mistake_is_json_as_well(command):

@@ -140,7 +140,9 @@ def test_interpolation_is_the_pipelines(handlers, pipe, files):
 
 
 def test_directions_come_in_the_order_of_their_kl(handlers, pipe):
-    posterior = pipe.encode(pipe(2000, torch.Generator().manual_seed(1), output_type="pt", batch_size=2000).images)
+    posterior = pipe.encode(
+        pipe(2000, torch.Generator().manual_seed(1), output_type="pt", decode_batch_size=2000).images
+    )
     kl = posterior.kl().mean(0)  # of other samples than the page takes
     assert handlers.kl.numpy() == pytest.approx(kl.numpy(), rel=0.2)
     assert len(set(handlers.directions)) == 8 and handlers.kl.argmin() not in handlers.directions

@@ -204,7 +204,7 @@ def test_a_mixture_draws_its_components_by_their_weights(pca):
     codes = centres[which.long()] + 1e-3 * torch.randn(200, LATENT_DIM, generator=generator)
     images = torch.cat([*sample_mixture(pipe, codes, torch.arange(400).split(100), 2)])
     distances = torch.stack(
-        [(images.int() - to_uint8(pipe.decode(each[None]))).abs().amax((1, 2, 3)) for each in centres]
+        [(images.int() - to_uint8(pipe.decode(each[None], "pt"))).abs().amax((1, 2, 3)) for each in centres]
     )
     assert distances.amin(0).max() <= 3  # every image is one of two
     assert 60 < int(distances.argmin(0).sum()) < 140  # a quarter of 400, within five standard deviations

@@ -460,6 +460,17 @@ def test_bad_options(changes, message):
         StageOptions(**changes)
 
 
+def test_an_assigned_option_is_checked_like_a_given_one():
+    options = StageOptions(train_data_dir=Path("pictures"), train_data_files=("a", Path("b")))
+    assert (options.train_data_dir, options.train_data_files) == ("pictures", ["a", "b"])  # as they are written down
+    with pytest.raises(ValueError, match="max_train_steps must be positive, got 0"):
+        options.max_train_steps = 0
+    with pytest.raises(ValueError, match="on_bad_image must be one of raise, skip, got 'ignore'"):
+        options.on_bad_image = "ignore"
+    with pytest.raises(ValueError, match="hub_token must be str or nothing, got list$"):
+        options.hub_token = ["a secret"]
+
+
 def test_misspelt_model_fields_are_refused_with_a_hint(options):
     with pytest.raises(ValueError, match="'hiden_dim': did you mean 'hidden_dim'"):
         build(options("vae", model={"hiden_dim": 3}))

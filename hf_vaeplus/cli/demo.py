@@ -2,7 +2,7 @@
 
 import socket
 
-from .flags import load_pipeline
+from .flags import add_json, load_pipeline
 
 
 def add_demo(commands):
@@ -21,7 +21,8 @@ def add_demo(commands):
     )
     parser.add_argument("--port", type=int, default=None, help="(default: the first free one from 7860)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
-    parser.set_defaults(run=_demo)
+    add_json(parser)
+    parser.set_defaults(run=_demo, interrupted="the page is closed")
 
 
 def _demo(args):
@@ -34,4 +35,9 @@ def _demo(args):
     except (OSError, OverflowError) as error:
         address = f"{args.host}:{args.port or ''}"
         raise ValueError(f"cannot serve at {address} ({error}): choose another --host or --port.") from error
-    serve(build_demo(load_pipeline(args)), server_name=args.host, server_port=args.port)
+    serve(
+        build_demo(load_pipeline(args)),
+        server_name=args.host,
+        server_port=args.port,
+        ready=lambda address: args.print_json({"url": address}),
+    )

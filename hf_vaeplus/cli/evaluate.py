@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .flags import add_data, add_pipeline, data_options, load_pipeline, writable, write_output
+from .flags import add_data, add_overwrite, add_pipeline, data_options, load_pipeline, output_file, write_output
 
 
 def add_evaluate(commands):
@@ -49,6 +49,7 @@ def add_evaluate(commands):
         "--num_importance_samples", type=int, default=0, help="per image, for likelihoods (default: 0, none)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
+    add_overwrite(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -63,7 +64,7 @@ def _evaluate(args):
     output = Path(args.output)
     if output.is_dir():
         raise IsADirectoryError(f"--output must name a file such as results.json, got the folder {output}.")
-    writable(output, output.parent)
+    output_file(args)
     args.device = args.device or str(process_state().device)  # of this process, where there are several
     pipe = load_pipeline(args)
     try:

@@ -2,13 +2,20 @@
 
 import argparse
 import dataclasses
+import difflib
+import logging
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import NoneType
+from typing import Literal, get_args, get_origin
 
 import yaml
+
+from ..fields import kinds_of
+from ..provenance import redact_record
 
 
 class UsageError(ValueError):
@@ -16,37 +23,128 @@ class UsageError(ValueError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Flags must be written out, and a mistake gives one sentence like any other, not the usage of sixty flags."""
+    """Flags must be written out, and a mistake gives one sentence like any other, not the usage of sixty flags.
+
+    A flag may be spelt with hyphens in place of its underscores. What is nearly a flag or a choice is named.
+    """
 
     def __init__(self, **options):
         super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--quiet", action=_Quiet, help="print results and errors, no progress bars and no warnings")
+
+    def parse_known_args(self, args=None, namespace=None):
+        flags = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        words = list(sys.argv[1:] if args is None else args)
+        for number, word in enumerate(words[: words.index("--") if "--" in words else None]):
+            name, equals, value = word.partition("=")
+            words[number] = flags.get(name.replace("_", "-"), name) + equals + value
+        namespace, unknown = super().parse_known_args(words, namespace)
+        for word in unknown:
+            if word.startswith("--"):
+                name = word.partition("=")[0]
+                self.error(f"there is no option {name}{_nearest(name, flags.values())}")
+        return namespace, unknown
 
     def error(self, message):
+        if choice := re.fullmatch(r"(.* invalid choice: '(.*)') \(choose from (.*)\)", message, re.DOTALL):
+            before, word, choices = choice.groups()
+            names = re.findall(r"[^\s,']+", choices)
+            message = f"{before}{_nearest(word, names)} (choose from {', '.join(names)})"
         raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
-def add_stage_options(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()):
+def _nearest(word: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+class _Quiet(argparse.Action):
+    """`TQDM_DISABLE` and the like, before the libraries that read them are imported."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, *args):
+        from huggingface_hub.utils import disable_progress_bars
+
+        os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        disable_progress_bars()
+        logging.disable(logging.WARNING)
+
+
+def calm_libraries():
+    """What the libraries say stays between the lines of a command: no bar for each file, no secret in a log."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for name in ("huggingface_hub", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(redact_record)
+
+
+def add_stage_options(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()):
     """One flag for every field of [`StageOptions`]. Flags that are not given leave no attribute behind."""
     from ..training.options import StageOptions
 
-    hints = get_type_hints(StageOptions)
     for entry in dataclasses.fields(StageOptions):
         if entry.name in leave_out:
             continue
-        kinds = [kind for kind in get_args(hints[entry.name]) or (hints[entry.name],) if kind is not type(None)]
+        kind = next(kind for kind in kinds_of(entry.type) if kind is not NoneType)
         flag = dict(default=argparse.SUPPRESS, help=entry.metadata["help"])
-        if kinds[0] is bool:
+        if kind is bool:
             flag["action"] = argparse.BooleanOptionalAction
-        elif kinds[0] is dict:
+        elif kind is dict:
             flag.update(nargs="+", action="extend", metavar="FIELD=VALUE", type=assignment)
         else:
-            flag.update(type=kinds[0], choices=entry.metadata.get("choices"), metavar=kinds[0].__name__.upper())
-            if flag["choices"]:
-                flag["metavar"] = "|".join(flag["choices"])
+            if get_origin(kind) is Literal:
+                flag.update(choices=get_args(kind), metavar="|".join(get_args(kind)))
+            else:
+                flag.update(type=kind, metavar=kind.__name__.upper())
             if entry.default not in (None, dataclasses.MISSING):
                 flag["help"] += f" (default: {entry.default})"
         parser.add_argument(f"--{entry.name}", **flag)
+
+
+def add_config(parser, purpose: str, **options):
+    from ..training.options import preset_names
+
+    names = ", ".join(preset_names())
+    parser.add_argument("--config", metavar="PRESET", help=f"{names} or a YAML file, {purpose}", **options)
+
+
+def check_resolution(options):
+    """Refuse, before anything is decoded, images of a size that the network of a stage cannot take.
+
+    Raises:
+        ValueError: names the nearest sizes that it can take.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ..modeling_vaeplus import VAEPlusAutoencoderConfig, VAEPlusVAEConfig
+
+    if options.stage == "second_stage" or options.autoencoder:  # trains on codes
+        return
+    channels = options.num_channels or 3
+
+    def mistake(size: int) -> Exception | None:
+        try:
+            if options.stage == "autoencoder":
+                VAEPlusAutoencoderConfig(**{"image_size": size, "num_channels": channels, **options.model})
+            else:
+                VAEPlusVAEConfig(**{"input_shape": (channels, size, size), "network": "conv", **options.model})
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            return error
+        return None
+
+    if error := mistake(options.resolution):
+        ways = range(options.resolution - 1, 0, -1), range(options.resolution + 1, 2 * options.resolution + 256)
+        nearest = [next((str(size) for size in way if not mistake(size)), None) for way in ways]
+        if any(nearest):  # otherwise the resolution is not what is wrong
+            raise ValueError(
+                f"the network cannot take images of resolution {options.resolution}, the nearest that it can take:"
+                f" {' and '.join(filter(None, nearest))} ({error})"
+            )
 
 
 def assignment(text: str) -> tuple[str, object]:
@@ -75,7 +173,7 @@ def parse_stage_options(description: str, argv: list[str] | None = None):
     from ..training.options import load_preset, stage_options
 
     parser = CommandParser(description=description)
-    parser.add_argument("--config", metavar="PRESET", help="preset by name, or a YAML file, that the flags override")
+    add_config(parser, "that the flags override")
     parser.add_argument("--dry_run", action="store_true", help="print the options as a preset for --config, then stop")
     add_stage_options(parser)
     args = parser.parse_args(argv)
@@ -87,27 +185,22 @@ def parse_stage_options(description: str, argv: list[str] | None = None):
         section = {n: value for n, value in dataclasses.asdict(options).items() if n not in ("stage", "hub_token")}
         print(yaml.safe_dump({options.stage: section}, sort_keys=False), end="")
         return None
+    calm_libraries()
     return options
 
 
-_DATA_OPTIONS = (
-    "dataset_name",
-    "train_data_dir",
-    "train_data_files",
-    "dataset_revision",
-    "image_column",
-    "crop",
-    "num_factors",
-    "on_bad_image",
-    "cache_dir",
-)
+def _data_options() -> set[str]:
+    """Options that say where images come from; a pipeline says what they must look like."""
+    from ..data.options import ImageOptions
+
+    names = {entry.name for entry in dataclasses.fields(ImageOptions)} | {"cache_dir"}
+    return names - {"split", "resolution", "num_channels", "max_train_samples", "random_flip"}
 
 
 def add_data(parser, purpose: str):
     from ..training.options import StageOptions
 
-    fields = dataclasses.fields(StageOptions)
-    add_stage_options(parser, leave_out=tuple(entry.name for entry in fields if entry.name not in _DATA_OPTIONS))
+    add_stage_options(parser, leave_out={entry.name for entry in dataclasses.fields(StageOptions)} - _data_options())
     parser.add_argument("--split", default="train", help=f"split to {purpose}, or a slice of it (default: train)")
     parser.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
 
@@ -118,7 +211,7 @@ def data_options(args, pipe, **options):
 
     channels, size, _ = pipe.image_shape
     source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
-    source |= {name: value for name, value in given_options(args).items() if name in _DATA_OPTIONS}
+    source |= {name: value for name, value in given_options(args).items() if name in _data_options()}
     return StageOptions(split=args.split, **source, **options)
 
 
@@ -145,14 +238,27 @@ def add_crop(parser):
     )
 
 
-def output_picture(path: str) -> Path:
-    """A picture that can be written there, found out before the work."""
+def add_overwrite(parser):
+    parser.add_argument("--overwrite", action="store_true", help="replace the file --output if it exists")
+
+
+def output_picture(args) -> Path:
+    """A picture that can be written at `--output`, found out before the work."""
     from ..data.sources import PICTURE_SUFFIXES
 
-    path = Path(path)
+    path = Path(args.output)
     if path.suffix.lower() not in PICTURE_SUFFIXES or path.is_dir():
         raise ValueError(f"--output must name a picture such as samples.png, got {path}.")
-    return writable(path, path.parent)
+    return output_file(args)
+
+
+def output_file(args) -> Path:
+    """`--output` as a file that can be written, and that exists only if `--overwrite` is given."""
+    path = Path(args.output)
+    writable(path, path.parent)
+    if path.exists() and not args.overwrite:
+        raise FileExistsError(f"{path} exists: add --overwrite to replace it, or name another --output.")
+    return path
 
 
 def writable(path: Path, folder: Path, option: str = "--output") -> Path:
@@ -168,6 +274,9 @@ def writable(path: Path, folder: Path, option: str = "--output") -> Path:
     return path
 
 
+written: list[Path] = []  # by the command that is running
+
+
 def write_output(path: Path, write: Callable[[Path], object]):
     """`write(path)`, whole or not at all: what was there stays until there is something in its place."""
     from ..files import write_whole
@@ -178,6 +287,7 @@ def write_output(path: Path, write: Callable[[Path], object]):
         raise OSError(
             f"{path} cannot be written ({error.strerror or error}): free some space or name another --output."
         ) from error
+    written.append(path)
 
 
 def written_record(args, files: list[Path], *options: str, **found) -> dict:
@@ -216,8 +326,29 @@ def load_pipeline(args):
     return pipe.to(device)
 
 
-def read_pictures(args, pipe):
-    """Pictures as the model wants them: `(count, C, H, W)` in [0, 1]."""
+def pictures_in(names: list[str]) -> list[Path]:
+    """Pictures, and in the place of a folder those in it and below, in the order of their paths."""
+    from ..data.sources import PICTURE_SUFFIXES
+
+    paths = []
+    for path in map(Path, names):
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+            if not found:
+                raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+            paths += found
+        else:
+            paths.append(path)
+    return paths
+
+
+def read_pictures(args, pipe, paths: list[Path] | None = None, skip: bool = False):
+    """Pictures as the model wants them: `(count, C, H, W)` in [0, 1].
+
+    Args:
+        paths: the pictures; `args.images` if not given.
+        skip: leave out those that cannot be used, with a warning for each.
+    """
     import numpy as np
     import torch
 
@@ -227,5 +358,14 @@ def read_pictures(args, pipe):
     channels, size, _ = pipe.image_shape
     if args.crop is not None and args.crop < 1:
         raise ValueError(f"--crop must be positive, got {args.crop}.")
-    arrays = [decode_image(Path(path), path, size, args.crop, channels) for path in args.images]
+    arrays = []
+    for path in map(Path, args.images if paths is None else paths):
+        try:
+            arrays.append(decode_image(path, path, size, args.crop, channels))
+        except ValueError as error:
+            if not skip:
+                raise
+            logging.warning("left out: %s", error)
+    if not arrays:
+        raise ValueError("none of the pictures can be used, expected at least one: name others.")
     return to_unit_range(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))

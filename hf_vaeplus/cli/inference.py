@@ -4,10 +4,12 @@ from pathlib import Path
 
 from .flags import (
     add_crop,
+    add_overwrite,
     add_pipeline,
     add_sharpness,
     load_pipeline,
     output_picture,
+    pictures_in,
     read_pictures,
     writable,
     write_output,
@@ -30,6 +32,7 @@ def add_sample(commands):
     parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
     add_sharpness(parser)
     parser.add_argument("--separate", action="store_true", help="write one file per image into the folder --output")
+    add_overwrite(parser)
     parser.set_defaults(run=_sample)
 
 
@@ -46,11 +49,12 @@ def _sample(args):
         if any(folder.iterdir()):  # old samples among the new ones would spoil whatever is measured on them
             raise FileExistsError(f"--output {folder} is not empty: name a new folder.")
     else:
-        output = output_picture(args.output or "samples.png")
+        args.output = args.output or "samples.png"
+        output = output_picture(args)
     pipe = load_pipeline(args)
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
     wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
-    wanted["batch_size"] = args.batch_size
+    wanted["decode_batch_size"] = args.batch_size
     if args.separate:
         files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
         for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
@@ -58,6 +62,7 @@ def _sample(args):
     else:
         files = [output]
         write_output(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
+    print(f"saved {args.num_images} pictures in {folder}" if args.separate else f"saved {output}")
     return written_record(args, files, "num_images", "seed", "temperature", "sharpness")
 
 
@@ -67,13 +72,22 @@ def add_reconstruct(commands):
         help="pass pictures through the model",
         description="Encode pictures and decode them again: a PNG of pairs, the original left of its reconstruction.\n"
         "Pictures are cropped to their centre and resized to what the model was trained on.",
-        epilog="example:\n  vaeplus reconstruct runs/faces/pipeline a.png b.jpg --output reconstructions.png",
+        epilog="examples:\n"
+        "  vaeplus reconstruct runs/faces/pipeline a.png b.jpg --output reconstructions.png\n"
+        "  vaeplus reconstruct runs/faces/pipeline photographs/ --on_bad_image skip --overwrite",
     )
     add_pipeline(parser, "reconstructions.png")
     add_sharpness(parser)
     parser.set_defaults(output="reconstructions.png")
-    parser.add_argument("images", nargs="+", help="pictures")
+    parser.add_argument("images", nargs="+", help="pictures, or folders of pictures")
     add_crop(parser)
+    parser.add_argument(
+        "--on_bad_image",
+        choices=("raise", "skip"),
+        default="raise",
+        help="refuse a picture that cannot be used, or leave it out with a warning (default: raise)",
+    )
+    add_overwrite(parser)
     parser.set_defaults(run=_reconstruct)
 
 
@@ -82,12 +96,14 @@ def _reconstruct(args):
 
     from ..pictures import image_grid
 
-    output = output_picture(args.output)
+    output = output_picture(args)
+    paths = pictures_in(args.images)
     pipe = load_pipeline(args)
-    images = read_pictures(args, pipe)
+    images = read_pictures(args, pipe, paths, skip=args.on_bad_image == "skip")
     decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
     pairs = torch.stack([images, decoded], 1)
     write_output(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
+    print(f"saved {output}")
     return written_record(args, [output], "sharpness", num_images=len(images))
 
 
@@ -104,15 +120,17 @@ def add_interpolate(commands):
     parser.add_argument("images", nargs=2, metavar="IMAGE", help="first and last picture")
     add_crop(parser)
     parser.add_argument("--steps", type=int, default=9, help="images on the way, ends included (default: 9)")
+    add_overwrite(parser)
     parser.set_defaults(run=_interpolate)
 
 
 def _interpolate(args):
     from ..pictures import image_grid
 
-    output = output_picture(args.output)
+    output = output_picture(args)
     pipe = load_pipeline(args)
     first, last = read_pictures(args, pipe)
-    path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
+    path = pipe.interpolate(first, last, args.steps, output_type="pt", decode_batch_size=args.batch_size)
     write_output(output, image_grid(path[0], columns=args.steps).save)
+    print(f"saved {output}")
     return written_record(args, [output], "steps")

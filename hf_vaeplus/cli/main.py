@@ -1,21 +1,18 @@
-"""The command line `vaeplus`: finds the command, runs it, and turns a user's mistake into one sentence."""
+"""The command line `vaeplus`: finds the command, runs it, and turns a user's mistake into one sentence.
+
+This file and the other files of the command line import the libraries in the functions that need them. Help, version,
+completion and the refusal of a mistake come at once, and Ctrl-C during an import ends like Ctrl-C at any other time.
+"""
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import traceback
 
-from .demo import add_demo
-from .evaluate import add_evaluate
-from .flags import CommandParser, UsageError
-from .inference import add_interpolate, add_reconstruct, add_sample
-from .publish import add_card, add_encode, add_push
-from .train import add_quickstart, add_train
-
 _EPILOG = """\
-Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command.
+Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command. Hyphens and underscores are the same in
+the names of options.
 
 exit codes:
   0    done
@@ -23,8 +20,9 @@ exit codes:
   3    training diverged; the last good state is saved
   130  interrupted; 143 terminated (training saves its state first)
 
-with --json, where a command has it, standard output is one line with one JSON object: what was done, with the files
-written, or {"error": "the sentence"}. Everything for people goes to standard error.
+with --json standard output is one line with one JSON object: what was done, with the files written, or
+{"error": "the sentence"}. Everything for people goes to standard error. Every command has it but completion, which
+prints a script.
 
 examples:
   vaeplus quickstart
@@ -37,77 +35,116 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: _dispatch(argv), argv)
 
 
-def run_command(command, argv: list[str] | None = None) -> int:
-    """Run `command()`; a user's mistake becomes one sentence and an exit code instead of a traceback."""
-    from huggingface_hub.errors import (
-        HTTPError,  # of httpx, whichever it uses
-        LocalTokenNotFoundError,
-        StrictDataclassError,
-    )
-    from safetensors import SafetensorError
-    from transformers.utils.logging import disable_progress_bar
+def run_command(command, argv: list[str] | None = None, interrupted: str = "nothing was written") -> int:
+    """Run `command()`; a user's mistake becomes one sentence and an exit code instead of a traceback.
 
-    from ..hub.client import explain
-    from ..provenance import redact_record, redacted
-    from ..training.loop import TrainingDiverged
-
-    disable_progress_bar()  # one bar for the training, none for each file that is read or written
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    for name in (None, "huggingface_hub", "transformers"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(redact_record)
+    Args:
+        argv: the words of the command line; those of this process if not given.
+        interrupted: what the sentence says after Ctrl-C, unless the exception has an attribute of this name.
+    """
     words = sys.argv if argv is None else argv
-    if argv is None:  # this process is the command's
+    try:
+        return _run(command, words, is_process=argv is None)
+    except KeyboardInterrupt as error:
+        sentence = f"{str(error) or 'interrupted'}; {getattr(error, 'interrupted', interrupted)}"
+        return _complain(sentence, words, 128 + getattr(error, "signal", 2))
+
+
+def _run(command, words: list[str], is_process: bool) -> int:
+    import logging
+
+    from ..provenance import redact_record, redacted
+    from .flags import UsageError, calm_libraries
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(redact_record)
+    if is_process:
         sys.excepthook = lambda *error: print(redacted("".join(traceback.format_exception(*error))), file=sys.stderr)
-
-    def complain(error, code: int) -> int:
-        sentence = redacted(" ".join(str(error).split()))
-        print(f"vaeplus: error: {sentence}", file=sys.stderr)
-        if "--json" in words:
-            print(json.dumps({"error": sentence}))
-        return code
-
+    if "transformers" in sys.modules:  # a script that imported it before it came here
+        calm_libraries()
     try:
         command()
-    except TrainingDiverged as error:
-        return complain(error, 3)
-    except UsageError as error:
-        return complain(error, 2)
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError, HTTPError, SafetensorError, StrictDataclassError) as error:
-        if "--debug" in words:
+    except UsageError as error:
+        return _complain(error, words, 2)
+    except Exception as error:
+        from huggingface_hub.errors import (
+            HTTPError,  # of httpx, whichever it uses
+            LocalTokenNotFoundError,
+            StrictDataclassError,
+        )
+        from safetensors import SafetensorError
+
+        from ..hub.client import explain
+
+        loop = sys.modules.get("hf_vaeplus.training.loop")  # without it nothing has been trained
+        if loop is not None and isinstance(error, loop.TrainingDiverged):
+            return _complain(error, words, 3)
+        mistakes = ValueError, TypeError, OSError, HTTPError, SafetensorError, StrictDataclassError
+        if "--debug" in words or not isinstance(error, mistakes):
             raise
         if isinstance(error, HTTPError | LocalTokenNotFoundError):
             error = explain(error)
-        return complain(error, 2)
-    except KeyboardInterrupt as error:
-        return complain(
-            f"{str(error) or 'interrupted'}; a training goes on from its newest checkpoint with the same command (of"
-            " train_stage.py: and --resume_from_checkpoint latest), anything else begins anew",
-            128 + getattr(error, "signal", 2),
-        )
+        return _complain(error, words, 2)
     return 0
+
+
+def _complain(error, words: list[str], code: int) -> int:
+    from ..provenance import redacted
+
+    sentence = redacted(" ".join(str(error).split()))
+    print(f"vaeplus: error: {sentence}", file=sys.stderr)
+    if "--json" in words:
+        print(json.dumps({"error": sentence}))
+    return code
 
 
 def _dispatch(argv):
     from ..provenance import redacted
+    from . import flags
 
     args = build_parser().parse_args(argv)
-    as_json = getattr(args, "json", False)
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        found = args.run(args)
-    if as_json and found is not None:  # of the main process, where there are several
-        print(redacted(json.dumps(found)))
+    if args.run is not _completion:
+        flags.calm_libraries()
+    standard_output, as_json = sys.stdout, getattr(args, "json", False)
+
+    def print_json(found: dict):
+        if as_json:
+            print(redacted(json.dumps(found)), file=standard_output, flush=True)
+
+    args.print_json = print_json
+    flags.written.clear()
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            found = args.run(args)
+    except KeyboardInterrupt as error:
+        if hasattr(args, "interrupted"):
+            error.interrupted = args.interrupted
+        elif flags.written:
+            error.interrupted = f"files written before that: {len(flags.written)}, the last is {flags.written[-1]}"
+        raise
+    if found is not None:  # of the main process, where there are several
+        print_json(found)
 
 
-def build_parser() -> CommandParser:
+def build_parser():
     """The parser of `vaeplus`; what it parses has a `run` that takes the result and returns what `--json` prints."""
+    from ..version import __version__
+    from .demo import add_demo
+    from .evaluate import add_evaluate
+    from .flags import CommandParser
+    from .inference import add_interpolate, add_reconstruct, add_sample
+    from .publish import add_card, add_encode, add_push
+    from .train import add_quickstart, add_train
+
     parser = CommandParser(
         prog="vaeplus",
         description="VAE+: train a generative autoencoder in three stages, then sample from it in one pass.",
         epilog=_EPILOG,
     )
+    parser.add_argument("--version", action="version", version=f"vaeplus {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         add_quickstart,

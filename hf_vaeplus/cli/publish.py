@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .flags import add_data, add_json, add_pipeline, data_options, load_pipeline, writable, written_record
+from .flags import add_data, add_json, add_pipeline, data_options, load_pipeline, writable, written, written_record
 
 
 def add_card(commands):
@@ -24,7 +24,7 @@ def add_card(commands):
     parser.add_argument("--license", default="other", help="licence of the weights, by the Hub's ids (default: other)")
     parser.add_argument("--output", default=None, help="folder of the card (default: the run's pipeline folder)")
     add_json(parser)
-    parser.set_defaults(run=_card)
+    parser.set_defaults(run=_card, interrupted="the same command writes the whole card again")
 
 
 def _card(args):
@@ -82,7 +82,7 @@ def add_push(commands):
     )
     parser.add_argument("--message", default=None, help="title of the commit")
     add_json(parser)
-    parser.set_defaults(run=_push, device="cpu")
+    parser.set_defaults(run=_push, device="cpu", interrupted="the same command goes on where it stopped")
 
 
 def _push(args):
@@ -145,6 +145,7 @@ def _encode(args):
     if output.is_dir():
         (output / "README.md").write_text(latents_card(*about, output.name))
     print(f"saved {num_images:,} posteriors in {output}")
+    written.extend(files)
     found = written_record(args, files, "split", num_images=num_images, latent_dim=pipe.vae.config.latent_dim)
     if not args.push_to_hub:
         return found

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from ..evaluation.tables import summary_table
-from .flags import add_json, add_stage_options, assignment, given_options, writable
+from .flags import add_config, add_json, add_stage_options, assignment, check_resolution, given_options, writable
 
-_STARTED = time.perf_counter()  # the command line imports this file first: the wall time includes every later import
+_STARTED = time.perf_counter()  # before any library is imported: the wall time includes the imports
+_INTERRUPTED = "the same command goes on from the newest checkpoint"
 
 
 def add_quickstart(commands):
@@ -27,13 +28,12 @@ def add_quickstart(commands):
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--cache_dir", default=None, help="where decoded images are kept (default: $VAEPLUS_CACHE)")
     add_json(parser)
-    parser.set_defaults(
-        run=lambda args: _train(
-            "quickstart",
-            Path(args.output_dir),
-            {"num_factors": args.num_factors, "seed": args.seed, "cache_dir": args.cache_dir},
-        )
-    )
+    parser.set_defaults(run=_run_quickstart, interrupted=_INTERRUPTED)
+
+
+def _run_quickstart(args):
+    overrides = {"num_factors": args.num_factors, "seed": args.seed, "cache_dir": args.cache_dir}
+    return _train("quickstart", Path(args.output_dir), overrides)
 
 
 def add_train(commands):
@@ -47,7 +47,7 @@ def add_train(commands):
         "  vaeplus train --config quickstart --set vae.max_train_steps=200 vae.model.latent_dim=8\n"
         "  accelerate launch -m hf_vaeplus.cli train --config celeba64-cpu --dataset_name celeba",
     )
-    parser.add_argument("--config", required=True, metavar="PRESET", help="preset by name, or a YAML file")
+    add_config(parser, "that the options below override", required=True)
     parser.add_argument(
         "--set",
         nargs="+",
@@ -64,15 +64,12 @@ def add_train(commands):
     )
     parser.add_argument("--output_dir", default="runs/vaeplus", help="where everything goes (default: %(default)s)")
     add_json(parser)
-    parser.set_defaults(
-        run=lambda args: _train(
-            args.config,
-            Path(args.output_dir),
-            {name: value for name, value in given_options(args).items() if name != "output_dir"},
-            args.set,
-            args.evaluation_split,
-        )
-    )
+    parser.set_defaults(run=_run_train, interrupted=_INTERRUPTED)
+
+
+def _run_train(args):
+    overrides = {name: value for name, value in given_options(args).items() if name != "output_dir"}
+    return _train(args.config, Path(args.output_dir), overrides, args.set, args.evaluation_split)
 
 
 def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), evaluation_split: str | None = None):
@@ -83,6 +80,8 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
 
     preset = _with_settings(load_preset(preset_name), settings)
     options = all_stage_options(preset, output_dir, **overrides)
+    for each in options.values():
+        check_resolution(each)
     is_main_process = process_state().is_main_process
     writable(output_dir, output_dir, "--output_dir")
     with sole_run(output_dir) if is_main_process else contextlib.nullcontext():

@@ -9,12 +9,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from ..data.cache import keep_batch
 from ..data.pixels import to_unit_range
 from ..files import build_once
 from ..modeling_vaeplus import VAEPlusPreTrainedModel
+from ..progress import tqdm
 
 
 def process_state() -> PartialState:

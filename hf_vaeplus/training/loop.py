@@ -32,12 +32,12 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from ..data.cache import keep_batch
 from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
+from ..progress import tqdm
 from .checkpoints import TrainingState, drop_oldest, find_checkpoint, list_checkpoints, save_model
 from .logs import HealthWatch, drop_lines_after, postfix
 from .options import LOCAL_OPTIONS, TrainingOptions, recorded_options, refuse_fp16_on_cpu, refuse_other_options

@@ -42,6 +42,7 @@ from transformers import get_scheduler
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import build_parser
+from hf_vaeplus.data.options import ImageOptions
 from hf_vaeplus.data.sources import open_source
 from hf_vaeplus.image_processing_vaeplus import decode_image
 from hf_vaeplus.modeling_vaeplus import (
@@ -262,7 +263,8 @@ def picture(folder: Path):
 
 
 def _read(**source):
-    source, _, _ = open_source(**source, resolution=8, num_channels=3)
+    nowhere = Path(os.devnull)  # no hash of a file is kept
+    source, _ = open_source(ImageOptions(**source, resolution=8, num_channels=3), nowhere)
     for row in source.rows():
         refusal((ValueError,), source.decode, [row], names=row[0])
 
