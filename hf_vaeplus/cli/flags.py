@@ -125,7 +125,7 @@ def check_resolution(options):
 
     if options.stage == "second_stage" or options.autoencoder:  # trains on codes
         return
-    channels = options.num_channels or 3
+    channels = options.source_channels
 
     def mistake(size: int) -> Exception | None:
         try:
@@ -211,7 +211,8 @@ def data_options(args, pipe, **options):
 
     channels, size, _ = pipe.image_shape
     source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
-    source |= {name: value for name, value in given_options(args).items() if name in _data_options()}
+    names = _data_options()
+    source |= {name: value for name, value in given_options(args).items() if name in names}
     return StageOptions(split=args.split, **source, **options)
 
 
