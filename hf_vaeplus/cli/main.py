@@ -45,7 +45,7 @@ def run_command(command, argv: list[str] | None = None, interrupted: str = "noth
     words = sys.argv if argv is None else argv
     try:
         return _run(command, words, is_process=argv is None)
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt as error:  # imports nothing: an import may be what was interrupted
         sentence = f"{str(error) or 'interrupted'}; {getattr(error, 'interrupted', interrupted)}"
         return _complain(sentence, words, 128 + getattr(error, "signal", 2))
 
@@ -63,12 +63,16 @@ def _run(command, words: list[str], is_process: bool) -> int:
         sys.excepthook = lambda *error: print(redacted("".join(traceback.format_exception(*error))), file=sys.stderr)
     if "transformers" in sys.modules:  # a script that imported it before it came here
         calm_libraries()
+
+    def one_sentence(error) -> str:
+        return redacted(" ".join(str(error).split()))
+
     try:
         command()
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
-        return _complain(error, words, 2)
+        return _complain(one_sentence(error), words, 2)
     except Exception as error:
         from huggingface_hub.errors import (
             HTTPError,  # of httpx, whichever it uses
@@ -81,20 +85,17 @@ def _run(command, words: list[str], is_process: bool) -> int:
 
         loop = sys.modules.get("hf_vaeplus.training.loop")  # without it nothing has been trained
         if loop is not None and isinstance(error, loop.TrainingDiverged):
-            return _complain(error, words, 3)
+            return _complain(one_sentence(error), words, 3)
         mistakes = ValueError, TypeError, OSError, HTTPError, SafetensorError, StrictDataclassError
         if "--debug" in words or not isinstance(error, mistakes):
             raise
         if isinstance(error, HTTPError | LocalTokenNotFoundError):
             error = explain(error)
-        return _complain(error, words, 2)
+        return _complain(one_sentence(error), words, 2)
     return 0
 
 
-def _complain(error, words: list[str], code: int) -> int:
-    from ..provenance import redacted
-
-    sentence = redacted(" ".join(str(error).split()))
+def _complain(sentence: str, words: list[str], code: int) -> int:
     print(f"vaeplus: error: {sentence}", file=sys.stderr)
     if "--json" in words:
         print(json.dumps({"error": sentence}))
