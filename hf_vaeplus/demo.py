@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from .data.pixels import to_uint8, to_unit_range
 from .image_processing_vaeplus import decode_image
 from .metrics.latents import PosteriorStatistics
 from .metrics.reconstruction import psnr, squared_error
+
+if TYPE_CHECKING:
+    from .pipeline_vaeplus import VAEPlusPipeline
 
 try:
     import gradio as gr
@@ -82,7 +86,7 @@ class Handlers:
         ValueError: one sentence for the visitor, from every method, about a value that cannot be used.
     """
 
-    def __init__(self, pipe):
+    def __init__(self, pipe: "VAEPlusPipeline"):
         self.pipe = pipe
         self.sharpens = pipe.autoencoder is not None and pipe.autoencoder.config.matched_spectrum
         generator = torch.Generator().manual_seed(0)
@@ -154,7 +158,7 @@ class Handlers:
         """The picture as the model sees it, its reconstruction, a draw from its posterior, and figures in Markdown."""
         seen = self.read(file)
         posterior = self.pipe.encode(seen)
-        again = self.pipe.decode(posterior.mean)
+        again = self.pipe.decode(posterior.mean, "pt")
         error = squared_error(again, seen)
         figures = (
             f"Squared error **{error.item():.4g}** (summed over {seen.numel()} values in [0, 1]; PSNR"
@@ -168,7 +172,7 @@ class Handlers:
         return self._draw(self.pipe.encode(self.read(file)))
 
     def _draw(self, posterior) -> Image.Image:
-        return _picture(self.pipe.decode(posterior.sample()))
+        return self.pipe.decode(posterior.sample())[0]
 
     def interpolate(self, first, last, steps) -> list[Image.Image]:
         """`steps` pictures from the first uploaded picture to the last."""
@@ -185,7 +189,7 @@ class Handlers:
 
     def _start(self, images) -> tuple:
         z = self.pipe.encode(images).mean
-        return z, _picture(self.pipe.decode(z)), *self._slider_values(z)
+        return z, self.pipe.decode(z)[0], *self._slider_values(z)
 
     def _slider_values(self, z) -> list[float]:
         return [round(min(max(z[0, j].item(), -RANGE), RANGE), 2) for j in self.directions]
@@ -199,7 +203,7 @@ class Handlers:
             value = _number(f"the direction z{j}", value, -RANGE, RANGE)
             if value != start:  # `start` is rounded and cut to the range: what is not moved stays exact
                 z[0, j] = value
-        return _picture(self.pipe.decode(z))
+        return self.pipe.decode(z)[0]
 
     def reset(self, z) -> tuple:
         """The picture and the sliders as they were at the start."""
@@ -223,7 +227,7 @@ def _picture(images: torch.Tensor) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def build_demo(pipe) -> gr.Blocks:
+def build_demo(pipe: "VAEPlusPipeline") -> gr.Blocks:
     """The page of a pipeline: four tabs, filled with samples of the pipeline. [`serve`] starts it.
 
     It takes 256 samples and their posteriors to order the latent directions by their KL.

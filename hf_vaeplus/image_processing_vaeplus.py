@@ -5,6 +5,8 @@ repository can carry it alone.
 """
 
 import io
+from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,11 +14,14 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 # What files are opened as. Left to itself Pillow would also hand PostScript to an interpreter of programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+Picture = Image.Image | np.ndarray
 # What the library itself puts into a processor's keyword arguments; anything else unknown is a misspelling.
 _LIBRARY_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
 
-def decode_image(content, label, resolution, crop, num_channels):
+def decode_image(
+    content: bytes | Path | Image.Image | np.ndarray, label: str, resolution: int, crop: int | None, num_channels: int
+) -> np.ndarray:
     """Decode, crop and resize one picture. Transparency is dropped.
 
     Args:
@@ -92,19 +97,23 @@ class VAEPlusImageProcessor(BaseImageProcessor):
                 f"VAEPlusImageProcessor got the unknown argument {unknown[0]!r}: it takes image_size, num_channels and"
                 " crop."
             )
-        if image_size < 1 or num_channels not in (1, 3) or (crop is not None and crop < 1):
+        counts = image_size, num_channels, *([] if crop is None else [crop])
+        if not all(isinstance(each, Integral) and each >= 1 for each in counts) or num_channels not in (1, 3):
             raise ValueError(
                 "VAEPlusImageProcessor needs image_size and crop of at least 1 and num_channels of 1 or 3, got"
                 f" {image_size}, {crop} and {num_channels}."
             )
         super().__init__(**kwargs)
-        self.image_size, self.num_channels, self.crop = image_size, num_channels, crop
+        self.image_size, self.num_channels = int(image_size), int(num_channels)  # numpy's integers are no JSON
+        self.crop = None if crop is None else int(crop)
 
-    def preprocess(self, images, return_tensors: str | None = None) -> BatchFeature:
+    def preprocess(
+        self, images: Picture | list[Picture] | tuple[Picture, ...], return_tensors: str | None = None
+    ) -> BatchFeature:
         """What calling the processor does.
 
         Args:
-            images: a PIL image or uint8 array of shape `(H, W)` or `(H, W, 3)`, of any size, or a list of them.
+            images: a PIL image or uint8 array of shape `(H, W)` or `(H, W, 3)`, of any size; one or a list of them.
             return_tensors (`"pt" | "np"`, *optional*): torch tensors, or numpy arrays as without it.
 
         Returns:

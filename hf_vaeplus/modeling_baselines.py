@@ -116,14 +116,20 @@ class WAEMMDOutput(ModelOutput):
     squared_error (`torch.FloatTensor` of shape `()`): per sample, summed over its values, mean over the batch.
     mmd (`torch.FloatTensor` of shape `()`): unbiased squared MMD between codes and prior; it can be negative.
     reconstruction (`torch.FloatTensor` of shape `(batch, *input_shape)`).
-    posterior ([`GaussianPosterior`]): a point, of variance exp(-30).
+    posterior_mean, posterior_logvar (`torch.FloatTensor` of shape `(batch, latent_dim)`): as in `VAEPlusVAEOutput`, of
+        a point: the variance is exp(-30).
     """
 
     loss: torch.FloatTensor | None = None
     squared_error: torch.FloatTensor | None = None
     mmd: torch.FloatTensor | None = None
     reconstruction: torch.FloatTensor | None = None
-    posterior: GaussianPosterior | None = None
+    posterior_mean: torch.FloatTensor | None = None
+    posterior_logvar: torch.FloatTensor | None = None
+
+    @property
+    def posterior(self) -> GaussianPosterior:
+        return GaussianPosterior(self.posterior_mean, self.posterior_logvar)
 
 
 # ---------------------------------------------------------------------------------------------------- mathematics
@@ -238,7 +244,7 @@ class PenalizedAutoencoderModel(VAEPlusPreTrainedModel):
         return self.decoder(latents.to(self.dtype)).reshape(-1, *self.config.input_shape)
 
     def forward(
-        self, inputs: torch.Tensor, smoothing: float = 0.0, return_dict: bool = True
+        self, inputs: torch.Tensor, smoothing: float = 0.0, return_dict: bool = True, return_loss: bool = True
     ) -> PenalizedAutoencoderOutput | tuple:
         """Eq. (6) of a batch: n is the batch size, so with batches smaller than the data set both arguments of h are
         batch statistics, and as h is concave their mean is a little below the energy of the whole set.
@@ -247,6 +253,7 @@ class PenalizedAutoencoderModel(VAEPlusPreTrainedModel):
             inputs (`torch.Tensor` of shape `(batch, *input_shape)`).
             smoothing (`float`): replaces h(u) by h(u + smoothing). Lowered to 0 during training it is the homotopy
                 that Section 5 describes; 0 is Eq. (6).
+            return_loss (`bool`): without it only reconstruction and latents are returned.
 
         Raises:
             ValueError: wrong shape, or integers instead of floats.
@@ -254,6 +261,9 @@ class PenalizedAutoencoderModel(VAEPlusPreTrainedModel):
         config = self.config
         latents = self.encode(inputs)
         reconstruction = self.decode(latents)
+        if not return_loss:
+            output = PenalizedAutoencoderOutput(reconstruction=reconstruction, latents=latents)
+            return output if return_dict else output.to_tuple()
         squared_error = sum_of_squares(reconstruction, inputs).mean()
         mean_squares = _upcast(latents).square().mean(0)  # (latent_dim,): ||z_k||^2 / n
 
@@ -287,26 +297,37 @@ class WAEMMDModel(VAEPlusVAEModel):
             self.encoder[-1].bias[config.latent_dim :] = -30.0
 
     def forward(
-        self, inputs: torch.Tensor, noise: torch.Tensor, mmd_weight: float = 500.0, return_dict: bool = True
+        self,
+        inputs: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        mmd_weight: float = 500.0,
+        return_dict: bool = True,
+        return_loss: bool = True,
     ) -> WAEMMDOutput | tuple:
         """Squared error plus penalty on one batch.
 
         Args:
             inputs (`torch.Tensor` of shape `(batch, *input_shape)`): pixels in [0, 1].
-            noise (`torch.Tensor` of shape `(batch, latent_dim)`): standard normal: the prior's side of the MMD.
+            noise (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): standard normal: the prior's side of the
+                MMD; drawn if not given.
             mmd_weight (`float`): lambda. 500 is the authors' setting for CelebA (100, with the squared error on
                 [-1, 1] times 0.05).
+            return_loss (`bool`): without it only reconstruction and posterior are returned.
         """
         posterior = self.encode(inputs)
         reconstruction = self.decode(posterior.mean)
+        parts = dict(reconstruction=reconstruction, posterior_mean=posterior.mean, posterior_logvar=posterior.logvar)
+        if not return_loss:
+            output = WAEMMDOutput(**parts)
+            return output if return_dict else output.to_tuple()
+        noise = torch.randn_like(posterior.mean) if noise is None else noise
         squared_error = sum_of_squares(reconstruction, inputs).mean()
         mmd = imq_mmd(posterior.mean, noise).float()
         output = WAEMMDOutput(
             loss=squared_error + mmd_weight * mmd,
             squared_error=squared_error,
             mmd=mmd,
-            reconstruction=reconstruction,
-            posterior=posterior,
+            **parts,
         )
         return output if return_dict else output.to_tuple()
 

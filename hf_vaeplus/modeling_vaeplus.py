@@ -27,34 +27,28 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 # ------------------------------------------------------------------------------------------------------- configs
+
+logger = logging.get_logger(__name__)
 
 # What the libraries themselves put into a config's keyword arguments; anything else unknown is a misspelling.
 _LIBRARY_KEYS = frozenset(
     "_attn_implementation _commit_hash _name_or_path attn_implementation auto_map experts_implementation model_type"
     " name_or_path output_attentions torch_dtype".split()
 )
-# Fields that the library gives to every config, and what models are run in.
-_LIBRARY_FIELDS = {
-    "architectures": list | None,
-    "chunk_size_feed_forward": int,
-    "id2label": dict | None,
-    "is_encoder_decoder": bool,
-    "label2id": dict | None,
-    "output_hidden_states": bool | None,
-    "problem_type": str | None,
-    "return_dict": bool | None,
-    "transformers_version": str | None,
-}
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The library never writes these keys, but where a file holds one it fetches the code or opens the weights named there.
+_NEVER_STORED = frozenset(
+    "_attn_implementation _experts_implementation attn_implementation experts_implementation"
+    " transformers_weights".split()
+)
 
 
 class VAEPlusConfig(PreTrainedConfig):
-    """Base of both configs: refuses keyword arguments that no field has (transformers would store them silently)."""
+    """Base of all configs. A misspelt keyword argument is refused; an unknown key of a stored config is kept."""
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, _unknown_keys: dict | None = None, **kwargs):
         if kwargs.get("model_type", self.model_type) != self.model_type:
             raise ValueError(
                 f"got the config of a {kwargs['model_type']} where that of a {self.model_type} is expected: name the"
@@ -66,26 +60,44 @@ class VAEPlusConfig(PreTrainedConfig):
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"the fields are {sorted(self._own_fields())}."
                 raise ValueError(f"{type(self).__name__} has no field {name!r}: {hint}")
-        self._check_library_fields(kwargs)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+            # The library itself would drop `use_cache` and the like, which training tools set.
+            for name, value in (_unknown_keys or {}).items():
+                setattr(self, name, value)
+            self.to_dict()  # fails where the config could be neither shown nor saved
+        except Exception as error:  # the library checks few of its own fields, and fails on the others in many ways
+            raise ValueError(
+                f"{type(self).__name__} got a value that transformers cannot use ({type(error).__name__}: {error}):"
+                " correct it or leave it out."
+            ) from error
 
-    def _check_library_fields(self, others: dict):
-        """The library checks none of them, and fails later, in many ways."""
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "VAEPlusConfig | tuple[VAEPlusConfig, dict]":
+        """`PreTrainedConfig.from_dict`, which reads every stored config: unknown keys become attributes and are named.
 
-        def refuse(name, value):
-            raise ValueError(f"{type(self).__name__}.{name} cannot be {value!r}: leave it out.")
+        A newer version wrote such a key, or another program set it on the config before saving.
 
-        for name, kinds in _LIBRARY_FIELDS.items():
-            if not isinstance(getattr(self, name), kinds):
-                refuse(name, getattr(self, name))
-        if not all(str(number).isdecimal() for number in self.id2label or ()):
-            refuse("id2label", self.id2label)
-        for dtype in (self.dtype, others.get("torch_dtype")):
-            if dtype not in (None, *_DTYPES, *(str(each).removeprefix("torch.") for each in _DTYPES)):
-                refuse("dtype", dtype)
-        for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-            if others.get(name) not in (None, "eager"):
-                refuse(name, others[name])
+        Raises:
+            ValueError: a value that no field can have, or a key that names a method, other weights or other code.
+        """
+        known = {field.name for field in fields(cls)} | _LIBRARY_KEYS
+        unknown = {name: value for name, value in config_dict.items() if name not in known}
+        for name in config_dict:
+            if name in _NEVER_STORED or (name in unknown and hasattr(cls, name)):
+                raise ValueError(f"{cls.__name__} has no field {name!r} and cannot keep it: remove it from the file.")
+        if unknown:
+            logger.warning_once(
+                f"The stored {cls.__name__} has the unknown keys {sorted(unknown)}: they are kept as attributes and"
+                " change nothing."
+            )
+        config_dict = {name: value for name, value in config_dict.items() if name in known}
+        return super().from_dict({**config_dict, "_unknown_keys": unknown}, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "VAEPlusConfig":
+        """As [`VAEPlusConfig.from_dict`] with the contents of a file."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
@@ -305,7 +317,8 @@ class VAEPlusEncoderConfig(VAEPlusConfig):
 @dataclass
 class VAEPlusAutoencoderOutput(ModelOutput):
     r"""
-    loss (`torch.FloatTensor` of shape `()`): squared error per image, summed over its values, mean over the batch.
+    loss (`torch.FloatTensor` of shape `()`, *optional*): squared error per image, summed over its values, mean over
+        the batch.
     reconstruction (`torch.FloatTensor` of shape `(batch, num_channels, image_size, image_size)`): around [0, 1].
     code (`torch.FloatTensor` of shape `(batch, latent_dim)`).
     """
@@ -326,7 +339,11 @@ class VAEPlusVAEOutput(ModelOutput):
     active_units (`torch.FloatTensor` of shape `()`): latent dimensions whose mean posterior variance is below 1/2.
     reconstruction (`torch.FloatTensor` of shape `(batch, *dims)`): decoder mean at the sampled latents, in the space
         in which the data term is measured.
-    posterior ([`GaussianPosterior`]): q(z|x).
+    posterior_mean, posterior_logvar (`torch.FloatTensor` of shape `(batch, latent_dim)`): of q(z|x), which `posterior`
+        joins to a [`GaussianPosterior`]. They are tensors here because `Trainer`, Accelerate and `torch.export` take
+        an output apart and know nothing else.
+
+    Without losses (`return_loss=False`) all but the last three are `None`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -336,7 +353,12 @@ class VAEPlusVAEOutput(ModelOutput):
     gamma: torch.FloatTensor | None = None
     active_units: torch.FloatTensor | None = None
     reconstruction: torch.FloatTensor | None = None
-    posterior: "GaussianPosterior | None" = None
+    posterior_mean: torch.FloatTensor | None = None
+    posterior_logvar: torch.FloatTensor | None = None
+
+    @property
+    def posterior(self) -> "GaussianPosterior":
+        return GaussianPosterior(self.posterior_mean, self.posterior_logvar)
 
 
 @dataclass
@@ -363,14 +385,19 @@ class GaussianPosterior:
     def __init__(self, mean: torch.Tensor, logvar: torch.Tensor):
         self.mean, self.logvar = mean, logvar
 
+    def __repr__(self) -> str:
+        mean, logvar = (f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (self.mean, self.logvar))
+        return f"GaussianPosterior(mean={mean}, logvar={logvar}, device={self.mean.device})"
+
     def sample(self, noise: torch.Tensor | None = None, generator: torch.Generator | None = None) -> torch.Tensor:
-        """mean + sigma * noise. `noise` is standard normal, drawn if not given.
+        """mean + sigma * noise. `noise` is standard normal, drawn if not given; any device and precision will do.
 
         Its shape, and that of the result, is `(batch, latent_dim)`, or `(..., batch, latent_dim)` for several samples.
         """
-        if noise is None:
-            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + (0.5 * self.logvar).exp() * noise
+        if noise is None:  # drawn where the generator is, so that a seed gives the same noise on every device
+            device = self.mean.device if generator is None else generator.device
+            noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean)
 
     def mode(self) -> torch.Tensor:
         """The mean, of shape `(batch, latent_dim)`."""
@@ -479,7 +506,7 @@ class ResidualConvBlock(nn.Module):
 class ConvEncoder(nn.Sequential):
     """(batch, channels, size, size) -> (batch, out_dim): folded patches, residual blocks per scale, linear."""
 
-    def __init__(self, config, num_channels: int, image_size: int, out_dim: int, num_blocks: int):
+    def __init__(self, config: VAEPlusConfig, num_channels: int, image_size: int, out_dim: int, num_blocks: int):
         widths = config.hidden_channels
         layers = [
             nn.PixelUnshuffle(config.patch_size),
@@ -496,7 +523,7 @@ class ConvEncoder(nn.Sequential):
 class ConvDecoder(nn.Sequential):
     """(batch, in_dim) -> (batch, channels, size, size): the encoder mirrored, pixels unfolded at the end."""
 
-    def __init__(self, config, num_channels: int, image_size: int, in_dim: int, num_blocks: int):
+    def __init__(self, config: VAEPlusConfig, num_channels: int, image_size: int, in_dim: int, num_blocks: int):
         widths = config.hidden_channels
         grid = image_size // config.patch_size // 2 ** (len(widths) - 1)
         layers = [nn.Linear(in_dim, widths[-1] * grid**2), nn.Unflatten(1, (widths[-1], grid, grid))]
@@ -520,7 +547,9 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["log_gamma"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
+    ) -> "VAEPlusPreTrainedModel | tuple[VAEPlusPreTrainedModel, dict]":
         """`PreTrainedModel.from_pretrained`, but from safetensors alone, and never half random.
 
         Raises:
@@ -710,7 +739,7 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         return torch.fft.irfft2(spectrum, s=images.shape[2:])
 
     @torch.no_grad()
-    def match_spectrum(self, batches: Iterable[torch.Tensor], max_gain: float = 20.0):
+    def match_spectrum(self, batches: Iterable[torch.Tensor], max_gain: float = 20.0) -> None:
         """After training, measure the gains of `sharpen`: the square root of mean |F x|^2 / mean |F xhat|^2.
 
         Args:
@@ -737,11 +766,16 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         gain = (power / power_of_decoded.clamp(min=smallest)).sqrt().clamp(max=max_gain)
         self.spectrum_gain = gain.to(next(self.encoder.parameters()))
 
-    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> VAEPlusAutoencoderOutput | tuple:
-        """Encode, decode and measure: `pixel_values` as in `encode`."""
+    def forward(
+        self, pixel_values: torch.Tensor, return_dict: bool = True, return_loss: bool = True
+    ) -> VAEPlusAutoencoderOutput | tuple:
+        """Encode, decode and measure: `pixel_values` as in `encode`.
+
+        `return_loss` also tells the `Trainer` that there is a loss without labels.
+        """
         code = self.encode(pixel_values)
         reconstruction = self.decode(code)
-        loss = sum_of_squares(reconstruction, pixel_values).mean()
+        loss = sum_of_squares(reconstruction, pixel_values).mean() if return_loss else None
         output = VAEPlusAutoencoderOutput(loss=loss, reconstruction=reconstruction, code=code)
         return output if return_dict else output.to_tuple()
 
@@ -846,7 +880,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
     def _weight_dtype(self) -> torch.dtype:
         return self.input_mean.dtype  # `self.dtype` may find `log_gamma`, which stays float32
 
-    def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor):
+    def set_input_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Standardise inputs by `mean` and `std`, of one input's shape (convolutions: `(channels, 1, 1)`).
 
         Raises:
@@ -862,7 +896,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         self.input_mean.copy_(mean)
         self.input_std.copy_(std)
 
-    def set_pullback_metric(self, metric: torch.Tensor, error_floor: float):
+    def set_pullback_metric(self, metric: torch.Tensor, error_floor: float) -> None:
         """Measure errors of codes as the images see them: error_floor + (mean - target)^T metric (mean - target).
 
         Args:
@@ -943,6 +977,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         """
         _check_shape("noise", noise, self.config.input_shape)
         mean = _upcast(self.decode(latents))
+        noise = noise.to(mean)
         if not self.config.matched_moments:
             return mean + (0.5 * self.decoder_log_variance).exp() * noise
         scale, noise_scale, shift = map(_upcast, (self.sample_scale, self.sample_noise, self.sample_shift))
@@ -1021,6 +1056,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         noise: torch.Tensor | None = None,
         kl_weight: float = 1.0,
         return_dict: bool = True,
+        return_loss: bool = True,
     ) -> VAEPlusVAEOutput | tuple:
         """The negative ELBO (Eq. 2) with one sample of z, in one pass that DistributedDataParallel synchronises.
 
@@ -1031,6 +1067,8 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
                 images, `autoencoder.decode`; the data term becomes ||targets - target_decoder(decode(z))||^2.
             noise (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): standard normal; drawn if not given.
             kl_weight (`float`): weight of the KL term, below 1 during a warm-up.
+            return_loss (`bool`): without it only reconstruction and posterior are computed. It also tells the
+                `Trainer` that there is a loss without labels.
 
         Raises:
             ValueError: wrong shapes, or a target decoder that contradicts `config.reconstruction_space`.
@@ -1051,6 +1089,10 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         reconstruction = self.decode(posterior.sample(noise))
         if target_decoder is not None:
             reconstruction = target_decoder(reconstruction)
+        parts = dict(reconstruction=reconstruction, posterior_mean=posterior.mean, posterior_logvar=posterior.logvar)
+        if not return_loss:
+            output = VAEPlusVAEOutput(**parts)
+            return output if return_dict else output.to_tuple()
         targets = inputs if targets is None else targets
         if self.config.reconstruction_space == "pullback":
             squared_error, num_dims = self._pullback_error(reconstruction, targets), self.config.target_dim
@@ -1068,8 +1110,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             squared_error=squared_error.mean(),
             gamma=log_gamma.detach().exp(),
             active_units=(posterior.logvar.detach().exp().mean(0) < 0.5).sum().float(),
-            reconstruction=reconstruction,
-            posterior=posterior,
+            **parts,
         )
         return output if return_dict else output.to_tuple()
 
@@ -1124,7 +1165,14 @@ class VAEPlusEncoderModel(VAEPlusPreTrainedModel):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, subfolder: str = "", **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args,
+        config: VAEPlusEncoderConfig | None = None,
+        subfolder: str = "",
+        **kwargs,
+    ) -> "VAEPlusEncoderModel":
         """Load the stages that `config.json` names, each as [`VAEPlusPreTrainedModel.from_pretrained`] does."""
         if config is None:
             where = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -1137,9 +1185,11 @@ class VAEPlusEncoderModel(VAEPlusPreTrainedModel):
             loaded[stage] = classes[stage].from_pretrained(
                 pretrained_model_name_or_path, *args, subfolder=folder, **kwargs
             )
-        return cls(**loaded).eval()
+        model = cls(**loaded).eval()
+        model.config = config
+        return model
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save `config.json`, and each stage in its folder with the options of `PreTrainedModel.save_pretrained`."""
         self.config.save_pretrained(save_directory)
         for stage in self.config.stages:

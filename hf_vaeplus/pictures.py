@@ -40,7 +40,7 @@ CURVES = {
 }
 
 
-def plot_curves(run_dirs: dict[str, Path], path: str | Path, num_factors: int | None = None):
+def plot_curves(run_dirs: dict[str, Path], path: str | Path, num_factors: int | None = None) -> None:
     """One row of training curves per stage, drawn from each folder's `stats.jsonl`, written to `path` as PNG.
 
     Args:

@@ -14,6 +14,8 @@ comes out is float32 and lies on the CPU, whatever the device and the precision 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,8 +24,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel
 
-Images = Image.Image | list[Image.Image] | np.ndarray | torch.Tensor
-Generators = torch.Generator | list[torch.Generator] | None
+Images = Image.Image | list[Image.Image] | tuple[Image.Image, ...] | np.ndarray | torch.Tensor
+ImagesOut = list[Image.Image] | np.ndarray | torch.Tensor
+Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
 # Component: its `config.model_type` (a class loaded from a Hub repository is not the installed one) and its class.
 COMPONENTS = {
@@ -31,6 +34,18 @@ COMPONENTS = {
     "vae": ("vaeplus_vae", "VAEPlusVAEModel"),
     "second_stage": ("vaeplus_vae", "VAEPlusVAEModel"),
 }
+
+
+class Posterior(Protocol):
+    """`GaussianPosterior` of modeling_vaeplus.py, which this file cannot import."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor
+
+    def sample(self, noise: torch.Tensor | None = None, generator: torch.Generator | None = None) -> torch.Tensor: ...
+    def mode(self) -> torch.Tensor: ...
+    def kl(self) -> torch.Tensor: ...
+    def log_prob(self, latents: torch.Tensor) -> torch.Tensor: ...
 
 
 class VAEPlusPipeline(DiffusionPipeline):
@@ -42,10 +57,11 @@ class VAEPlusPipeline(DiffusionPipeline):
         second_stage (`VAEPlusVAEModel`, *optional*): VAE of the first VAE's latents, a model of the aggregate
             posterior q(z).
 
-    Images are accepted by every method as a PIL image or a list of them (mode "RGB", or "L" for one channel); numpy
-    `(n, H, W, C)` or `(H, W, C)`; torch `(n, C, H, W)` or `(C, H, W)`; arrays are floats in [0, 1] or uint8. They must
-    have the size that the models were trained on. `output_type` is `"pil"` (a list), `"np"` (float32 array
-    `(n, H, W, C)` in [0, 1]) or `"pt"` (float32 tensor `(n, C, H, W)` in [0, 1]).
+    Images are accepted by every method as a PIL image or a list or tuple of them (mode "RGB", or "L" for one channel);
+    numpy `(n, H, W, C)` or `(H, W, C)`; torch `(n, C, H, W)` or `(C, H, W)`; arrays are floats in [0, 1] or uint8.
+    They must have the size that the models were trained on. `output_type` is `"pil"` (a list), `"np"` (float32 array
+    `(n, H, W, C)` in [0, 1]) or `"pt"` (float32 tensor `(n, C, H, W)` in [0, 1]). `decode_batch_size` is the number of
+    images that are decoded at a time, which bounds the memory.
 
     Raises:
         TypeError: a component of another class.
@@ -98,36 +114,44 @@ class VAEPlusPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         temperature: float = 1.0,
         sharpness: float = 0.0,
-        batch_size: int = 64,
+        decode_batch_size: int = 64,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+        batch_size: int | None = None,
+    ) -> ImagePipelineOutput | tuple[ImagesOut]:
         """Sample images (Section 4): u ~ N(0, I), z = second_stage.sample(u), image = mean of the decoders at z.
 
-        All noise is drawn before the first batch, so a sample does not depend on `batch_size`; with one generator per
-        image it does not depend on the other images either.
+        All noise is drawn before the first batch, so a sample does not depend on `decode_batch_size`; with one
+        generator per image it does not depend on the other images either. Noise is drawn where its generator is, in
+        float32, so a seed gives the same noise for models on every device and in every precision.
 
         Args:
             num_images (`int`, *optional*): number of images; as many as `latents`, or 1, if not given.
-            generator (`torch.Generator` or a list of one per image, *optional*): source of all noise, first u, then
-                that of z.
+            generator (`torch.Generator` or a list or tuple of one per image, *optional*): source of all noise, first
+                u, then that of z.
             latents (`torch.Tensor` of shape `(num_images, dim)`, *optional*): standard normal noise to use instead of
                 drawing u; `dim` is the `latent_dim` of the second stage or, without one, of the VAE.
             temperature (`float`): factor on all noise, `latents` included; 0 gives the image at the centre.
             sharpness (`float`): 0 for the decoder's mean; at 1 its power spectrum is that of real images (see
                 `VAEPlusAutoencoderModel.sharpen`).
-            batch_size (`int`): images decoded at a time.
-            output_type (`"pil" | "np" | "pt"`): see the class.
+            decode_batch_size (`int`), output_type (`"pil" | "np" | "pt"`): see the class.
             return_dict (`bool`): an `ImagePipelineOutput`, or the tuple `(images,)`.
+            batch_size (`int`, *optional*): another name of `num_images`, the one in diffusers.
 
         Raises:
             TypeError: latents or generators of another type.
             ValueError: a number out of range, or latents of wrong shape, not finite or too large for the decoder.
         """
         _check_output_type(output_type)
-        if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}.")
-        self._check_sharpness(sharpness)
+        temperature = _check_factor("temperature", temperature)
+        sharpness = self._check_sharpness(sharpness)
+        if batch_size is not None:
+            if num_images not in (None, batch_size):
+                raise ValueError(
+                    f"num_images={num_images} contradicts batch_size={batch_size}: both are the number of images, so"
+                    " leave one out (decode_batch_size is the number of images decoded at a time)."
+                )
+            num_images = _check_count("batch_size", batch_size)
         latent_dim = self.vae.config.latent_dim
         noise_dim = latent_dim if self.second_stage is None else self.second_stage.config.latent_dim
         if latents is not None:
@@ -135,14 +159,13 @@ class VAEPlusPipeline(DiffusionPipeline):
             if num_images not in (None, len(latents)):
                 raise ValueError(f"num_images={num_images} contradicts {len(latents)} latents: leave num_images out.")
             num_images = len(latents)
-        num_images = 1 if num_images is None else num_images
-        _check_count("num_images", num_images)
-        _check_generators(generator, num_images)
-        batches = self._batches(num_images, batch_size)
+        num_images = _check_count("num_images", 1 if num_images is None else num_images)
+        generator = _check_generators(generator, num_images)
+        batches = self._batches(num_images, "decode_batch_size", decode_batch_size)
 
         device = self._execution_device
         noise = dict(generator=generator, device=device, dtype=torch.float32)
-        latents = randn_tensor((num_images, noise_dim), **noise) if latents is None else latents.to(device).float()
+        latents = randn_tensor((num_images, noise_dim), **noise) if latents is None else _upcast(latents.to(device))
         latents = temperature * latents
         if self.second_stage is not None:
             eps = temperature * randn_tensor((num_images, latent_dim), **noise)
@@ -159,7 +182,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def encode(self, images: Images, batch_size: int = 64):
+    def encode(self, images: Images, batch_size: int = 64) -> Posterior:
         """The posterior q(z|x) of each image, of the first VAE.
 
         Args:
@@ -174,16 +197,19 @@ class VAEPlusPipeline(DiffusionPipeline):
             ValueError: images of wrong size, channels, range or dtype, or none at all.
         """
         images = _to_tensor(images, self.image_shape)
-        posteriors = [self._encode_batch(images[rows]) for rows in self._batches(len(images), batch_size)]
+        batches = self._batches(len(images), "batch_size", batch_size)
+        posteriors = [self._encode_batch(images[rows]) for rows in batches]
         self.maybe_free_model_hooks()
         mean = torch.cat([posterior.mean.cpu() for posterior in posteriors])
         return type(posteriors[0])(mean, torch.cat([posterior.logvar.cpu() for posterior in posteriors]))
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, output_type: str = "pt", batch_size: int = 64, sharpness: float = 0.0):
+    def decode(
+        self, latents: torch.Tensor, output_type: str = "pil", decode_batch_size: int = 64, sharpness: float = 0.0
+    ) -> ImagesOut:
         """Images, in the form `output_type`, of latents z of the first VAE, of shape `(n, latent_dim)`.
 
-        `sharpness` is that of sampling.
+        `sharpness` is that of sampling, `decode_batch_size` that of the class.
 
         Raises:
             TypeError: latents that are not a tensor.
@@ -191,29 +217,34 @@ class VAEPlusPipeline(DiffusionPipeline):
                 model has not.
         """
         _check_output_type(output_type)
-        self._check_sharpness(sharpness)
+        sharpness = self._check_sharpness(sharpness)
         _check_latents(latents, self.vae.config.latent_dim)
-        batches = self._batches(len(latents), batch_size)
+        batches = self._batches(len(latents), "decode_batch_size", decode_batch_size)
         decoded = (self._decode_batch(latents[rows]) for rows in batches)
         images = self._finished(decoded, len(latents), sharpness)
         self.maybe_free_model_hooks()
         return _to_output(images, output_type)
 
     @torch.no_grad()
-    def reconstruct(self, images: Images, output_type: str = "pil", batch_size: int = 64, sharpness: float = 0.0):
+    def reconstruct(
+        self, images: Images, output_type: str = "pil", decode_batch_size: int = 64, sharpness: float = 0.0
+    ) -> ImagesOut:
         """Images, in the form `output_type`, decoded from the posterior means of `images` (see the class).
 
-        `sharpness` is that of sampling.
+        `sharpness` is that of sampling; `decode_batch_size` images are encoded and decoded at a time.
 
         Raises:
             TypeError, ValueError: as `encode`.
         """
         _check_output_type(output_type)
         self._check_sharpness(sharpness)
-        return self.decode(self.encode(images, batch_size).mean, output_type, batch_size, sharpness)
+        decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
+        return self.decode(self.encode(images, decode_batch_size).mean, output_type, decode_batch_size, sharpness)
 
     @torch.no_grad()
-    def interpolate(self, a: Images, b: Images, steps: int = 8, output_type: str = "pil", batch_size: int = 64):
+    def interpolate(
+        self, a: Images, b: Images, steps: int = 8, output_type: str = "pil", decode_batch_size: int = 64
+    ) -> list[list[Image.Image]] | np.ndarray | torch.Tensor:
         """Ways from each image of `a` to its partner in `b`, through the posterior means.
 
         The direction of z moves on the great circle, its length linearly: a straight line would cross the middle of
@@ -224,34 +255,39 @@ class VAEPlusPipeline(DiffusionPipeline):
             steps (`int`): images per way, at least 2; the first and the last are the reconstructions of `a` and `b`.
             output_type (`"pil" | "np" | "pt"`): n lists of PIL images, an array of shape `(n, steps, H, W, C)` or a
                 tensor of shape `(n, steps, C, H, W)`.
-            batch_size (`int`): images at a time.
+            decode_batch_size (`int`): images encoded or decoded at a time.
 
         Raises:
             TypeError: images of another type.
             ValueError: as `encode`; also different numbers of images, or fewer than 2 steps.
         """
         _check_output_type(output_type)
-        _check_count("steps", steps, at_least=2)
+        steps = _check_count("steps", steps, at_least=2)
+        decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
         a, b = _to_tensor(a, self.image_shape), _to_tensor(b, self.image_shape)
         if len(a) != len(b):
             raise ValueError(f"interpolate needs as many images in b as in a, got {len(a)} and {len(b)}.")
-        start, end = self.encode(a, batch_size).mean, self.encode(b, batch_size).mean
+        start, end = self.encode(a, decode_batch_size).mean, self.encode(b, decode_batch_size).mean
         path = _spherical_path(start, end, steps)  # (n, steps, latent_dim)
-        images = self.decode(path.flatten(0, 1), output_type, batch_size)
+        images = self.decode(path.flatten(0, 1), output_type, decode_batch_size)
         if output_type == "pil":
             return [images[first : first + steps] for first in range(0, len(images), steps)]
         return images.reshape(len(a), steps, *images.shape[1:])
 
     @torch.no_grad()
     def log_likelihood(
-        self, images: Images, num_importance_samples: int = 64, generator: Generators = None, batch_size: int = 64
+        self,
+        images: Images,
+        num_importance_samples: int = 64,
+        generator: Generators = None,
+        decode_batch_size: int = 64,
     ) -> torch.Tensor:
         """Importance-weighted estimate of log p(x), which approaches it from below (Burda et al. 2016, Eq. 8).
 
             log p(x) >= E log mean_k N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x),    z_k ~ q(z | x)
 
         Args:
-            images, num_importance_samples, generator, batch_size: as in `log_importance_weights`.
+            images, num_importance_samples, generator, decode_batch_size: as in `log_importance_weights`.
 
         Returns:
             `torch.Tensor` of shape `(n,)`: nats per image, densities of pixels in [0, 1] (they can be positive).
@@ -259,23 +295,27 @@ class VAEPlusPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: as `log_importance_weights`.
         """
-        log_weights = self.log_importance_weights(images, num_importance_samples, generator, batch_size)
+        log_weights = self.log_importance_weights(images, num_importance_samples, generator, decode_batch_size)
         return (log_weights.logsumexp(0) - math.log(num_importance_samples)).float()
 
     @torch.no_grad()
     def log_importance_weights(
-        self, images: Images, num_importance_samples: int = 64, generator: Generators = None, batch_size: int = 64
+        self,
+        images: Images,
+        num_importance_samples: int = 64,
+        generator: Generators = None,
+        decode_batch_size: int = 64,
     ) -> torch.Tensor:
         """log N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x) at z_k ~ q(z | x): what bounds of log p(x) reduce.
 
         p is the model of the first VAE, with prior N(0, I): the second stage is not used. Noise is drawn image after
-        image, so the weights do not depend on `batch_size`.
+        image, so the weights do not depend on `decode_batch_size`.
 
         Args:
             images: see the class.
             num_importance_samples (`int`): K; the cost is K decoder passes per image.
-            generator (`torch.Generator` or a list of one per image, *optional*): source of the noise.
-            batch_size (`int`): images decoded at a time.
+            generator (`torch.Generator` or a list or tuple of one per image, *optional*): source of the noise.
+            decode_batch_size (`int`): see the class.
 
         Returns:
             `torch.Tensor` of shape `(K, n)`: nats, float64. The mean over K estimates the ELBO (Eq. 2).
@@ -289,18 +329,19 @@ class VAEPlusPipeline(DiffusionPipeline):
                 " train it with reconstruction_space='pullback' or 'image'."
             )
         images = _to_tensor(images, self.image_shape)
-        _check_count("num_importance_samples", num_importance_samples)
-        _check_generators(generator, len(images))
+        num_importance_samples = _check_count("num_importance_samples", num_importance_samples)
+        decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
+        generator = _check_generators(generator, len(images))
         generators = generator if isinstance(generator, list) else [generator] * len(images)
         log_gamma = _log_gamma(self.vae).cpu().double()
         noise_shape = (num_importance_samples, self.vae.config.latent_dim)
         all_log_weights = []
-        for rows in self._batches(len(images), batch_size):
+        for rows in self._batches(len(images), "decode_batch_size", decode_batch_size):
             targets = self._to_float(images[rows])
             posterior = self._encode_batch(images[rows])
             noise = [randn_tensor(noise_shape, each, targets.device, torch.float32) for each in generators[rows]]
             log_weights = []
-            for eps in torch.stack(noise, dim=1).split(max(1, batch_size // len(targets))):
+            for eps in torch.stack(noise, dim=1).split(max(1, decode_batch_size // len(targets))):
                 z = posterior.sample(eps)  # (samples, images, latent_dim)
                 means = self._decode_batch(z.flatten(0, 1)).unflatten(0, z.shape[:2])
                 squared_error = (targets - means).square().flatten(2).sum(2).cpu().double()
@@ -314,18 +355,30 @@ class VAEPlusPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return torch.cat(all_log_weights, dim=1)
 
-    def _batches(self, num_images: int, batch_size: int) -> Iterable[slice]:
-        _check_count("batch_size", batch_size)
+    def compile(self, **options) -> None:
+        """Compile what the methods call: `encode`, `decode` and `sample` of the components (`torch.compile(pipe.vae)`
+        would compile a `forward` that inference never calls). The first call of each takes seconds to minutes.
+
+        Args:
+            options: of `torch.compile`, such as `mode="max-autotune"`.
+        """
+        methods = {"autoencoder": ("encode", "decode"), "vae": ("encode", "decode"), "second_stage": ("sample",)}
+        for name, component in self.components.items():
+            for method in methods[name] if component is not None else ():
+                setattr(component, method, torch.compile(getattr(component, method), **options))
+
+    def _batches(self, num_images: int, name: str, batch_size: int) -> Iterable[slice]:
+        batch_size = _check_count(name, batch_size)
         batches = [slice(first, first + batch_size) for first in range(0, num_images, batch_size)]
         return batches if len(batches) == 1 else self.progress_bar(batches)
 
-    def _check_sharpness(self, sharpness: float):
-        if not (isinstance(sharpness, int | float) and math.isfinite(sharpness) and sharpness >= 0):
-            raise ValueError(f"sharpness must be a finite number of at least 0, got {sharpness!r}.")
+    def _check_sharpness(self, sharpness: float) -> float:
+        sharpness = _check_factor("sharpness", sharpness)
         if sharpness and not (self.autoencoder is not None and self.autoencoder.config.matched_spectrum):
             raise ValueError(
-                f"sharpness={sharpness} needs an autoencoder whose match_spectrum was called after training: use 0."
+                f"sharpness={sharpness:g} needs an autoencoder whose match_spectrum was called after training: use 0."
             )
+        return sharpness
 
     def _finished(self, decoded: Iterable[torch.Tensor], num_images: int, sharpness: float) -> torch.Tensor:
         """Batches of decoder means as they are returned: sharpened if asked for, in [0, 1], on the CPU."""
@@ -348,7 +401,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         pixels = images.to(self._execution_device).float()
         return pixels / 255 if images.dtype == torch.uint8 else pixels
 
-    def _encode_batch(self, images: torch.Tensor):
+    def _encode_batch(self, images: torch.Tensor) -> Posterior:
         inputs = self._to_float(images)
         if self.autoencoder is not None:
             with _weights_in_place(self.autoencoder):
@@ -380,6 +433,11 @@ def _weights_in_place(component: PreTrainedModel) -> Iterator[None]:
         hook.post_forward(component, None)
 
 
+def _upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def _log_gamma(vae: PreTrainedModel) -> torch.Tensor:
     """Log of the decoder variance, as training used it."""
     with _weights_in_place(vae):
@@ -409,7 +467,7 @@ def _to_tensor(images: Images, image_shape: tuple[int, int, int]) -> torch.Tenso
     channels, height, width = image_shape
     if isinstance(images, Image.Image):
         images = [images]
-    if isinstance(images, list):
+    if isinstance(images, list | tuple):
         images = _stack_pil(images, image_shape)
     if isinstance(images, np.ndarray):
         images = images[None] if images.ndim == 3 else images
@@ -437,11 +495,11 @@ def _to_tensor(images: Images, image_shape: tuple[int, int, int]) -> torch.Tenso
     return images
 
 
-def _stack_pil(images: list[Image.Image], image_shape: tuple[int, int, int]) -> np.ndarray:
+def _stack_pil(images: list[Image.Image] | tuple[Image.Image, ...], image_shape: tuple[int, int, int]) -> np.ndarray:
     channels, height, width = image_shape
     mode = "L" if channels == 1 else "RGB"
     if not images:
-        raise ValueError("images is an empty list: pass at least one image.")
+        raise ValueError(f"images is an empty {type(images).__name__}: pass at least one image.")
     for image in images:
         if not isinstance(image, Image.Image):
             raise TypeError(f"a list of images must hold PIL images, got {type(image).__name__}: stack arrays first.")
@@ -453,15 +511,14 @@ def _stack_pil(images: list[Image.Image], image_shape: tuple[int, int, int]) -> 
     return np.stack([np.asarray(image).reshape(height, width, channels) for image in images])
 
 
-def _to_output(images: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+def _to_output(images: torch.Tensor, output_type: str) -> ImagesOut:
     """The form `output_type` of float32 images `(n, channels, height, width)` in [0, 1]."""
     if output_type == "pt":
         return images
     arrays = images.permute(0, 2, 3, 1).numpy()
     if output_type == "np":
         return arrays
-    arrays = (255 * arrays).round().astype(np.uint8)
-    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+    return DiffusionPipeline.numpy_to_pil(arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -500,9 +557,16 @@ def _check_dimensions(vae, autoencoder, second_stage):
         )
 
 
-def _check_count(name: str, value: int, at_least: int = 1):
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+def _check_count(name: str, value: int, at_least: int = 1) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:  # numpy's integers as well
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
+    return int(value)
+
+
+def _check_factor(name: str, value: float) -> float:
+    if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+    return float(value)
 
 
 def _check_output_type(output_type: str):
@@ -522,12 +586,14 @@ def _check_latents(latents: torch.Tensor, latent_dim: int):
         raise ValueError("latents must be finite, got NaN or infinity.")
 
 
-def _check_generators(generator: Generators, num_images: int):
+def _check_generators(generator: Generators, num_images: int) -> torch.Generator | list[torch.Generator] | None:
+    generator = list(generator) if isinstance(generator, tuple) else generator
     if isinstance(generator, list) and len(generator) != num_images:
         raise ValueError(f"a list of generators needs one per image, got {len(generator)} for {num_images} images.")
     for each in generator if isinstance(generator, list) else [generator]:
         if not isinstance(each, torch.Generator) and (each is not None or isinstance(generator, list)):
             raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(each).__name__}.")
+    return generator
 
 
 __all__ = ["VAEPlusPipeline"]

@@ -1,9 +1,14 @@
 """What several test files need."""
 
+import contextlib
 import io
+import json
 import multiprocessing
+import re
+import resource
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -18,6 +23,14 @@ from hf_vaeplus import (
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
+from hf_vaeplus.cli.main import main
+from hf_vaeplus.files import sha256
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.codes import TensorRows
+from hf_vaeplus.training.loop import Stage, train
+from hf_vaeplus.training.options import TrainingOptions
+
+SIZE = 32  # of the pictures of tiny pipelines
 
 
 def perturbed(model):
@@ -30,21 +43,165 @@ def perturbed(model):
     return model
 
 
-def two_stages(image_size: int = 32) -> VAEPlusPipeline:
-    """A tiny pipeline of colour images without a second stage: codes of 6 numbers, 4 latents."""
+def make_pipeline(
+    autoencoder: bool = True, second_stage: bool = True, num_channels: int = 3, latent_dim: int = 4, **options
+) -> VAEPlusPipeline:
+    """A tiny pipeline: codes of 6 numbers, 4 latents, and 3 of the second stage. `options` are those of its VAE."""
     torch.manual_seed(0)
-    vae = VAEPlusVAEConfig(input_shape=(6,), latent_dim=4, hidden_dim=8, num_blocks=1, reconstruction_space="image")
-    autoencoder = VAEPlusAutoencoderConfig(image_size=image_size, latent_dim=6, hidden_channels=(4, 8))
+    small = dict(hidden_dim=8, num_blocks=1)
+    if autoencoder:
+        own = dict(input_shape=(6,), reconstruction_space="image", gamma="learned", gamma_init=0.02)
+        image = dict(image_size=SIZE, num_channels=num_channels, latent_dim=6, hidden_channels=(4, 8), num_blocks=1)
+    else:
+        own = dict(input_shape=(num_channels, SIZE, SIZE), network="conv", hidden_channels=(4, 8))
+    second = dict(input_shape=(latent_dim,), latent_dim=3, gamma_init=0.1)
     return VAEPlusPipeline(
-        perturbed(VAEPlusVAEModel(vae)).eval(), perturbed(VAEPlusAutoencoderModel(autoencoder)).eval()
+        vae=perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**small | own | {"latent_dim": latent_dim} | options))),
+        autoencoder=perturbed(VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image))) if autoencoder else None,
+        second_stage=perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**small | second))) if second_stage else None,
     )
+
+
+# The command line.
+
+# A preset of three stages for 40 digits: few steps of tiny networks.
+TINY = {
+    "common": {
+        "dataset_name": "digits",
+        "resolution": SIZE,
+        "num_channels": 1,
+        "max_train_samples": 40,
+        "max_train_steps": 3,
+        "train_batch_size": 8,
+        "logging_steps": 1,
+    },
+    "autoencoder": {"model": {"latent_dim": 6, "hidden_channels": [4, 8], "num_blocks": 1}},
+    "vae": {"model": {"latent_dim": 4, "hidden_dim": 8, "num_blocks": 1}},
+    "second_stage": {"model": {"hidden_dim": 8, "num_blocks": 1}},
+}
+# Before the name of a script: two processes of it that train or measure together.
+LAUNCH_TWO = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    " --dynamo_backend no --main_process_port 0"
+).split()
+
+
+def captured(call) -> tuple[int, str, str]:
+    """`(exit code, standard output, standard error)` of `call`, which returns its exit code."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            code = call()
+        except SystemExit as stop:  # argparse
+            code = stop.code
+    return code, output.getvalue(), errors.getvalue()
+
+
+def run(*argv: str) -> tuple[int, str, str]:
+    """`(exit code, standard output, standard error)` of `vaeplus ARGV`."""
+    return captured(lambda: main(list(argv)))
+
+
+def code_blocks(text: str) -> list[str]:
+    """The Python code of a page."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def run_code(code: str, pipeline: Path) -> dict:
+    """Execute a page's code with the pipeline that it names replaced by one on disk."""
+    code, count = re.subn(r'from_pretrained\("[^"]+"', f"from_pretrained({str(pipeline)!r}", code)
+    assert count == 1
+    found = {}
+    exec(compile(code, "page", "exec"), found)
+    return found
+
+
+# Training: a tiny VAE on rows of numbers.
+
+DIM, LATENT_DIM, NUM_ROWS = 6, 4, 22
+TINY_RUN = dict(
+    max_train_steps=8, train_batch_size=4, lr_warmup_steps=2, logging_steps=2, checkpointing_steps=3, use_ema=True
+)
+
+
+def make_vae(seed: int = 0, **config) -> VAEPlusVAEModel:
+    torch.manual_seed(seed)
+    shape = dict(input_shape=(DIM,), latent_dim=LATENT_DIM, hidden_dim=8, num_blocks=1)
+    return VAEPlusVAEModel(VAEPlusVAEConfig(**shape | config))
+
+
+def make_rows() -> TensorRows:
+    generator = torch.Generator().manual_seed(1)
+    return TensorRows({"x": torch.randn(NUM_ROWS, DIM, generator=generator), "eps": torch.randn(NUM_ROWS, LATENT_DIM)})
+
+
+def prepare_rows(batch, noise, step):
+    return {"inputs": batch["x"], "noise": noise(LATENT_DIM)}
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing in the loop may catch it."""
+
+
+def killed_at(kill_step):
+    def prepare(batch, noise, step):
+        if step == kill_step:
+            raise Killed
+        return prepare_rows(batch, noise, step)
+
+    return prepare
+
+
+def fit(output_dir, model=None, dataset=None, prepare=prepare_rows, preview=None, **options):
+    """The trained model of a run of 8 steps in `output_dir`."""
+    options = TrainingOptions(output_dir=str(output_dir), **TINY_RUN | options)
+    model = make_vae() if model is None else model
+    return train(Stage(model, make_rows() if dataset is None else dataset, prepare, preview), options)
+
+
+def resume(output_dir, **changes):
+    return fit(output_dir, resume_from_checkpoint="latest", **changes)
+
+
+def stats_of(output_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(output_dir) / "stats.jsonl").read_text().splitlines()]
+
+
+# Files and folders.
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Every file of a run or checkpoint, byte for byte, but the options, which name the folder."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != "training_options.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def tree(folder: Path) -> dict:
+    """Everything in a folder: path -> hash of the content, `None` for a folder."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path) if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can grow beyond 100 bytes: the system refuses, in whichever library the write is."""
+    provenance()  # asks git, which would leave its lock behind if it were stopped here; the answer is kept
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # Files, as bytes.
 
 
-def noise(seed: int, height: int = 8, width: int = 8) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def noise(seed: int, height: int = 8, width: int | None = None) -> np.ndarray:
+    """A picture of noise, square unless its width is given."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width or height, 3), dtype=np.uint8)
 
 
 def encoded(pixels, format: str = "png", **options) -> bytes:
@@ -66,6 +223,15 @@ def parquet(**columns) -> bytes:
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), file, compression="none")
     return file.getvalue()
+
+
+# Streams and processes.
+
+
+def take(stream, first_batch, count, **position):
+    """So many batches of a stream from one of them on."""
+    stream.set_position(first_batch, **position)
+    return [batch for _, batch in zip(range(count), stream, strict=False)]
 
 
 def start_together(target, number: int, *arguments) -> list:

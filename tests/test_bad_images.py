@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from test_cli import TINY, home, run, working_folder  # noqa: F401
-from test_data import encoded, noise, take
+from helpers import TINY, encoded, noise, run, take
 
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.sources import BadImage
@@ -168,7 +167,7 @@ def test_an_unknown_way_is_refused(source, load):
 
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
-def test_training_and_latents_leave_them_out(folder, working_folder, caplog, streaming):  # noqa: F811
+def test_training_and_latents_leave_them_out(folder, working_folder, caplog, streaming):
     (working_folder / "tiny.yaml").write_text(json.dumps(TINY))
     source = ["--train_data_dir", str(folder), "--on_bad_image", "skip", *streaming]
     code, _, errors = run("train", "--config", "tiny.yaml", "--output_dir", "out", *source, "--max_train_steps", "2")

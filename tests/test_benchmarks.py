@@ -1,28 +1,45 @@
 """The benchmarks run and say what they promise, at a scale whose numbers mean nothing: no assertion is of speed."""
 
+import copy
 import importlib.util
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(name, tmp_path, *options) -> dict:
-    command = [sys.executable, FOLDER / f"{name}.py", "--smoke", "--json", "--threads", "1", "--output_dir", tmp_path]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    printed = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads((tmp_path / f"bench_{name}_smoke.json").read_text()) == printed
-    assert printed["threads"] == 1 and printed["versions"]["torch"] and printed["machine"] and printed["commit"]
-    return printed
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a benchmark as a program, in this process, and returns the result that it printed."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a benchmark sets it, and here it is set back
+
+    def run(name, *options) -> dict:
+        script = str(FOLDER / f"{name}.py")
+        own = ["--smoke", "--json", "--threads", "1", "--output_dir", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [script, *own, *options])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(script, run_name="__main__")
+        output, errors = capsys.readouterr()
+        assert stop.value.code == 0, errors[-3000:]
+        printed = json.loads(output.splitlines()[-1])
+        assert json.loads((tmp_path / f"bench_{name}_smoke.json").read_text()) == printed
+        assert printed["threads"] == 1 and printed["versions"]["torch"] and printed["machine"] and printed["commit"]
+        return printed
+
+    yield run
+    torch.set_num_threads(threads)
 
 
-def test_train_throughput(tmp_path):
-    found = run("train_throughput", tmp_path, "--peer", "none", "--cases", "mlp")
+def test_train_throughput(run):
+    found = run("train_throughput", "--peer", "none", "--cases", "mlp")
     assert found["ratio"] is None  # no peer
     rows = {row["candidate"]: row for row in found["throughput"]}
     assert {"ours, bf16", "ours, float32", "plain PyTorch, float32", "convolution, bf16"} <= set(rows)
@@ -35,79 +52,87 @@ def test_train_throughput(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pythae") is None, reason="pythae is not installed (extra bench)")
-def test_train_throughput_against_pythae(tmp_path):
-    found = run("train_throughput", tmp_path, "--peer", "pythae", "--cases", "mlp")
+def test_train_throughput_against_pythae(run):
+    found = run("train_throughput", "--peer", "pythae", "--cases", "mlp")
     rate = {row["candidate"]: row.get("images_per_second") for row in found["throughput"]}
     assert found["ratio"] == pytest.approx(rate["ours, bf16"] / rate["pythae, float32"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pythae") is None, reason="pythae is not installed (extra bench)")
-def test_pythae_computes_what_we_do():
+def test_pythae_computes_what_we_do(monkeypatch):
     """The comparison is of one network: the peer's wrapped autoencoder gives our loss and our gradients."""
-    code = (
-        "import torch, train_throughput, pythae_peer, copy\n"
-        "model, _ = train_throughput.build('conv64'); other = copy.deepcopy(model); x = torch.rand(2, 3, 64, 64)\n"
-        "for m in (model, other):\n"
-        "    torch.manual_seed(1)\n"
-        "    for p in m.parameters(): p.data += 0.02 * torch.randn_like(p)\n"
-        "peer = pythae_peer.wrap(other.encoder, other.decoder, (3, 64, 64), 64, is_vae=False)\n"
-        "a, b = model(x).loss, peer({'data': x}).loss; a.backward(); b.backward()\n"
-        "torch.testing.assert_close(a, b)\n"
-        "pairs = list(zip(model.parameters(), other.parameters(), strict=True)); assert len(pairs) > 20\n"
-        "for p, q in pairs: torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-2)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FOLDER)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.syspath_prepend(FOLDER)
+    import pythae_peer
+    import train_throughput
+
+    model, _ = train_throughput.build("conv64")
+    other, pixels = copy.deepcopy(model), torch.rand(2, 3, 64, 64)
+    for each in (model, other):
+        torch.manual_seed(1)
+        for parameter in each.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    peer = pythae_peer.wrap(other.encoder, other.decoder, (3, 64, 64), 64, is_vae=False)
+    ours, theirs = model(pixels).loss, peer({"data": pixels}).loss
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs)
+    pairs = list(zip(model.parameters(), other.parameters(), strict=True))
+    assert len(pairs) > 20
+    for one, another in pairs:
+        torch.testing.assert_close(one.grad, another.grad, rtol=1e-3, atol=1e-2)
 
 
-def test_loop_cost(tmp_path):
-    found = run("loop_cost", tmp_path, "--cases", "mlp")
+def test_loop_cost(run):
+    found = run("loop_cost", "--cases", "mlp")
     assert [row["candidate"] for row in found["cost_of_the_loop"]] == ["bare", "train()", "train(), EMA and clipping"]
     pieces = {row["piece"]: row["ms"] for row in found["pieces"]}
     for piece in ("data", "forward", "backward", "optimizer", "moving average", "checkpoint"):
         assert pieces[piece] > 0, piece  # a renamed function of the loop would leave its piece empty
 
 
-def test_data_routes(tmp_path):
-    routes = {row["route"] for row in run("data_routes", tmp_path)["routes"]}
+def test_data_routes(run):
+    routes = {row["route"] for row in run("data_routes")["routes"]}
     assert {"cache", "folder, streamed", "parquet, streamed", "datasets stream, streamed"} <= routes
 
 
-def test_sampling(tmp_path):
-    found = run("sampling", tmp_path)
+def test_sampling(run):
+    found = run("sampling")
     ours, unet = found["parameters"]["ours"], found["parameters"]["unet"]
     assert abs(unet / ours - 1) < 0.2
     assert all(row["images_per_second"] > 0 for row in found["sampling"])
 
 
-def test_stages(tmp_path):
-    stages = {row["stage"]: row for row in run("stages", tmp_path, "--second_stage_nll", "1e9")["stages"]}
+def test_stages(run):
+    stages = {row["stage"]: row for row in run("stages", "--second_stage_nll", "1e9")["stages"]}
     assert stages["second_stage"]["seconds_to_nll"] > 0  # any line is below
     assert stages["vae"]["seconds_to_nll"] is None and stages["vae"]["steps"] == 4
 
 
-def test_evaluation(tmp_path):
-    found = run("evaluation", tmp_path, "--features", "pixels:4", "--sizes", "32", "64")
+def test_evaluation(run):
+    found = run("evaluation", "--features", "pixels:4", "--sizes", "32", "64")
     assert [row["image_size"] for row in found["evaluation"] if row["part"].startswith("features")] == [32, 64]
     seconds = {row["part"]: row["seconds"] for row in found["evaluation"] if row["image_size"] == 32}
     parts = ("mean and covariance", "Frechet distance", "NDB, 4 bins", "MMD of q(z) and N(0, I)")
     assert seconds["Frechet, NDB and MMD"] == pytest.approx(sum(seconds[part] for part in parts))
 
 
-def test_scaling(tmp_path):
-    found = run("scaling", tmp_path)
+@pytest.mark.slow
+def test_scaling(run):
+    found = run("scaling")
     assert [row["processes"] for row in found["processes"]] == [1, 2]
     assert [row["images"] for row in found["cache"]] == [256, 512]
     assert found["stream"][0]["resumed_first_batch_ms"] > 0 and found["network"][0]["peak_mib"] > 0
 
 
-def test_startup(tmp_path):
-    rows = {row["program"]: row for row in run("startup", tmp_path)["start_up"]}
+@pytest.mark.slow
+def test_startup(run):
+    rows = {row["program"]: row for row in run("startup")["start_up"]}
     # What the parent holds is not counted: Python alone takes some 10 MiB.
     assert 1 < rows["python alone"]["peak_mib"] < 100 < rows["import hf_vaeplus"]["peak_mib"]
 
 
-def test_attempts(tmp_path):
-    found = run("attempts", tmp_path)
+@pytest.mark.slow
+def test_attempts(run):
+    found = run("attempts")
     assert all(row["ms_per_step"] > 0 for row in found["steps"]) and len(found["steps"]) == 10
     assert len(found["gathers"]) == 4

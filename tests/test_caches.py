@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import start_together, two_stages
+from helpers import full_disk, make_pipeline, start_together
 from safetensors.torch import load_file, save_file
-from test_bad_input import full_disk
 
 from hf_vaeplus import VAEPlusAutoencoderModel
 from hf_vaeplus.data.cache import load_images
@@ -51,7 +50,7 @@ def encode_at_once(barrier, model, cache, encoded, pause, half):
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    two_stages().autoencoder.save_pretrained(tmp_path / "model")
+    make_pipeline(second_stage=False).autoencoder.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

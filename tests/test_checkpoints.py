@@ -1,6 +1,6 @@
 """Checkpoints under attack: faults at every call of a save, damaged files, signals, two runs in one folder.
 
-`interrupted` and `reference` are those of test_training.py: runs of 8 steps, one of them cut off after step 6.
+`interrupted` and `reference` (conftest.py) are runs of 8 steps, one of them cut off after step 6.
 """
 
 import contextlib
@@ -18,9 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_bad_input import full_disk
-from test_cards import TINY
-from test_training import contents, interrupted, prepare_rows, reference, resume, run  # noqa: F401 (fixtures)
+from helpers import TINY, contents, fit, full_disk, prepare_rows, resume
 
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.files import sole_run
@@ -91,7 +89,7 @@ def save_with_fault(faults, folder: Path, at: int, monkeypatch) -> str | None:
         patch.setattr(checkpoints, "save_file", announced("save_file", real_write))
         patch.setattr(os, "fsync", announced("fsync", real_sync))
         try:
-            run(folder, checkpoints_total_limit=1)
+            fit(folder, checkpoints_total_limit=1)
         except OSError as error:
             assert "No space left" in str(error)
         finally:
@@ -99,7 +97,7 @@ def save_with_fault(faults, folder: Path, at: int, monkeypatch) -> str | None:
     return faults.hit
 
 
-def test_a_fault_at_any_call_of_a_save_leaves_a_good_checkpoint(faults, tmp_path, reference, monkeypatch):  # noqa: F811
+def test_a_fault_at_any_call_of_a_save_leaves_a_good_checkpoint(faults, tmp_path, reference, monkeypatch):
     tried = []
     for at in range(1000):
         folder = tmp_path / str(at)
@@ -146,7 +144,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_the_newest_good_checkpoint_is_taken(interrupted, reference, caplog, name, damage):  # noqa: F811
+def test_the_newest_good_checkpoint_is_taken(interrupted, reference, caplog, name, damage):
     DAMAGE[damage](interrupted / "checkpoint-6" / name)
     with pytest.raises(DamagedCheckpoint, match="checkpoint-6"):
         resume(interrupted, strict_resume=True)
@@ -157,19 +155,19 @@ def test_the_newest_good_checkpoint_is_taken(interrupted, reference, caplog, nam
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[5]", "{}", '{"model.safetensors": 3}', "null"])
-def test_damaged_checksums(interrupted, text):  # noqa: F811
+def test_damaged_checksums(interrupted, text):
     path = interrupted / "checkpoint-6" / "checksums.json"
     path.write_text(text)
     assert raised(check, path.parent)
 
 
-def test_a_checkpoint_by_name_is_refused_when_damaged(interrupted):  # noqa: F811
+def test_a_checkpoint_by_name_is_refused_when_damaged(interrupted):
     flip_a_bit(interrupted / "checkpoint-6" / "model.safetensors")
     with pytest.raises(DamagedCheckpoint, match="model.safetensors is damaged, its checksum has changed: resume from"):
-        run(interrupted, resume_from_checkpoint=str(interrupted / "checkpoint-6"))
+        fit(interrupted, resume_from_checkpoint=str(interrupted / "checkpoint-6"))
 
 
-def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_the_run_goes_on_later(tmp_path, reference, monkeypatch):  # noqa: F811
+def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_the_run_goes_on_later(tmp_path, reference, monkeypatch):
     real = checkpoints.TrainingState.save
 
     def save(state, *arguments):
@@ -178,14 +176,14 @@ def test_a_full_disk_at_a_checkpoint_is_one_sentence_and_the_run_goes_on_later(t
 
     monkeypatch.setattr(checkpoints.TrainingState, "save", save)
     with pytest.raises(OSError, match="checkpoint-6 cannot be written .* free some space, then resume"):
-        run(tmp_path, checkpoints_total_limit=10)
+        fit(tmp_path, checkpoints_total_limit=10)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]
     monkeypatch.undo()
     resume(tmp_path, checkpoints_total_limit=10)
     assert contents(tmp_path) == contents(reference)
 
 
-def test_without_any_good_checkpoint_nothing_is_started(interrupted):  # noqa: F811
+def test_without_any_good_checkpoint_nothing_is_started(interrupted):
     for path in list_checkpoints(interrupted):
         truncate(path / "model.safetensors")
     before = contents(interrupted)
@@ -206,11 +204,11 @@ def test_a_kill_while_the_oldest_is_dropped_leaves_no_part_of_it(tmp_path, monke
             (path / "model.safetensors").unlink()
         raise Killed
 
-    run(tmp_path / "whole", checkpoints_total_limit=1)
+    fit(tmp_path / "whole", checkpoints_total_limit=1)
     remove = shutil.rmtree
     with monkeypatch.context() as patch, pytest.raises(Killed):  # after the last save: nothing comes to save again
         patch.setattr(checkpoints.shutil, "rmtree", rmtree)
-        run(tmp_path / "cut", checkpoints_total_limit=1)
+        fit(tmp_path / "cut", checkpoints_total_limit=1)
     resume(tmp_path / "cut", checkpoints_total_limit=1)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -219,7 +217,7 @@ def test_a_kill_while_the_oldest_is_dropped_leaves_no_part_of_it(tmp_path, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_resumed_run_is_the_run(tmp_path, reference, number):  # noqa: F811
+def test_a_signal_saves_and_the_resumed_run_is_the_run(tmp_path, reference, number):
     def prepare(batch, noise, step):
         if step == 4:
             os.kill(os.getpid(), number)
@@ -229,7 +227,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_run(tmp_path, reference, numb
     with pytest.raises(
         TrainingInterrupted, match=f"stopped by {number.name} after step 5, .* as checkpoint-5"
     ) as stop:
-        run(tmp_path, prepare=prepare, checkpoints_total_limit=10)
+        fit(tmp_path, prepare=prepare, checkpoints_total_limit=10)
     assert stop.value.signal == number and signal.getsignal(number) == before
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-5"]
     resume(tmp_path, checkpoints_total_limit=10)
@@ -240,12 +238,12 @@ def test_a_signal_saves_and_the_resumed_run_is_the_run(tmp_path, reference, numb
 def test_a_second_signal_ends_at_once(tmp_path):
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from test_training import run, prepare_rows\n"
+        "from helpers import fit, prepare_rows\n"
         "def prepare(batch, noise, step):\n"
         "    if step == 4:\n"
         "        os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return prepare_rows(batch, noise, step)\n"
-        "run(sys.argv[1], prepare=prepare)\n"
+        "fit(sys.argv[1], prepare=prepare)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path, Path(__file__).parent], capture_output=True)
     assert done.returncode == -signal.SIGTERM
@@ -254,7 +252,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 def test_training_in_a_thread_leaves_the_signals_alone(tmp_path):
     before, found = signal.getsignal(signal.SIGTERM), []
-    thread = threading.Thread(target=lambda: found.append(run(tmp_path)))
+    thread = threading.Thread(target=lambda: found.append(fit(tmp_path)))
     thread.start()
     thread.join()
     assert found and signal.getsignal(signal.SIGTERM) == before
@@ -295,9 +293,9 @@ def test_two_runs_in_one_folder(tmp_path):
     assert held.wait(60)
     before = contents(tmp_path)
     with pytest.raises(FileExistsError, match="another process is training in .*: wait for it, or choose another"):
-        run(tmp_path)
+        fit(tmp_path)
     assert contents(tmp_path) == before
     other.kill()  # what a dead process held is free
     other.join()
-    run(tmp_path)
+    fit(tmp_path)
     assert json.loads((tmp_path / "checkpoint-8" / "progress.json").read_text())["step"] == 8

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -16,23 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import encoded, noise
+from helpers import SIZE, encoded, noise, run
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 import hf_vaeplus
 from hf_vaeplus import (
-    VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
     VAEPlusPipeline,
-    VAEPlusVAEConfig,
-    VAEPlusVAEModel,
 )
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import build_parser, main, run_command
 from hf_vaeplus.data import cache
-from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.progress import tqdm
 from hf_vaeplus.training import stages
 from hf_vaeplus.training.options import STAGES
@@ -40,77 +34,8 @@ from hf_vaeplus.training.options import STAGES
 COMMANDS = ("quickstart", "train", "evaluate", "sample", "reconstruct", "interpolate")
 TRAIN_STAGE = Path(__file__).parents[1] / "examples" / "train_stage.py"
 EVALUATE = Path(__file__).parents[1] / "examples" / "evaluate.py"
-SIZE = 32
-TINY = {
-    "common": {
-        "dataset_name": "digits",
-        "resolution": SIZE,
-        "num_channels": 1,
-        "max_train_samples": 40,
-        "max_train_steps": 3,
-        "train_batch_size": 8,
-        "logging_steps": 1,
-    },
-    "autoencoder": {"model": {"latent_dim": 6, "hidden_channels": [4, 8], "num_blocks": 1}},
-    "vae": {"model": {"latent_dim": 4, "hidden_dim": 8, "num_blocks": 1}},
-    "second_stage": {"model": {"hidden_dim": 8, "num_blocks": 1}},
-}
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A folder with a saved pipeline, two pictures, a preset and a text file."""
-    home = tmp_path_factory.mktemp("cli")
-    torch.manual_seed(0)
-    small = dict(hidden_dim=8, num_blocks=1)
-    image = dict(image_size=SIZE, latent_dim=6, hidden_channels=(4, 8), num_blocks=1)
-    stages_of_pipeline = (
-        VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(6,), latent_dim=4, reconstruction_space="image", **small)),
-        VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image)),
-        VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(4,), latent_dim=3, gamma_init=0.1, **small)),
-    )
-    source = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # fresh networks draw grey images only
-        for model in stages_of_pipeline:
-            for name, parameter in sorted(model.named_parameters()):
-                if name != "log_gamma":
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=source)
-    VAEPlusPipeline(*stages_of_pipeline).save_pretrained(home / "pipeline")
-    for number, size in enumerate(((50, 40), (20, 20))):
-        noise = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(home / f"{number}.png")
-    (home / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (home / "broken.yaml").write_text("vae: [1,")
-    (home / "notes.txt").write_text("not a picture")
-    for changes in (
-        {},
-        {"max_samples": 1},
-        {"num_channels": 3},
-    ):  # decoded already: no progress bar before a mistake
-        digits = dict(resolution=SIZE, num_channels=1, max_samples=40) | changes
-        load_images("digits", **digits, cache_dir=home / "cache", progress=False)
-    return home
-
-
-@pytest.fixture(autouse=True)
-def working_folder(home, tmp_path, monkeypatch) -> Path:
-    """Commands run in an empty folder, with `home` beside it, without a network and with the cache in `home`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VAEPLUS_CACHE", str(home / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "home").symlink_to(home)
-    return tmp_path
-
-
-def run(*argv: str) -> tuple[int, str, str]:
-    """`(exit code, standard output, standard error)` of `vaeplus ARGV`."""
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            code = main(list(argv))
-        except SystemExit as stop:  # argparse
-            code = stop.code
-    return code, output.getvalue(), errors.getvalue()
+pytestmark = pytest.mark.usefixtures("working_folder")
 
 
 # --------------------------------------------------------------------------------------------------------- help
@@ -216,7 +141,7 @@ MISTAKES = {
     "a field of the wrong type": (f"{TRAIN} --set vae.model.latent_dim=five", "latent_dim.*expected int"),
     "a number without a dot": (f"{TRAIN} --set vae.learning_rate=1e-3", "needs the dot"),
     "a negative number of steps": (f"{TRAIN} --max_train_steps -1", "max_train_steps must be positive, got -1"),
-    "a negative number of samples": (f"{TRAIN} --max_train_samples -1", "max_samples must be at least 1"),
+    "a negative number of samples": (f"{TRAIN} --max_train_samples -1", "max_train_samples must be at least 1"),
     "one image": (f"{TRAIN} --max_train_samples 1", "at least two"),
     "a seed out of range": (f"{TRAIN} --seed {2**63}", "seed must be below"),
     "a resolution that does not divide": (
@@ -346,7 +271,7 @@ def test_an_error_of_the_program_keeps_its_traceback():
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch):
-    def interrupted(options):
+    def interrupted(options, images):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "run_stage", interrupted)
@@ -465,9 +390,9 @@ def test_training_three_images_still_ends_in_a_report(working_folder):
 def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_folder, monkeypatch):
     opened, hashed = [], []
 
-    def open_and_count(*args, **options):
-        opened.append(options["train_data_dir"])
-        return open_source(*args, **options)
+    def open_and_count(options, *args):
+        opened.append(options.train_data_dir)
+        return open_source(options, *args)
 
     def hash_and_count(file, *args):
         hashed.append(Path(file.name))
@@ -490,7 +415,7 @@ def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_fold
     code, output, errors = run(*command, "--evaluation_split", "train[:4]", "--json")
     assert code == 0
     written = "samples.png reconstructions.png interpolation.png curves.png summary.json"
-    assert f"out holds a finished run: {written} will be written anew.\n" in errors
+    assert f"{written} in out will be written anew.\n" in errors
     assert opened == ["pictures"] * 3  # once more to train on, and once as another split
     summary = json.loads((working_folder / "out/summary.json").read_text())
     assert summary["num_images"] == 4
@@ -499,7 +424,9 @@ def test_train_opens_the_pictures_once_and_says_what_it_writes_anew(working_fold
 
 def test_the_report_on_a_stream_does_not_decode_the_whole_source(monkeypatch):
     counts = []
-    monkeypatch.setattr(stages, "load_images", lambda *args, max_samples, **rest: counts.append(max_samples) or [1, 2])
+    monkeypatch.setattr(
+        stages, "open_cache", lambda options, *args, **rest: counts.append(options.max_train_samples) or [1, 2]
+    )
     monkeypatch.setattr(stages, "train_stages", lambda *args, **rest: pytest.fail("far enough", pytrace=False))
     for flags in ([], ["--max_train_samples", "5000"], ["--max_train_samples", "30"]):
         with pytest.raises(pytest.fail.Exception, match="far enough"):

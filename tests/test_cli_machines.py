@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import PIPE, home, run, working_folder  # noqa: F401
+from helpers import run
 
 from hf_vaeplus.cli.main import build_parser
+
+PIPE = "home/pipeline"
+pytestmark = pytest.mark.usefixtures("working_folder")
 
 # ------------------------------------------------------------------------------------------------------------ JSON
 

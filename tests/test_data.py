@@ -1,7 +1,7 @@
 """Pixels of every source, the cache on disk, and streams that resume."""
 
 import gzip
-import io
+import json
 import os
 import pickle
 import signal
@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from helpers import start_together
+from helpers import encoded, noise, start_together, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,16 +35,6 @@ def coordinates(height, width):
     """A picture whose red channel is the row and whose green channel is the column."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
-
-
-def encoded(pixels, **options):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, **{"format": "png", **options})
-    return file.getvalue()
-
-
-def noise(seed, size=8):
-    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
 def write_parquet(path, pictures, column="image"):
@@ -239,12 +229,12 @@ def test_a_moved_folder_keeps_its_cache(folder, load, decoded):
     assert len(decoded) == NUM_PICTURES
 
 
-def test_changed_content_of_equal_size_and_time_is_noticed(folder, load):
+def test_changed_content_of_equal_size_is_noticed_by_its_time(folder, load):
     for name in ("one.bmp", "two.bmp"):  # bitmaps of one shape have one size
         (folder / name).write_bytes(encoded(noise(20), format="bmp"))
     before, stat = load(train_data_dir=folder), (folder / "one.bmp").stat()
     (folder / "one.bmp").write_bytes(encoded(noise(21), format="bmp"))
-    os.utime(folder / "one.bmp", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.utime(folder / "one.bmp", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert (folder / "one.bmp").stat().st_size == stat.st_size
     after = load(train_data_dir=folder)
     assert after.fingerprint != before.fingerprint
@@ -268,15 +258,15 @@ def test_default_cache_folder(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "info.json"])
-def test_damaged_cache_is_built_again(folder, load, damage):
+def test_damaged_cache_is_built_again(folder, load, damage, caplog):
     dataset = load(train_data_dir=folder)
     expected = np.array(dataset.images)
     if damage == "truncated":
         dataset.path.write_bytes(dataset.path.read_bytes()[:-1])
     else:
         (dataset.path.parent / "info.json").write_text("{")
-    with pytest.warns(UserWarning, match="is damaged and will be built again"):
-        dataset = load(train_data_dir=folder)
+    dataset = load(train_data_dir=folder)
+    assert "is damaged and will be built again" in caplog.text
     np.testing.assert_array_equal(dataset.images, expected)
 
 
@@ -306,6 +296,8 @@ def test_of_four_processes_one_builds_and_all_read_the_same(folder, tmp_path, lo
     assert len(read) == 4
     for images in read:
         np.testing.assert_array_equal(images, np.stack([noise(i) for i in range(NUM_PICTURES)]))
+    (index,) = (tmp_path / "cache/file_hashes").iterdir()  # and no part of one
+    assert len(json.loads(index.read_text())) == NUM_PICTURES
 
 
 def test_what_a_killed_builder_left_is_removed(folder, tmp_path, load):
@@ -325,7 +317,7 @@ def test_a_failed_build_leaves_nothing(folder, tmp_path, load):
     (folder / "zz.png").write_bytes(encoded(noise(0))[:60])
     with pytest.raises(ValueError, match="zz.png is not a readable picture"):
         load(train_data_dir=folder)
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert {path.suffix or path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "file_hashes"}
 
 
 # Dataset
@@ -372,11 +364,6 @@ def test_loader_workers_and_pickling(folder, load):
 
 
 # Stream
-
-
-def take(stream, first_batch, count, **position):
-    stream.set_position(first_batch, **position)
-    return [batch for _, batch in zip(range(count), stream, strict=False)]
 
 
 @pytest.fixture(params=["folder", "parquet"])
@@ -471,7 +458,7 @@ def test_stream_position_is_checked(stream):
         ({"dataset_name": "digits", "num_channels": 0}, "num_channels must be .* got 0"),
         ({"dataset_name": "digits", "resolution": 0}, "resolution must be at least 1, got 0"),
         ({"dataset_name": "celeba", "crop": 0}, "crop must be at least 1, got 0"),
-        ({"dataset_name": "digits", "max_samples": 0}, "max_samples must be at least 1, got 0"),
+        ({"dataset_name": "digits", "max_samples": 0}, "max_train_samples must be at least 1, got 0"),
         ({"dataset_name": "digits", "crop": 9}, r"digit \d+ is 8x8, smaller than crop=9"),
         ({"dataset_name": "digits", "split": "test"}, "dataset_name has no splits, got split='test'"),
         ({"dataset_name": "rendered-faces", "crop": 9}, "takes no crop .* got crop=9"),

@@ -20,15 +20,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import perturbed
+from helpers import SIZE, make_pipeline
 from PIL import Image
 
 from hf_vaeplus import (
-    VAEPlusAutoencoderConfig,
-    VAEPlusAutoencoderModel,
     VAEPlusPipeline,
-    VAEPlusVAEConfig,
-    VAEPlusVAEModel,
 )
 from hf_vaeplus.cli.flags import read_pictures
 from hf_vaeplus.cli.main import main
@@ -39,25 +35,11 @@ httpx = pytest.importorskip("httpx")  # of Gradio
 from hf_vaeplus.demo import MAX_BYTES, Handlers, build_demo, serve  # noqa: E402
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"
-SIZE = 32
-
-
-def tiny_pipeline(num_channels: int) -> VAEPlusPipeline:
-    torch.manual_seed(0)
-    small = dict(hidden_dim=8, num_blocks=1)
-    image = dict(image_size=SIZE, num_channels=num_channels, latent_dim=6, hidden_channels=(4, 8), num_blocks=1)
-    vae = VAEPlusVAEConfig(input_shape=(6,), latent_dim=9, reconstruction_space="image", **small)
-    second_stage = VAEPlusVAEConfig(input_shape=(9,), latent_dim=3, gamma_init=0.1, **small)
-    return VAEPlusPipeline(
-        perturbed(VAEPlusVAEModel(vae)),
-        perturbed(VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image))),
-        perturbed(VAEPlusVAEModel(second_stage)),
-    )
 
 
 @pytest.fixture(scope="module")
 def pipe() -> VAEPlusPipeline:
-    return tiny_pipeline(3)
+    return make_pipeline(latent_dim=9)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +97,7 @@ def test_samples_are_those_of_the_pipeline(handlers, pipe):
 
 
 def test_sharpness_only_where_the_autoencoder_has_it(handlers, pipe):
-    sharp = tiny_pipeline(3)
+    sharp = make_pipeline(latent_dim=9)
     sharp.autoencoder.match_spectrum([torch.rand(16, 3, SIZE, SIZE)])
     assert Handlers(sharp).sharpens and not handlers.sharpens
     assert not same(Handlers(sharp).sample(0, 2, 1.0, 1.0), Handlers(sharp).sample(0, 2, 1.0, 0.0))
@@ -158,7 +140,9 @@ def test_interpolation_is_the_pipelines(handlers, pipe, files):
 
 
 def test_directions_come_in_the_order_of_their_kl(handlers, pipe):
-    posterior = pipe.encode(pipe(2000, torch.Generator().manual_seed(1), output_type="pt", batch_size=2000).images)
+    posterior = pipe.encode(
+        pipe(2000, torch.Generator().manual_seed(1), output_type="pt", decode_batch_size=2000).images
+    )
     kl = posterior.kl().mean(0)  # of other samples than the page takes
     assert handlers.kl.numpy() == pytest.approx(kl.numpy(), rel=0.2)
     assert len(set(handlers.directions)) == 8 and handlers.kl.argmin() not in handlers.directions
@@ -191,7 +175,7 @@ def test_explore_starts_from_a_sample(handlers, pipe):
 
 
 def test_grey_pictures(files):
-    grey = Handlers(tiny_pipeline(1))
+    grey = Handlers(make_pipeline(latent_dim=9, num_channels=1))
     seen, again, *_ = grey.reconstruct(upload(files / "a.png"))
     assert seen.mode == again.mode == "L" and seen.size == (SIZE, SIZE)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import load_dataset
+from helpers import code_blocks, run_code
 from PIL import Image
-from test_cards import code_blocks, run_code
 
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import build_parser, main
@@ -66,7 +66,7 @@ def test_commands_parse(page, capsys):
                 parse_stage_options("", [*words[scripts[0] + 1 :], "--dry_run"])
         else:
             assert words[0] in {"python3", ".venv/bin/pip", ".", ".venv/bin/python", ".venv/bin/ruff", ".ci/run",
-                                "hf", "accelerate", "mkdir"}, command  # fmt: skip
+                                "hf", "accelerate", "mkdir", "git", "cd"}, command  # fmt: skip
     capsys.readouterr()
 
 

@@ -1,7 +1,5 @@
 """`vaeplus encode`: latents as a data set, in constant memory, complete or not there."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -12,27 +10,26 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import two_stages
+from helpers import code_blocks, make_pipeline, run
 from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import HTTPError
 from PIL import Image
-from test_cards import code_blocks
 
 from hf_vaeplus import (
     VAEPlusPipeline,
 )
-from hf_vaeplus.cli.main import main
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.stream import stream_images
 from hf_vaeplus.hub import latents
 from hf_vaeplus.hub.latents import encode_to_parquet
 
 SIZE, COUNT = 32, 21
+pytestmark = pytest.mark.usefixtures("working_folder")
 
 
 @pytest.fixture(scope="module")
 def pipe() -> VAEPlusPipeline:
-    return two_stages(SIZE)
+    return make_pipeline(second_stage=False)
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +48,6 @@ def home(pipe, tmp_path_factory) -> Path:
     return home
 
 
-@pytest.fixture(autouse=True)
-def working_folder(home, tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VAEPLUS_CACHE", str(home / "cache"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home / "datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "home").symlink_to(home)
-    return tmp_path
-
-
 def source(name: str) -> dict:
     sources = {
         "pictures": dict(train_data_dir="home/pictures"),
@@ -75,13 +62,6 @@ def load(path: str, **options) -> datasets.Dataset:
     if path.endswith(".parquet"):
         return datasets.load_dataset("parquet", data_files=path, split="train").with_format("torch")
     return datasets.load_dataset(path, split=options.get("split", "train")).with_format("torch")
-
-
-def run(*argv: str) -> tuple[int, str, str]:
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        code = main(list(argv))
-    return code, output.getvalue(), errors.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------ rows

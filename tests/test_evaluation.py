@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import perturbed
+from helpers import LAUNCH_TWO, perturbed
 from torch.distributions import LowRankMultivariateNormal
 from torch.nn.functional import avg_pool2d
 
@@ -35,10 +35,6 @@ from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.metrics.running import RunningMoments
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "evaluate.py"
-LAUNCH_TWO = (
-    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    " --dynamo_backend no --main_process_port 0"
-).split()
 SIZE, LATENT_DIM = 16, 12
 
 
@@ -208,7 +204,7 @@ def test_a_mixture_draws_its_components_by_their_weights(pca):
     codes = centres[which.long()] + 1e-3 * torch.randn(200, LATENT_DIM, generator=generator)
     images = torch.cat([*sample_mixture(pipe, codes, torch.arange(400).split(100), 2)])
     distances = torch.stack(
-        [(images.int() - to_uint8(pipe.decode(each[None]))).abs().amax((1, 2, 3)) for each in centres]
+        [(images.int() - to_uint8(pipe.decode(each[None], "pt"))).abs().amax((1, 2, 3)) for each in centres]
     )
     assert distances.amin(0).max() <= 3  # every image is one of two
     assert 60 < int(distances.argmin(0).sum()) < 140  # a quarter of 400, within five standard deviations

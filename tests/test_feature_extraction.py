@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import perturbed, two_stages
+from diffusers import DiffusionPipeline
+from helpers import make_pipeline, perturbed
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
@@ -23,7 +24,7 @@ from hf_vaeplus import (
     VAEPlusVAEModel,
 )
 from hf_vaeplus.data.cache import load_images
-from hf_vaeplus.hub.repository import export, save_feature_extractor
+from hf_vaeplus.hub.repository import export
 from hf_vaeplus.training.stages import train_all
 
 TASK = "image-feature-extraction"
@@ -32,15 +33,13 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def pipe() -> VAEPlusPipeline:
-    return two_stages(SIZE)
+    return make_pipeline(second_stage=False)
 
 
 @pytest.fixture(scope="module")
 def folder(pipe, tmp_path_factory) -> Path:
-    """A saved pipeline with what `transformers` needs beside it."""
     folder = tmp_path_factory.mktemp("features") / "pipeline"
     pipe.save_pretrained(folder)
-    save_feature_extractor(pipe, folder)
     return folder
 
 
@@ -91,7 +90,6 @@ def test_a_pixel_vae_has_features_as_well(tmp_path):
     config = VAEPlusVAEConfig(input_shape=(1, SIZE, SIZE), network="conv", latent_dim=3, hidden_channels=(4, 8))
     pipe = VAEPlusPipeline(perturbed(VAEPlusVAEModel(config)).eval())
     pipe.save_pretrained(tmp_path)
-    save_feature_extractor(pipe, tmp_path)
     features = pipeline(TASK, model=str(tmp_path))(pictures()[0], return_tensors=True)
     torch.testing.assert_close(features, pipe.encode(fitted(pictures()[0].convert("L"))).mean)
 
@@ -106,6 +104,34 @@ def test_an_extractor_can_be_saved_and_loaded_again(folder, tmp_path):
     direct = VAEPlusEncoderModel.from_pretrained(tmp_path, subfolder="again")
     assert posterior.features.equal(direct(again.image_processor(pictures(), "pt").pixel_values).features)
     assert posterior.logvar.shape == (3, 4)
+
+
+def test_what_is_set_on_the_config_of_an_extractor_is_loaded_again(pipe, tmp_path):
+    model = VAEPlusEncoderModel(pipe.autoencoder, pipe.vae)
+    model.config.made_by = "hand"
+    model.save_pretrained(tmp_path)
+    assert VAEPlusEncoderModel.from_pretrained(tmp_path).config.made_by == "hand"
+
+
+@pytest.mark.parametrize("load", [VAEPlusPipeline.from_pretrained, DiffusionPipeline.from_pretrained])
+def test_a_pipeline_keeps_its_crop_from_folder_to_folder(pipe, load, tmp_path):
+    VAEPlusPipeline(pipe.vae, pipe.autoencoder).save_pretrained(tmp_path / "first")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "first").crop is None  # not known: the largest square
+    VAEPlusImageProcessor(SIZE, crop=40).save_pretrained(tmp_path / "first")
+    loaded = load(tmp_path / "first")
+    assert loaded.image_processor(pictures()[0], "pt").pixel_values.shape == (1, 3, SIZE, SIZE)
+    loaded.save_pretrained(tmp_path / "second")
+    assert pipeline(TASK, model=str(tmp_path / "second")).image_processor.crop == 40
+    loaded.image_processor = VAEPlusImageProcessor(SIZE, crop=36)
+    loaded.save_pretrained(tmp_path / "second")
+    assert load(tmp_path / "second").image_processor.crop == 36
+
+
+def test_a_damaged_image_processor_is_not_replaced_by_another(folder, tmp_path):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / "preprocessor_config.json").write_text("{")
+    with pytest.raises(OSError, match="preprocessor_config.json"):
+        VAEPlusPipeline.from_pretrained(damaged)
 
 
 def test_training_leaves_an_extractor_that_prepares_pictures_as_training_did(tmp_path):
@@ -138,9 +164,9 @@ print(json.dumps(extractor(Image.open(sys.argv[2]))))
 """
 
 
-def test_an_exported_folder_works_by_trust_without_the_package_and_without_torchvision(pipe, folder, tmp_path):
+def test_an_exported_folder_works_by_trust_without_the_package_and_without_torchvision(pipe, tmp_path):
     exported = tmp_path / "exported"
-    export(pipe, exported, processor=VAEPlusImageProcessor.from_pretrained(folder))
+    export(pipe, exported)
     pictures()[0].save(tmp_path / "picture.png")
     command = [sys.executable, "-c", WITHOUT, str(exported), str(tmp_path / "picture.png")]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -163,7 +189,7 @@ def test_the_processor_makes_what_training_saw(channels, crop, tmp_path):
         picture.save(tmp_path / f"{number}.png")
     options = dict(resolution=SIZE, num_channels=channels, crop=crop, cache_dir=tmp_path / "cache", progress=False)
     images = load_images(train_data_dir=tmp_path, **options)
-    processor = VAEPlusImageProcessor(SIZE, channels, crop)
+    processor = VAEPlusImageProcessor(np.int64(SIZE), channels, crop and np.int32(crop))
     processor.save_pretrained(tmp_path / "saved")
     VAEPlusEncoderConfig().save_pretrained(tmp_path / "saved")
     loaded = AutoImageProcessor.from_pretrained(tmp_path / "saved")

@@ -16,13 +16,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import two_stages
+from helpers import captured, make_pipeline, run, tree
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_bad_input import captured, tree
-from test_cli import home, run  # noqa: F401
 from transformers import PreTrainedConfig
 
 from hf_vaeplus import (
@@ -309,7 +307,7 @@ pictures = st.one_of(
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = two_stages()
+    pipe = make_pipeline(second_stage=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

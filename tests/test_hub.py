@@ -12,19 +12,18 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from helpers import code_blocks, make_pipeline
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_ONLY_TOKEN, TOKEN, Fault
 from PIL import Image
 from safetensors.torch import load_file
-from test_cards import code_blocks
-from test_pipeline import make_pipeline
 from transformers import AutoModel, pipeline
 
-from hf_vaeplus import VAEPlusPipeline
+from hf_vaeplus import VAEPlusImageProcessor, VAEPlusPipeline
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.hub.client import explain
-from hf_vaeplus.hub.repository import export, save_feature_extractor
+from hf_vaeplus.hub.repository import export
 
 REPO = "org/drawings"
 COMPONENTS = {"autoencoder": "VAEPlusAutoencoderModel", "vae": "VAEPlusVAEModel", "second_stage": "VAEPlusVAEModel"}
@@ -70,6 +69,7 @@ def test_what_the_repository_holds(hub, pipe):
     pipe.push_to_hub(REPO)
     own = ("config.json", "model.safetensors", "modeling_vaeplus.py")
     common = {"README.md", "model_index.json", "modeling_vaeplus.py", "pipeline.py"}
+    common |= {"config.json", "preprocessor_config.json", "image_processing_vaeplus.py"}
     assert hub[REPO].files().keys() == {f"{name}/{file}" for name in COMPONENTS for file in own} | common
     index = json.loads(hub[REPO].files()["model_index.json"])
     assert index["_class_name"] == ["pipeline", "VAEPlusPipeline"]
@@ -88,7 +88,7 @@ def test_a_stage_alone_without_trust(hub, pipe, name):
 
 
 def test_features_of_what_was_pushed(hub, pipe, saved):
-    save_feature_extractor(pipe, saved, crop=40)
+    VAEPlusImageProcessor(32, crop=40).save_pretrained(saved)
     VAEPlusPipeline.from_pretrained(saved).push_to_hub(REPO)
     extractor = pipeline("image-feature-extraction", model=REPO)
     assert extractor.image_processor.crop == 40
@@ -97,6 +97,8 @@ def test_features_of_what_was_pushed(hub, pipe, saved):
     found = extractor(Image.fromarray(pixels), return_tensors=True)
     torch.testing.assert_close(found, pipe.encode(shrunk).mean, rtol=1e-5, atol=1e-5)
     assert "image_processing_vaeplus.py" in hub[REPO].files()
+    VAEPlusPipeline.from_pretrained(REPO).push_to_hub("org/copy")
+    assert json.loads(hub["org/copy"].files()["preprocessor_config.json"])["crop"] == 40
 
 
 def test_a_pipeline_without_its_optional_stages(hub):
@@ -195,6 +197,8 @@ pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
 images = pipe(3, torch.Generator().manual_seed(3), output_type="pt").images
 vae = AutoModel.from_pretrained(repo, subfolder="vae", trust_remote_code=True)
 assert type(vae).__name__ == "VAEPlusVAEModel"
+assert vae.config.later == pipe.vae.config.later == ["a", "newer", "version"]
+pipe.save_pretrained("again")
 save_file({"images": images, "log_gamma": vae.log_gamma.detach()}, output)
 """
 
@@ -211,6 +215,7 @@ def environment_without_the_package(folder: Path) -> Path:
 
 
 def test_without_the_package_by_trust_online_then_offline(hub, pipe, tmp_path):
+    pipe.vae.config.later = ["a", "newer", "version"]
     pipe.push_to_hub(REPO)
     python = environment_without_the_package(tmp_path / "venv")
     for offline in ("0", "1"):
@@ -235,12 +240,6 @@ def test_an_export_is_a_folder_that_loads(pipe, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- trouble
-
-
-@pytest.fixture
-def no_waiting(monkeypatch):
-    """The client waits between two tries; here it does not."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 def run_command(*words) -> int:

@@ -7,12 +7,11 @@ import threading
 import pytest
 import torch
 import yaml
+from helpers import TINY, fit, stats_of
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, Fault
 from safetensors import SafetensorError
 from safetensors.torch import load
-from test_cards import TINY
-from test_training import run, stats_of
 from transformers import AutoModel
 
 from hf_vaeplus import VAEPlusPipeline, VAEPlusVAEModel
@@ -23,13 +22,8 @@ REPO = "org/model"
 PUSH = dict(push_to_hub=True, hub_model_id=REPO, hub_token=TOKEN)
 
 
-@pytest.fixture
-def no_waiting(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-
-
 def test_the_end_of_a_run_is_on_the_hub(hub, tmp_path):
-    model = run(tmp_path / "vae", **PUSH, hub_private_repo=True)
+    model = fit(tmp_path / "vae", **PUSH, hub_private_repo=True)
     files = hub[REPO].files()
     assert files.keys() == {"config.json", "model.safetensors", "training_options.json", "stats.jsonl"}
     for name, value in load(files["model.safetensors"]).items():
@@ -40,7 +34,7 @@ def test_the_end_of_a_run_is_on_the_hub(hub, tmp_path):
 
 
 def test_neither_token_nor_places_on_this_machine_are_pushed(hub, tmp_path):
-    run(tmp_path / "vae", **PUSH)
+    fit(tmp_path / "vae", **PUSH)
     everything = b"".join(hub[REPO].files().values())
     assert TOKEN.encode() not in everything and str(tmp_path).encode() not in everything
     told = json.loads(hub[REPO].files()["training_options.json"])
@@ -51,7 +45,7 @@ def test_neither_token_nor_places_on_this_machine_are_pushed(hub, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16", "use_ema": False}])
 def test_a_run_is_the_same_with_and_without_pushes(hub, tmp_path, options):
-    pushed, plain = run(tmp_path / "pushed", **PUSH, **options), run(tmp_path / "plain", **options)
+    pushed, plain = fit(tmp_path / "pushed", **PUSH, **options), fit(tmp_path / "plain", **options)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in pushed.state_dict().items())
     assert stats_of(tmp_path / "pushed") == stats_of(tmp_path / "plain")
 
@@ -60,12 +54,12 @@ def test_a_run_is_the_same_with_and_without_pushes(hub, tmp_path, options):
 def test_a_dead_hub_is_a_warning(hub, tmp_path, caplog, no_waiting, fault):
     hub.faults = [fault]
     with caplog.at_level(logging.WARNING):
-        run(tmp_path, **PUSH)
+        fit(tmp_path, **PUSH)
     assert "push to org/model failed, the model is on disk; the same command, resumed, pushes it again" in caplog.text
     assert TOKEN not in caplog.text
     VAEPlusVAEModel.from_pretrained(tmp_path)
     hub.faults.clear()
-    run(tmp_path, **PUSH, resume_from_checkpoint="latest")
+    fit(tmp_path, **PUSH, resume_from_checkpoint="latest")
     assert hub[REPO].titles[-1].endswith("the end")
 
 
@@ -103,7 +97,7 @@ def test_a_full_temporary_folder_is_a_warning(hub, tmp_path, caplog, monkeypatch
         monkeypatch.setattr("hf_vaeplus.hub.client.tempfile.mkdtemp", no_room)
     else:
         monkeypatch.setattr(VAEPlusVAEModel, "save_pretrained", save)
-    run(tmp_path / "run", **PUSH)
+    fit(tmp_path / "run", **PUSH)
     assert "the run goes on, and pushes again at its next checkpoint" in caplog.text
     assert "the model is on disk; the same command, resumed, pushes it again: " in caplog.text
     assert "No space left" in caplog.text and not list((tmp_path / "temporary").iterdir()) and not hub.repositories

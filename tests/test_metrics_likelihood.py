@@ -95,7 +95,9 @@ def test_otherwise_more_samples_approach_the_density_from_below():
     image = torch.rand(1, 1, SIZE, SIZE, generator=source(2))
     exact = density.log_prob(image.flatten(1).double()).item()
     total, repeats = 512, 200
-    log_weights = pipe.log_importance_weights(image.expand(repeats, -1, -1, -1), total, source(3), batch_size=8192)
+    log_weights = pipe.log_importance_weights(
+        image.expand(repeats, -1, -1, -1), total, source(3), decode_batch_size=8192
+    )
     bounds = [importance_weighted(log_weights.reshape(k, -1)) for k in (1, 4, 16, 128, 512)]
     errors = [4 * bound.std() / math.sqrt(len(bound)) for bound in bounds]
     means = [bound.mean().item() for bound in bounds]
@@ -108,7 +110,7 @@ def test_otherwise_more_samples_approach_the_density_from_below():
 def test_the_elbo_is_the_one_that_training_maximises():
     pipe, _ = affine_pipeline(0.2 * torch.randn(SIZE**2, LATENT_DIM, generator=source()))
     images = torch.rand(20, 1, SIZE, SIZE, generator=source(2))
-    estimates = elbo(pipe.log_importance_weights(images, 400, source(3), batch_size=8192))
+    estimates = elbo(pipe.log_importance_weights(images, 400, source(3), decode_batch_size=8192))
     with torch.no_grad():
         losses = torch.stack([pipe.vae(images).loss for _ in range(400)]).double()
     error = 4 * losses.std() / math.sqrt(len(losses)) * math.sqrt(2)

@@ -4,6 +4,7 @@ Expectations over the posterior are exact where a test says so: every noise vect
 terms cancel, and the pairs `+-sqrt(k) e_j` along the k axes integrate quadratics exactly.
 """
 
+import json
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from hf_vaeplus import (
     GaussianPosterior,
@@ -118,6 +119,23 @@ def test_a_sample_is_the_mean_plus_sigma_times_noise():
     torch.testing.assert_close(posterior.sample(noise), mean + logvar.exp().sqrt() * noise)
     first, again, other = (posterior.sample(generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_posterior_says_its_shapes():
+    posterior = GaussianPosterior(torch.zeros(3, 4), torch.zeros(3, 4))
+    shown = "GaussianPosterior(mean=(3, 4) torch.float32, logvar=(3, 4) torch.float32, device=cpu)"
+    assert repr(posterior) == shown
+
+
+def test_noise_is_drawn_where_its_generator_is_and_moved_to_the_posterior():
+    elsewhere = GaussianPosterior(*torch.zeros(2, 3, 4, device="meta"))
+    assert elsewhere.sample(generator=torch.Generator()).is_meta and elsewhere.sample(torch.zeros(3, 4)).is_meta
+    double = GaussianPosterior(*torch.zeros(2, 3, 4, dtype=torch.float64))
+    noise = torch.randn(3, 4)
+    assert torch.equal(double.sample(noise), noise.double())
+    model = make_vae(input_shape=(4,), gamma="fixed").double()
+    model.match_moments(torch.zeros(4), torch.eye(4), num_samples=50)
+    assert model.sample(noise, noise).dtype == torch.float64
 
 
 def test_samples_have_the_posteriors_moments():
@@ -896,7 +914,7 @@ def test_wrong_images_are_refused(call, tensor, message):
         (VAEPlusVAEConfig, {"num_blocks": 10**9}, "num_blocks must be at most 1,000, got 1000000000"),
         (VAEPlusVAEConfig, {"hidden_dim": 2**70}, "hidden_dim must be at most 1,048,576"),
         (VAEPlusVAEConfig, {"max_gamma": math.inf}, "max_gamma must be at most 1,048,576, got inf"),
-        (VAEPlusVAEConfig, {"dtype": "int8"}, "dtype cannot be 'int8': leave it out"),
+        (VAEPlusVAEConfig, {"dtype": "float15"}, "cannot use .*has no attribute 'float15'.*: correct it or leave it"),
         (VAEPlusVAEConfig, {"num_labels": 10**10}, "no field 'num_labels'"),
         (VAEPlusVAEConfig, {"gamma_init": 0.0}, "gamma_init must be positive"),
         (VAEPlusVAEConfig, {"gamma_init": math.nan}, "gamma_init must be positive"),
@@ -993,6 +1011,66 @@ def test_any_vae_survives_its_checkpoint(tmp_path_factory, fields):
     saved = check_round_trip(VAEPlusVAEModel(VAEPlusVAEConfig(**fields)), fields, tmp_path_factory.mktemp("vae"))
     assert {"input_mean", "input_std", "log_gamma"} <= saved
     assert ("gamma_updates" in saved) == (fields["gamma"] == "analytic")
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+json_values = st.recursive(
+    plain,
+    lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=5), some, max_size=3),
+    max_leaves=5,
+)
+# Training tools set the first of these names, and the library itself reads the next ones where a config has them.
+names = st.sampled_from(["use_cache", "tie_word_embeddings", "vocab_size", "layer_types", "step", "_name", ""])
+
+
+@few
+@given(st.dictionaries(names | st.text(max_size=5), json_values, max_size=4))
+def test_what_is_set_on_a_config_after_its_construction_is_saved_and_loaded(tmp_path_factory, attributes):
+    folder, model = tmp_path_factory.mktemp("attributes"), make_vae()
+    for name, value in attributes.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    for config in (
+        VAEPlusVAEConfig.from_pretrained(folder),
+        VAEPlusVAEConfig.from_json_file(folder / "config.json"),
+        AutoConfig.from_pretrained(folder),
+        AutoModel.from_pretrained(folder).config,
+    ):
+        assert {name: getattr(config, name) for name in attributes} == attributes
+        assert config.latent_dim == 4
+
+
+def test_an_unknown_stored_key_is_kept_and_named_once(tmp_path, caplog):
+    stored = VAEPlusVAEConfig(**TINY_VAE).to_dict() | {"posterior_rank": 2}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    for _ in range(3):
+        config = VAEPlusVAEConfig.from_pretrained(tmp_path)
+    assert config.posterior_rank == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "The stored VAEPlusVAEConfig has the unknown keys ['posterior_rank']: they are kept as attributes and change"
+        " nothing."
+    ]
+    config, unused = VAEPlusVAEConfig.from_pretrained(
+        tmp_path, return_unused_kwargs=True, posterior_rank=3, hiden_dim=1
+    )
+    assert config.posterior_rank == 3 and unused["hiden_dim"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("to_dict", 3),
+        ("num_labels", 10**10),
+        ("__dict__", {}),
+        ("attribute_map", 3),
+        ("transformers_weights", "other.safetensors"),
+        ("attn_implementation", "some/kernel"),
+    ],
+)
+def test_a_stored_key_that_the_library_would_obey_is_refused(name, value):
+    stored = VAEPlusVAEConfig(**TINY_VAE).to_dict()
+    with pytest.raises(ValueError, match=f"VAEPlusVAEConfig has no field '{name}' and cannot keep it: remove it"):
+        VAEPlusVAEConfig.from_dict(stored | {name: value})
 
 
 # --------------------------------------------------------------------------------------------------- low precision

@@ -3,11 +3,13 @@
 `pixel_pipeline` is affine and decodes z to 0.5 + 0.05 z, so an image shows its z.
 """
 
+import inspect
 import json
 import math
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +19,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
-from helpers import perturbed
+from helpers import make_pipeline, perturbed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributions import MultivariateNormal, Normal
@@ -47,19 +49,6 @@ def make_autoencoder(**options) -> VAEPlusAutoencoderModel:
 def make_vae(**options) -> VAEPlusVAEModel:
     options = dict(input_shape=(CODE_DIM,), latent_dim=Z_DIM, hidden_dim=8, num_blocks=1) | options
     return perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**options)))
-
-
-def make_pipeline(autoencoder: bool = True, second_stage: bool = True, **options) -> VAEPlusPipeline:
-    torch.manual_seed(0)
-    if autoencoder:
-        options = dict(reconstruction_space="image", gamma="learned", gamma_init=0.02) | options
-    else:
-        options = dict(input_shape=(3, SIZE, SIZE), network="conv", hidden_channels=(4, 8)) | options
-    return VAEPlusPipeline(
-        vae=make_vae(**options),
-        autoencoder=make_autoencoder() if autoencoder else None,
-        second_stage=make_vae(input_shape=(Z_DIM,), latent_dim=U_DIM, gamma_init=0.1) if second_stage else None,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +89,7 @@ def test_sampling_is_the_composition_of_the_stages(pipeline):
         z = pipeline.second_stage.decode(u) + math.sqrt(0.1) * eps
         expected = pipeline.autoencoder.decode(pipeline.vae.decode(z)).clamp(0, 1)
     torch.testing.assert_close(sampled(pipeline), expected)
-    centre = pipeline.decode(pipeline.second_stage.decode(torch.zeros(1, U_DIM)).detach())
+    centre = pipeline.decode(pipeline.second_stage.decode(torch.zeros(1, U_DIM)).detach(), "pt")
     for seed in (0, 1):
         assert torch.equal(sampled(pipeline, 1, generator=generator(seed), temperature=0), centre)
 
@@ -109,7 +98,7 @@ def test_a_second_stage_of_matched_moments_samples_by_its_map(tmp_path):
     pipe, source = make_pipeline(), generator()
     pipe.second_stage.match_moments(torch.ones(Z_DIM), torch.eye(Z_DIM) + 0.5, generator(1), num_samples=100)
     u, eps = torch.randn(4, U_DIM, generator=source), torch.randn(4, Z_DIM, generator=source)
-    expected = pipe.decode(pipe.second_stage.sample(u, eps).detach())
+    expected = pipe.decode(pipe.second_stage.sample(u, eps).detach(), "pt")
     assert torch.equal(sampled(pipe), expected)
     pipe.save_pretrained(tmp_path)
     assert torch.equal(sampled(VAEPlusPipeline.from_pretrained(tmp_path)), expected)
@@ -125,7 +114,7 @@ def test_sharpness_is_applied_before_the_clipping_and_zero_changes_nothing(image
         expected = pipe.autoencoder.sharpen(decoded, 0.5).clamp(0, 1)
     assert not torch.allclose(expected, decoded.clamp(0, 1), atol=0.01)
     torch.testing.assert_close(pipe.reconstruct(images, "pt", sharpness=0.5), expected)
-    torch.testing.assert_close(pipe.decode(z, sharpness=0.5), expected)
+    torch.testing.assert_close(pipe.decode(z, "pt", sharpness=0.5), expected)
     assert not torch.equal(sampled(pipe, sharpness=1), sampled(pipe))
     pipe.save_pretrained(tmp_path)
     loaded = VAEPlusPipeline.from_pretrained(tmp_path)
@@ -182,7 +171,9 @@ def test_output_types_agree(pipeline):
 
 def test_a_sample_depends_neither_on_the_batch_size_nor_on_other_samples(pipeline, monkeypatch):
     pipeline.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(sampled(pipeline, batch_size=1), sampled(pipeline, batch_size=3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        sampled(pipeline, decode_batch_size=1), sampled(pipeline, decode_batch_size=3), rtol=0, atol=1e-5
+    )
 
     decoded, decode = [], pipeline.vae.decode
     monkeypatch.setattr(pipeline.vae, "decode", lambda z: decoded.append(z) or decode(z))
@@ -196,7 +187,7 @@ def test_a_sample_depends_neither_on_the_batch_size_nor_on_other_samples(pipelin
 
 def test_the_second_stage_adds_noise_of_its_variance(pixel_pipeline):
     def latents(**options):
-        return (sampled(pixel_pipeline, 20_000, batch_size=20_000, **options).flatten(1) - 0.5) / 0.05
+        return (sampled(pixel_pipeline, 20_000, decode_batch_size=20_000, **options).flatten(1) - 0.5) / 0.05
 
     assert abs(latents().var() - 0.25) < 0.003  # five standard errors: 0.25 sqrt(2 / 320,000)
     assert abs(latents(temperature=0.5).var() - 0.0625) < 0.001
@@ -210,17 +201,75 @@ def test_latents_take_the_place_of_the_first_noise(pipeline):
     bare = VAEPlusPipeline(vae=pipeline.vae, autoencoder=pipeline.autoencoder)
     z = torch.randn(4, Z_DIM, generator=generator())
     assert torch.equal(sampled(bare, latents=z), sampled(bare))
-    torch.testing.assert_close(sampled(bare, latents=z), bare.decode(z))
-    torch.testing.assert_close(sampled(bare, latents=z, temperature=0.5), bare.decode(0.5 * z))
+    torch.testing.assert_close(sampled(bare, latents=z), bare.decode(z, "pt"))
+    torch.testing.assert_close(sampled(bare, latents=z, temperature=0.5), bare.decode(0.5 * z, "pt"))
 
 
 def test_the_progress_bar_shows_only_for_several_batches(pipeline, capfd):
     pipeline.set_progress_bar_config(disable=False)
     sampled(pipeline, 2)
     assert capfd.readouterr().err == ""
-    sampled(pipeline, 2, batch_size=1)
+    sampled(pipeline, 2, decode_batch_size=1)
     assert "2/2" in capfd.readouterr().err
     pipeline.set_progress_bar_config(disable=True)
+
+
+def test_a_batch_is_what_diffusers_means_by_it(pipeline):
+    assert len(pipeline(batch_size=4).images) == len(pipeline(num_images=4, batch_size=4).images) == 4
+    assert torch.equal(pipeline(batch_size=4, generator=generator(), output_type="pt").images, sampled(pipeline))
+
+
+def test_numbers_of_numpy_and_tuples_are_taken(pipeline, images):
+    options = dict(temperature=np.float32(0.5), sharpness=np.float64(0), decode_batch_size=np.int32(3))
+    assert torch.equal(
+        sampled(pipeline, np.int64(4), **options), sampled(pipeline, 4, temperature=0.5, decode_batch_size=3)
+    )
+    generators = [tuple(generator(seed) for seed in range(4)), [generator(seed) for seed in range(4)]]
+    assert torch.equal(*(sampled(pipeline, generator=each) for each in generators))
+    pictures = pipeline.reconstruct(images)
+    assert torch.equal(pipeline.encode(tuple(pictures), np.int64(2)).mean, pipeline.encode(pictures, 2).mean)
+    assert len(pipeline.interpolate(images, images, np.int64(3))[0]) == 3
+    pairs = [tuple(generator(seed) for seed in range(5)), [generator(seed) for seed in range(5)]]
+    estimates = [pipeline.log_likelihood(images, np.int64(2), each, np.int64(4)) for each in pairs]
+    assert torch.equal(*estimates)
+
+
+def test_every_method_gives_pictures_unless_asked_for_something_else(pipeline, images):
+    z = pipeline.encode(images).mean
+    for found in (pipeline(5).images, pipeline.decode(z), pipeline.reconstruct(images)):
+        assert len(found) == 5 and all(isinstance(each, Image.Image) for each in found)
+    assert isinstance(pipeline.interpolate(images, images)[0][0], Image.Image)
+    methods = [
+        each for _, each in inspect.getmembers(VAEPlusPipeline, inspect.isfunction) if "output_type" in str(each)
+    ]
+    for method in (VAEPlusPipeline.__call__, *methods):
+        assert inspect.signature(method).parameters["output_type"].default == "pil"
+
+
+def test_the_methods_say_what_they_return():
+    for name in ("__call__", "encode", "decode", "reconstruct", "interpolate", "log_likelihood", "compile"):
+        assert "return" in typing.get_type_hints(getattr(VAEPlusPipeline, name)), name
+    returned = typing.get_type_hints(VAEPlusPipeline.encode)["return"]
+    members = [name for name in vars(returned) if not name.startswith("_")]
+    assert {"sample", "mode", "kl", "log_prob"} <= set(members)
+    for name in members:
+        assert inspect.signature(getattr(returned, name)) == inspect.signature(getattr(GaussianPosterior, name))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+def test_compile_builds_graphs_of_what_the_methods_call(images, tmp_path):
+    pipe, graphs = make_pipeline(), []
+    expected = sampled(pipe), pipe.encode(images).mean, pipe.reconstruct(images, "pt")
+    pipe.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    found = [sampled(pipe)]
+    assert len(graphs) == 3  # second_stage.sample, vae.decode and autoencoder.decode
+    found.append(pipe.encode(images).mean)
+    assert len(graphs) == 5
+    found.append(pipe.reconstruct(images, "pt"))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(sampled(VAEPlusPipeline.from_pretrained(tmp_path)), expected[0])
 
 
 # --------------------------------------------------------------------------------------------- encoding and decoding
@@ -234,7 +283,7 @@ def test_reconstruct_is_the_composition_of_the_stages(pipeline, images):
     assert isinstance(encoded, GaussianPosterior)
     torch.testing.assert_close(encoded.mean, posterior.mean)
     torch.testing.assert_close(encoded.logvar, posterior.logvar)
-    torch.testing.assert_close(pipeline.reconstruct(images, "pt", batch_size=2), expected)
+    torch.testing.assert_close(pipeline.reconstruct(images, "pt", decode_batch_size=2), expected)
 
 
 def test_all_forms_of_an_image_are_the_same_image(pipeline, images):
@@ -270,7 +319,7 @@ def test_the_way_of_an_interpolation(pixel_pipeline):
     z[0, 0], z[1, 1], z[2, 0], z[3, 0] = 3, 6, 8, -4  # a right angle; parallel; opposite; the origin
 
     def way(a, b):
-        a, b = pixel_pipeline.decode(a[None]), pixel_pipeline.decode(b[None])
+        a, b = pixel_pipeline.decode(a[None], "pt"), pixel_pipeline.decode(b[None], "pt")
         return 20 * (pixel_pipeline.interpolate(a, b, steps=4, output_type="pt")[0].flatten(1) - 0.5)
 
     turn = torch.linspace(0, torch.pi / 2, 4)
@@ -322,7 +371,9 @@ def test_log_likelihood_approaches_from_below(probabilistic_pca):
     x = torch.rand(1, 1, 4, 4, generator=generator(3))
     exact = density.log_prob(x.flatten(1).double()).item()
     copies = x.expand(400, 1, 4, 4)
-    bounds = [pipe.log_likelihood(copies, k, generator(k), batch_size=4096).mean().item() for k in (1, 4, 32, 512)]
+    bounds = [
+        pipe.log_likelihood(copies, k, generator(k), decode_batch_size=4096).mean().item() for k in (1, 4, 32, 512)
+    ]
     assert bounds == sorted(bounds)
     assert bounds[0] < exact - 0.1
     assert abs(bounds[-1] - exact) < 0.01
@@ -344,8 +395,8 @@ def test_log_likelihood_through_the_autoencoder(pipeline, images):
     estimate = pipeline.log_likelihood(images, k, generators)
     torch.testing.assert_close(estimate.double(), expected, rtol=1e-6, atol=1e-3 * num_dims / 1000)
     torch.testing.assert_close(
-        pipeline.log_likelihood(images, k, generator(), batch_size=2),
-        pipeline.log_likelihood(images, k, generator(), batch_size=64),
+        pipeline.log_likelihood(images, k, generator(), decode_batch_size=2),
+        pipeline.log_likelihood(images, k, generator(), decode_batch_size=64),
         rtol=1e-6,
         atol=1e-3,
     )
@@ -373,6 +424,31 @@ def test_bfloat16(pipeline, images, tmp_path):
         assert pipe.encode(images).mean.dtype == torch.float32
         assert pipe.log_likelihood(images, 2).dtype == torch.float32
     assert torch.equal(sampled(loaded), sampled(cast))
+
+
+@pytest.mark.parametrize("matched", [False, True])
+def test_a_pipeline_in_double_precision_does_all_that_one_in_single_precision_does(images, matched):
+    pipe = make_pipeline()
+    if matched:
+        pipe.second_stage.match_moments(torch.ones(Z_DIM), torch.eye(Z_DIM) + 0.5, generator(1), num_samples=100)
+        pipe.autoencoder.match_spectrum([images])
+
+    def found():
+        return [
+            sampled(pipe),
+            sampled(pipe, None, latents=torch.ones(2, U_DIM, dtype=torch.float64)),
+            sampled(pipe, sharpness=float(matched)),
+            pipe.encode(images).mean.float(),
+            pipe.reconstruct(images, "pt"),
+            pipe.interpolate(images[:1], images[1:2], 3, "pt"),
+            pipe.log_likelihood(images, 2, generator()),
+        ]
+
+    single = found()
+    pipe.to(torch.float64)
+    for one, other in zip(found(), single, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
 
 
 def test_model_offload_hooks_fire(pipeline, images, monkeypatch):
@@ -427,7 +503,7 @@ def test_saving_writes_safetensors_alone(saved):
     files = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
     parts = ("autoencoder", "second_stage", "vae")
     expected = {f"{part}/{name}" for part in parts for name in ("config.json", "model.safetensors")}
-    assert files == expected | {"model_index.json"}
+    assert files == expected | {"model_index.json", "config.json", "preprocessor_config.json"}
 
 
 def test_an_exported_index_needs_no_trust(copy, pipeline):
@@ -568,6 +644,9 @@ def test_components_that_do_not_fit_are_refused():
         (dict(num_images=0), ValueError, "num_images must be an integer of at least 1, got 0"),
         (dict(num_images=2.5), ValueError, "got 2.5"),
         (dict(batch_size=0), ValueError, "batch_size must be an integer"),
+        (dict(num_images=4, batch_size=3), ValueError, "num_images=4 contradicts batch_size=3: .* leave one out"),
+        (dict(batch_size=2, latents=torch.zeros(3, U_DIM)), ValueError, "num_images=2 contradicts 3 latents"),
+        (dict(decode_batch_size=0), ValueError, "decode_batch_size must be an integer"),
         (dict(temperature=-1), ValueError, "temperature must be a finite number"),
         (dict(temperature=math.nan), ValueError, "temperature must be a finite number"),
         (dict(output_type="pill"), ValueError, "'pil', 'np' or 'pt', got 'pill'"),

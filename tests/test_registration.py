@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import two_stages
+from helpers import make_pipeline
 
 import hf_vaeplus
 from hf_vaeplus.hub.repository import save_feature_extractor
@@ -33,7 +33,7 @@ ORDERS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("registration") / "pipeline"
-    pipe = two_stages()
+    pipe = make_pipeline()
     pipe.save_pretrained(folder)
     save_feature_extractor(pipe, folder)
     return str(folder)

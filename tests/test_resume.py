@@ -16,13 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import LAUNCH_TWO, contents
 from safetensors.torch import load_file
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_stage.py"
-LAUNCH_TWO = (
-    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    " --dynamo_backend no --main_process_port 0"
-).split()
 # 90 images and at least 32 of them in a step: every kill below is in the middle of an epoch.
 DATA = "--dataset_name digits --resolution 32 --num_channels 1 --max_train_samples 90 --train_batch_size 16"
 LENGTH = "--max_train_steps 30 --checkpointing_steps 10 --logging_steps 4 --lr_warmup_steps 5"
@@ -163,12 +160,6 @@ class Workplace:
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Workplace:
     return Workplace(tmp_path_factory.mktemp("resume"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run, byte for byte, but the options, which name the folder."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "training_options.json"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def slow(*values):

@@ -20,12 +20,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from helpers import captured, fit
 from loopback_hub import TOKEN, Fault, Repository
 from PIL import Image
 from safetensors.torch import load_file
-from test_bad_input import captured
-from test_cards import run  # noqa: F401 (a fixture)
-from test_training import run as run_training
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
 from hf_vaeplus import (
@@ -152,10 +150,10 @@ def pickles_as_safetensors(folder: Path, witness: Path):
 
 
 @pytest.fixture(scope="module")
-def home(run, tmp_path_factory) -> Path:  # noqa: F811
+def home(finished_run, tmp_path_factory) -> Path:
     """A finished run with its cache, a pipeline, baselines, pictures."""
     home = tmp_path_factory.mktemp("security")
-    shutil.copytree(run.parent, home / "all")
+    shutil.copytree(finished_run.parent, home / "all")
     home = home / "all"
     torch.manual_seed(0)
     WAEMMDModel(VAEPlusVAEConfig(input_shape=(6,), latent_dim=4, hidden_dim=8)).save_pretrained(home / "wae")
@@ -575,12 +573,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize("words, environment", WAYS.values(), ids=WAYS)
-def test_a_secret_is_written_nowhere(words, environment, run, hub, tmp_path, monkeypatch, caplog, capfd):  # noqa: F811
+def test_a_secret_is_written_nowhere(words, environment, finished_run, hub, tmp_path, monkeypatch, caplog, capfd):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("VAEPLUS_CACHE", str(run.parent / "cache"))
-    train = ["--config", str(run.parent / "tiny.yaml"), "--output_dir", str(tmp_path / "here" / "run")]
-    argv = [each for word in words for each in (train if word == "{train}" else [word.format(run=run)])]
+    monkeypatch.setenv("VAEPLUS_CACHE", str(finished_run.parent / "cache"))
+    train = ["--config", str(finished_run.parent / "tiny.yaml"), "--output_dir", str(tmp_path / "here" / "run")]
+    argv = [each for word in words for each in (train if word == "{train}" else [word.format(run=finished_run)])]
     monkeypatch.setattr("sys.argv", ["vaeplus", *argv])
     for more in ([], ["--json"]) if words[0] != "train" else ([],):
         main([*argv, *more])
@@ -590,13 +588,13 @@ def test_a_secret_is_written_nowhere(words, environment, run, hub, tmp_path, mon
     assert not leaks({str(key): b"".join(each.files().values()) for key, each in hub.repositories.items()})
 
 
-def test_a_secret_of_a_pushed_run_is_written_nowhere(hub, tmp_path, caplog, capfd, monkeypatch, run):  # noqa: F811
+def test_a_secret_of_a_pushed_run_is_written_nowhere(hub, tmp_path, caplog, capfd, monkeypatch, finished_run):
     """A Hub that answers with the token that it was sent, in every error."""
     monkeypatch.setattr("sys.argv", ["vaeplus", "train", *FLAG])
     hub.faults = [Fault(".", status=500, times=10**6)]
     monkeypatch.setattr("hf_vaeplus.hub.client.explain", lambda error: f"Bearer {SECRET} is not accepted")
     options = dict(push_to_hub=True, hub_model_id="org/x", hub_token=SECRET, report_to="tensorboard")
-    run_training(tmp_path / "here", **options, dataloader_num_workers=0)
+    fit(tmp_path / "here", **options, dataloader_num_workers=0)
     shown = capfd.readouterr()
     assert "Bearer ... is not accepted" in caplog.text
     assert not leaks(everything_in(tmp_path / "here") | {"log": caplog.text, "output": shown.out, "errors": shown.err})
@@ -624,10 +622,13 @@ run_command(fail)
         assert SECRET not in done.stdout + done.stderr and f"{kind}: ..." in done.stderr
 
 
-def test_a_hub_with_a_password_in_its_address(hub, run, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_a_hub_with_a_password_in_its_address(hub, finished_run, tmp_path, monkeypatch, capfd):
     """HF_ENDPOINT=https://user:password@host, in a process of its own: the client reads it when it is imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url.replace("://", f"://user:{SECRET}@"), "HF_TOKEN": TOKEN}
-    for argv in (["push", run / "pipeline", "org/address", "--json"], ["push", run / "pipeline", "org/failed"]):
+    for argv in (
+        ["push", finished_run / "pipeline", "org/address", "--json"],
+        ["push", finished_run / "pipeline", "org/failed"],
+    ):
         hub.faults = [Fault("org/failed", status=500, times=10**6)]
         command = [sys.executable, "-m", "hf_vaeplus.cli", *map(str, argv)]
         done = subprocess.run(command, env=environment, cwd=tmp_path / "here", capture_output=True, text=True)

@@ -1,7 +1,6 @@
 """What each stage trains on, what it keeps of it, and the three stages in a row."""
 
 import dataclasses
-import hashlib
 import json
 from functools import partial
 from importlib import resources
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import perturbed
+from helpers import TINY, perturbed, tree
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
@@ -461,6 +460,17 @@ def test_bad_options(changes, message):
         StageOptions(**changes)
 
 
+def test_an_assigned_option_is_checked_like_a_given_one():
+    options = StageOptions(train_data_dir=Path("pictures"), train_data_files=("a", Path("b")))
+    assert (options.train_data_dir, options.train_data_files) == ("pictures", ["a", "b"])  # as they are written down
+    with pytest.raises(ValueError, match="max_train_steps must be positive, got 0"):
+        options.max_train_steps = 0
+    with pytest.raises(ValueError, match="on_bad_image must be one of raise, skip, got 'ignore'"):
+        options.on_bad_image = "ignore"
+    with pytest.raises(ValueError, match="hub_token must be str or nothing, got list$"):
+        options.hub_token = ["a secret"]
+
+
 def test_misspelt_model_fields_are_refused_with_a_hint(options):
     with pytest.raises(ValueError, match="'hiden_dim': did you mean 'hidden_dim'"):
         build(options("vae", model={"hiden_dim": 3}))
@@ -469,21 +479,6 @@ def test_misspelt_model_fields_are_refused_with_a_hint(options):
 
 
 # ---------------------------------------------------------------------------------------------- all three stages
-
-TINY = {
-    "common": {
-        "dataset_name": "digits",
-        "resolution": 32,
-        "num_channels": 1,
-        "max_train_samples": 40,
-        "max_train_steps": 3,
-        "train_batch_size": 8,
-        "logging_steps": 1,
-    },
-    "autoencoder": {"model": AUTOENCODER},
-    "vae": {"model": {**MLP, "latent_dim": Z_DIM}},
-    "second_stage": {"model": MLP},
-}
 
 
 @pytest.fixture(scope="module")
@@ -531,28 +526,20 @@ def test_stages_share_the_images_that_they_have_in_common(options):
     assert [streams[stage].seed for stage in STAGES] == [0, 1, 0]  # a stream is shuffled by its seed
 
 
-def contents(folder: Path) -> dict:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def test_a_second_call_does_not_train_again(trained, home):
     _, _, folder = trained
-    before = contents(folder)
+    before = tree(folder)
     assert sum(name.endswith("stats.jsonl") for name in before) == 3
     train_all(TINY, folder, cache_dir=str(home / "cache"))
-    assert contents(folder) == before
+    assert tree(folder) == before
 
 
 def test_a_call_with_another_seed_is_refused_and_changes_nothing(trained, home):
     _, _, folder = trained
-    before = contents(folder)
+    before = tree(folder)
     with pytest.raises(ValueError, match="seed 0 -> 1.*output_dir"):
         train_all(TINY, folder, cache_dir=str(home / "cache"), seed=1)
-    assert contents(folder) == before
+    assert tree(folder) == before
 
 
 def test_the_seed_decides_the_whole_run(trained, home, tmp_path):

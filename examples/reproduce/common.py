@@ -154,7 +154,7 @@ def sample_batches(pipe, count: int, seed: int) -> Iterator[torch.Tensor]:
     """Samples of a pipeline before they are rounded, with a progress bar: float32 in [0, 1]."""
     for start in tqdm(range(0, count, BATCH), desc="samples", leave=False):
         generator = torch.Generator().manual_seed(derived_seed(seed, 4, start))
-        yield pipe(min(BATCH, count - start), generator, batch_size=BATCH, output_type="pt").images
+        yield pipe(min(BATCH, count - start), generator, decode_batch_size=BATCH, output_type="pt").images
 
 
 def measure_posteriors(pipe, images, generator: torch.Generator, batch_size: int) -> tuple[dict, torch.Tensor]:
@@ -164,7 +164,7 @@ def measure_posteriors(pipe, images, generator: torch.Generator, batch_size: int
         pixels = images.pixels(start, start + batch_size)
         posterior = pipe.encode(pixels, batch_size)
         statistics.update(posterior.mean, posterior.logvar)
-        errors.append(squared_error(pipe.decode(posterior.mean, batch_size=batch_size), pixels))
+        errors.append(squared_error(pipe.decode(posterior.mean, "pt", batch_size), pixels))
         latents.append(posterior.sample(generator=generator))
     measured = {
         "squared_error": float(torch.cat(errors).mean()),

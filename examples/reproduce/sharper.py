@@ -163,7 +163,7 @@ def measure(settings, cells, args):
     def means(pixels):
         """Decoder means of the whole model for real images: what the finishing steps are fitted on."""
         pipe = pipeline()
-        return pipe.decode(pipe.encode(pixels, BATCH).mean, batch_size=BATCH)
+        return pipe.decode(pipe.encode(pixels, BATCH).mean, "pt", BATCH)
 
     @cache
     def reconstructed():

@@ -102,7 +102,7 @@ def run(options, seed, folder, settings, start=None) -> dict:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     measured, latents = measure_posteriors(pipe, images, generator, batch_size=500)
-    of_samples = squared_error(pipe.decode(latents, batch_size=500), images.pixels(0, len(images)))
+    of_samples = squared_error(pipe.decode(latents, "pt", 500), images.pixels(0, len(images)))
     bounds = []
     for start in tqdm(range(0, settings["num_likelihood"], 250), desc="likelihood", leave=False):
         pixels = images.pixels(start, min(start + 250, settings["num_likelihood"]))

@@ -118,7 +118,7 @@ def measure(settings, cells, args):
 
     def reconstructions(pipe):
         for pixels in uint8_batches(test_images):
-            yield to_uint8(pipe.reconstruct(pixels, output_type="pt", batch_size=BATCH))
+            yield to_uint8(pipe.reconstruct(pixels, output_type="pt", decode_batch_size=BATCH))
 
     def shown(name, batches):
         for number, batch in enumerate(batches):

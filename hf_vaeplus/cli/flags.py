@@ -7,12 +7,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import NoneType
+from typing import Literal, get_args, get_origin
 
 import yaml
 
+from ..fields import kinds_of
 from ..provenance import redact_record
 
 
@@ -81,24 +83,24 @@ def calm_libraries():
             handler.addFilter(redact_record)
 
 
-def add_stage_options(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()):
+def add_stage_options(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()):
     """One flag for every field of [`StageOptions`]. Flags that are not given leave no attribute behind."""
     from ..training.options import StageOptions
 
-    hints = get_type_hints(StageOptions)
     for entry in dataclasses.fields(StageOptions):
         if entry.name in leave_out:
             continue
-        kinds = [kind for kind in get_args(hints[entry.name]) or (hints[entry.name],) if kind is not type(None)]
+        kind = next(kind for kind in kinds_of(entry.type) if kind is not NoneType)
         flag = dict(default=argparse.SUPPRESS, help=entry.metadata["help"])
-        if kinds[0] is bool:
+        if kind is bool:
             flag["action"] = argparse.BooleanOptionalAction
-        elif kinds[0] is dict:
+        elif kind is dict:
             flag.update(nargs="+", action="extend", metavar="FIELD=VALUE", type=assignment)
         else:
-            flag.update(type=kinds[0], choices=entry.metadata.get("choices"), metavar=kinds[0].__name__.upper())
-            if flag["choices"]:
-                flag["metavar"] = "|".join(flag["choices"])
+            if get_origin(kind) is Literal:
+                flag.update(choices=get_args(kind), metavar="|".join(get_args(kind)))
+            else:
+                flag.update(type=kind, metavar=kind.__name__.upper())
             if entry.default not in (None, dataclasses.MISSING):
                 flag["help"] += f" (default: {entry.default})"
         parser.add_argument(f"--{entry.name}", **flag)
@@ -187,24 +189,18 @@ def parse_stage_options(description: str, argv: list[str] | None = None):
     return options
 
 
-_DATA_OPTIONS = (
-    "dataset_name",
-    "train_data_dir",
-    "train_data_files",
-    "dataset_revision",
-    "image_column",
-    "crop",
-    "num_factors",
-    "on_bad_image",
-    "cache_dir",
-)
+def _data_options() -> set[str]:
+    """Options that say where images come from; a pipeline says what they must look like."""
+    from ..data.options import ImageOptions
+
+    names = {entry.name for entry in dataclasses.fields(ImageOptions)} | {"cache_dir"}
+    return names - {"split", "resolution", "num_channels", "max_train_samples", "random_flip"}
 
 
 def add_data(parser, purpose: str):
     from ..training.options import StageOptions
 
-    fields = dataclasses.fields(StageOptions)
-    add_stage_options(parser, leave_out=tuple(entry.name for entry in fields if entry.name not in _DATA_OPTIONS))
+    add_stage_options(parser, leave_out={entry.name for entry in dataclasses.fields(StageOptions)} - _data_options())
     parser.add_argument("--split", default="train", help=f"split to {purpose}, or a slice of it (default: train)")
     parser.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
 
@@ -215,7 +211,7 @@ def data_options(args, pipe, **options):
 
     channels, size, _ = pipe.image_shape
     source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
-    source |= {name: value for name, value in given_options(args).items() if name in _DATA_OPTIONS}
+    source |= {name: value for name, value in given_options(args).items() if name in _data_options()}
     return StageOptions(split=args.split, **source, **options)
 
 

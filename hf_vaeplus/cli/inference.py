@@ -54,7 +54,7 @@ def _sample(args):
     pipe = load_pipeline(args)
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
     wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
-    wanted["batch_size"] = args.batch_size
+    wanted["decode_batch_size"] = args.batch_size
     if args.separate:
         files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
         for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
@@ -130,7 +130,7 @@ def _interpolate(args):
     output = output_picture(args)
     pipe = load_pipeline(args)
     first, last = read_pictures(args, pipe)
-    path = pipe.interpolate(first, last, args.steps, output_type="pt", batch_size=args.batch_size)
+    path = pipe.interpolate(first, last, args.steps, output_type="pt", decode_batch_size=args.batch_size)
     write_output(output, image_grid(path[0], columns=args.steps).save)
     print(f"saved {output}")
     return written_record(args, [output], "steps")

@@ -116,7 +116,7 @@ def _announce_overwriting(output_dir: Path):
 
     existing = [name for name in REPORT_FILES if (output_dir / name).exists()]
     if existing:
-        print(f"{output_dir} holds a finished run: {' '.join(existing)} will be written anew.")
+        print(f"{' '.join(existing)} in {output_dir} will be written anew.")
 
 
 def _report_images(options, training_images, evaluation_split: str | None):

@@ -8,12 +8,13 @@ import copy
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import tempfile
-import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,54 +24,22 @@ from torch.utils.data import Dataset
 
 from ..files import FULL
 from ..progress import tqdm
+from .options import ImageOptions, image_options
 from .pixels import to_unit_range
-from .sources import decoded_blocks, nothing_left, open_source, warn_of_left_out
+from .sources import cache_folder, decoded_blocks, nothing_left, open_source, warn_of_left_out
+
+logger = logging.getLogger(__name__)
 
 
-def load_images(
-    dataset_name=None,
-    *,
-    train_data_dir=None,
-    train_data_files=None,
-    split="train",
-    revision=None,
-    image_column="image",
-    resolution=64,
-    crop=None,
-    num_channels=None,
-    num_factors=8,
-    max_samples=None,
-    on_bad_image="raise",
-    random_flip=False,
-    cache_dir=None,
-    progress=True,
-):
+def load_images(dataset_name=None, *, cache_dir=None, progress=True, **options):
     """Decode a set of images once into a cache on disk and open it. Exactly one source must be given.
 
     Args:
-        dataset_name (`str`, *optional*): `"digits"` (1,797 real digits), `"rendered-faces"` (drawings from
-            `num_factors` factors), `"celeba"`, `"mnist"`, or a Hub id. The name `"celeba"` or `"mnist"`
-            beside a local source only sets the crop and the number of channels.
-        train_data_dir (`str`, *optional*): folder of pictures, searched recursively and taken in the order of their
-            paths, of parquet files whose names begin with `split`, or of MNIST's idx files (`"train"`, `"test"`).
-        train_data_files (`str` or list of `str`, *optional*): paths or glob patterns of parquet files.
-        split (`str`): split of a Hub data set or of a folder of parquet files. Of any source a slice can be taken, as
-            in `datasets`: `"train[20000:]"`, `"train[:20000]"`, `"train[-500:]"`. All slices share one cache.
-        revision (`str`, *optional*): branch, tag or commit of a Hub data set; with a full commit hash
-            a cached set opens offline.
-        image_column (`str`): column of pictures in a Hub data set or parquet files.
-        resolution (`int`): height and width of the images in pixels.
-        crop (`int`, *optional*): side in source pixels of a centre crop taken before resizing; by default 128 for
-            CelebA, else the largest square.
-        num_channels (`int`, *optional*): 1 (grey) or 3 (RGB); by default 1 for MNIST, else 3.
-        num_factors (`int`): number of varying factors of `"rendered-faces"`.
-        max_samples (`int`, *optional*): keep at most that many of the first images, before a slice is taken
-            (`"rendered-faces"`: draw that many, by default 20,000).
-        on_bad_image (`"raise" | "skip"`): what to do about a picture that cannot be used ([`BadImage`]): raise, or
-            leave it out and count and name it in a warning of the log. Slices are then of the images that are left.
-        random_flip (`bool`): append the mirror image of every image, after a slice is taken.
+        dataset_name (`str`, *optional*): short name or Hub id, see [`~hf_vaeplus.data.options.ImageOptions`].
         cache_dir (`str`, *optional*): parent of the cache; by default `$VAEPLUS_CACHE`, else `~/.cache/hf_vaeplus`.
         progress (`bool`): show a progress bar while decoding.
+        options: the other fields of [`~hf_vaeplus.data.options.ImageOptions`]; `dataset_revision` and
+            `max_train_samples` are called `revision` and `max_samples` here.
     Returns:
         [`ImageDataset`].
     Raises:
@@ -79,22 +48,14 @@ def load_images(
         BadImage: (a `ValueError`) for a picture that cannot be used.
         FileNotFoundError: for a path that does not exist.
     """
-    whole_split, limits = _parse_split(split)
-    source, max_samples, fingerprint = open_source(
-        dataset_name,
-        train_data_dir=train_data_dir,
-        train_data_files=train_data_files,
-        split=whole_split,
-        revision=revision,
-        image_column=image_column,
-        resolution=resolution,
-        crop=crop,
-        num_channels=num_channels,
-        num_factors=num_factors,
-        max_samples=max_samples,
-        on_bad_image=on_bad_image,
-    )
-    cache_dir = Path(cache_dir or os.environ.get("VAEPLUS_CACHE") or Path.home() / ".cache" / "hf_vaeplus")
+    return open_cache(image_options(dataset_name, **options), cache_dir, progress)
+
+
+def open_cache(options: ImageOptions, cache_dir: str | None = None, progress: bool = True) -> "ImageDataset":
+    """The images of `options`, decoded first if the cache lacks them; arguments and errors of `load_images`."""
+    whole_split, limits = _parse_split(options.split)
+    cache_dir = cache_folder(cache_dir)
+    source, fingerprint = open_source(replace(options, split=whole_split), cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -105,15 +66,17 @@ def load_images(
     if _cached_info(folder) is None:
         with FileLock(cache_dir / f"{fingerprint}.lock"):  # the system frees it when its holder is killed
             if _cached_info(folder) is None:  # no other process built it meanwhile
-                _build_cache(folder, source, max_samples, progress)
+                _build_cache(folder, source, options.max_train_samples, progress)
     info = _cached_info(folder)
     shape, left_out = tuple(info["shape"]), info.get("left_out", [])
     warn_of_left_out(source.name, [label for _, label in left_out])
-    rows = _sliced(shape[0], limits, split)
+    rows = _sliced(shape[0], limits, options.split)
     if len(rows) < shape[0]:
         fingerprint = hashlib.sha256(f"{fingerprint} {rows.start}:{rows.stop}".encode()).hexdigest()[:32]
     numbers = [number for number, _ in left_out]
-    return ImageDataset(folder / "images.bin", shape, source.name, fingerprint, random_flip, split, rows, numbers)
+    return ImageDataset(
+        folder / "images.bin", shape, source.name, fingerprint, options.random_flip, options.split, rows, numbers
+    )
 
 
 def _parse_split(split):
@@ -149,7 +112,7 @@ def _build_cache(folder, source, max_samples, progress):
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a builder that was killed
         shutil.rmtree(leftover)
     if folder.exists():
-        warnings.warn(f"the image cache {folder} is damaged and will be built again", stacklevel=3)
+        logger.warning("the image cache %s is damaged and will be built again", folder)
         shutil.rmtree(folder)
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     count, left_out = 0, []

@@ -10,9 +10,6 @@ NAMED_DATA_SETS = {
 EMBEDDED = ("digits", "rendered-faces")
 
 
-ON_BAD_IMAGE = ("raise", "skip")
-
-
 # Data set -> what it is, its licence, its id on the Hub, whether it shows people (None: not known).
 CARD_FACTS = {
     "celeba": (

@@ -24,7 +24,9 @@ import numpy as np
 from PIL import Image
 
 from ..image_processing_vaeplus import decode_image
-from .catalogue import EMBEDDED, NAMED_DATA_SETS, ON_BAD_IMAGE
+from .catalogue import EMBEDDED, NAMED_DATA_SETS
+from .hashes import FileHashes
+from .options import ImageOptions
 from .rendered_faces import FACTOR_NAMES, factors_of, render_faces
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -107,10 +109,10 @@ class _RenderedFaces(_Source):
 
 
 class _Pictures(_Source):
-    def __init__(self, *args, folder, files):
+    def __init__(self, *args, folder, files, hashes):
         super().__init__(*args)
         self.files = {file.relative_to(folder).as_posix(): file for file in files}
-        self.identity = {"files": _content_hash(self.files)}
+        self.identity = {"files": hashes.of_all(self.files)}
         self.count = len(files)
 
     def rows(self):
@@ -120,7 +122,7 @@ class _Pictures(_Source):
 class _Idx(_Source):
     """The format of the original MNIST: a header, then uint8 pixels row by row, gzipped or not."""
 
-    def __init__(self, *args, file):
+    def __init__(self, *args, file, hashes):
         super().__init__(*args)
         packed = file.suffix == ".gz"
         try:
@@ -135,7 +137,7 @@ class _Idx(_Source):
         if magic != 0x803 or not 0 < height * width < 2**31 or len(pixels) != size:
             raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
         self.images = np.frombuffer(pixels, np.uint8).reshape(self.count, height, width)
-        self.identity = {"files": _content_hash({file.name: file})}
+        self.identity = {"files": hashes.of_all({file.name: file})}
 
     def rows(self):
         return ((f"image {i} of {self.name}", image) for i, image in enumerate(self.images))
@@ -144,11 +146,11 @@ class _Idx(_Source):
 class _Table(_Source):
     """Rows of parquet files (`files`) or of a Hub data set (`hub_id` at the commit `sha`), read as a stream."""
 
-    def __init__(self, *args, split, image_column, files=None, hub_id=None, sha=None):
+    def __init__(self, *args, split, image_column, files=None, hub_id=None, sha=None, hashes=None):
         super().__init__(*args)
         self.split, self.image_column, self.files, self.hub_id, self.sha = split, image_column, files, hub_id, sha
         if files:
-            content = _content_hash({f"{i} {file.name}": file for i, file in enumerate(files)})
+            content = hashes.of_all({f"{i} {file.name}": file for i, file in enumerate(files)})
             self.identity = {"parquet": content, "image_column": image_column}
             self.count = sum(parquet.metadata.num_rows for parquet in map(_open_parquet, files))
         else:
@@ -235,85 +237,67 @@ def _open_parquet(file):
         raise ValueError(f"{file} is no readable parquet file ({error}); fetch it again") from error
 
 
-def _content_hash(files):
-    """SHA-256 over the names and bytes of `files`, a dict from name to path, in its order."""
-    total = hashlib.sha256()
-    for name, path in files.items():
-        with open(path, "rb") as file:
-            total.update(f"{name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
+    """Where decoded pixels and the hashes of files are kept: `cache_dir`, else `$VAEPLUS_CACHE`, else the home's."""
+    return Path(cache_dir or os.environ.get("VAEPLUS_CACHE") or Path.home() / ".cache" / "hf_vaeplus")
 
 
-def open_source(
-    dataset_name=None,
-    *,
-    train_data_dir=None,
-    train_data_files=None,
-    split="train",
-    revision=None,
-    image_column="image",
-    resolution=64,
-    crop=None,
-    num_channels=None,
-    num_factors=8,
-    max_samples=None,
-    on_bad_image="raise",
-):
-    """Check the options and return (source, max_samples, fingerprint); `load_images` documents them."""
-    preset = NAMED_DATA_SETS.get(dataset_name, {})
-    given = {"train_data_dir": train_data_dir, "train_data_files": train_data_files}
-    if not (preset and (train_data_dir or train_data_files)):
-        given["dataset_name"] = dataset_name
-    given = [name for name, value in given.items() if value]
+def open_source(options: ImageOptions, cache_dir: Path) -> tuple[_Source, str]:
+    """The source that `options` name, and the fingerprint of its content and of all that changes its pixels.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_images`.
+    """
+    name, folder, split = options.dataset_name, options.train_data_dir, options.split
+    given = {"train_data_dir": folder, "train_data_files": options.train_data_files}
+    if not (name in NAMED_DATA_SETS and any(given.values())):
+        given["dataset_name"] = name
+    given = [option for option, value in given.items() if value]
     if len(given) != 1:
         raise ValueError(
             "give exactly one of dataset_name, train_data_dir and train_data_files as the source of images, "
             f"got {' and '.join(given) or 'none'}"
         )
-    num_channels = preset.get("num_channels", 3) if num_channels is None else num_channels
-    crop = preset.get("crop") if crop is None else crop
-    if num_channels not in (1, 3):
-        raise ValueError(f"num_channels must be 1 (grey) or 3 (RGB), got {num_channels}")
-    for option, value in {"resolution": resolution, "crop": crop, "max_samples": max_samples}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {on_bad_image!r}")
-    if split != "train" and (train_data_files or dataset_name in EMBEDDED):
+    if split != "train" and (options.train_data_files or name in EMBEDDED):
         raise ValueError(f"{given[0]} has no splits, got split={split!r}; leave split at its default")
-    if revision is not None and (given != ["dataset_name"] or dataset_name in EMBEDDED):
-        raise ValueError(f"only a Hub data set has a revision, got {revision!r} for {given[0]}; leave it out")
+    if options.dataset_revision is not None and (given != ["dataset_name"] or name in EMBEDDED):
+        raise ValueError(
+            f"only a Hub data set has a revision, got {options.dataset_revision!r} for {given[0]}; leave it out"
+        )
 
-    args = (dataset_name or Path(train_data_dir or "parquet").name, resolution, crop, num_channels)
-    if train_data_files:
-        patterns = [train_data_files] if isinstance(train_data_files, str | os.PathLike) else train_data_files
-        files = [Path(file) for pattern in patterns for file in sorted(glob(str(pattern), recursive=True))]
+    shape = (name or Path(folder or "parquet").name, options.resolution, options.source_crop, options.source_channels)
+    hashes = FileHashes(cache_dir)
+    if options.train_data_files:
+        patterns = options.train_data_files
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        files = [Path(file) for pattern in patterns for file in sorted(glob(pattern, recursive=True))]
         if not files:
-            raise FileNotFoundError(f"no file matches train_data_files={train_data_files!r}; check the path")
-        source = _Table(*args, split=split, image_column=image_column, files=files)
-    elif train_data_dir:
-        source = _open_folder(Path(train_data_dir), args, split, image_column, max_samples)
-    elif dataset_name == "digits":
-        source = _Digits(*args)
-    elif dataset_name == "rendered-faces":
-        if crop is not None or not 1 <= num_factors <= len(FACTOR_NAMES):
+            raise FileNotFoundError(f"no file matches train_data_files={options.train_data_files!r}; check the path")
+        source = _Table(*shape, split=split, image_column=options.image_column, files=files, hashes=hashes)
+    elif folder:
+        source = _open_folder(Path(folder), shape, options, hashes)
+    elif name == "digits":
+        source = _Digits(*shape)
+    elif name == "rendered-faces":
+        if options.crop is not None or not 1 <= options.num_factors <= len(FACTOR_NAMES):
             raise ValueError(
                 f"rendered-faces takes no crop and 1 to {len(FACTOR_NAMES)} factors, "
-                f"got crop={crop} and num_factors={num_factors}"
+                f"got crop={options.crop} and num_factors={options.num_factors}"
             )
-        source = _RenderedFaces(*args, num_factors=num_factors, count=max_samples or 20_000)
+        source = _RenderedFaces(*shape, num_factors=options.num_factors, count=options.max_train_samples or 20_000)
     else:
-        hub_id = preset.get("hub_id", dataset_name)
-        sha = _hub_commit(hub_id, revision)
-        source = _Table(*args, split=split, image_column=image_column, hub_id=hub_id, sha=sha)
-    key = {"version": CACHE_VERSION, "max_samples": max_samples, **source.transform, **source.identity}
-    if on_bad_image == "skip":
-        source.skips, key["on_bad_image"] = True, on_bad_image
-    return source, max_samples, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        hub_id = NAMED_DATA_SETS.get(name, {}).get("hub_id", name)
+        sha = _hub_commit(hub_id, options.dataset_revision)
+        source = _Table(*shape, split=split, image_column=options.image_column, hub_id=hub_id, sha=sha)
+    key = {"version": CACHE_VERSION, "max_samples": options.max_train_samples, **source.transform, **source.identity}
+    if options.on_bad_image == "skip":
+        source.skips, key["on_bad_image"] = True, options.on_bad_image
+    return source, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _open_folder(folder, args, split, image_column, max_samples):
+def _open_folder(folder: Path, shape: tuple, options: ImageOptions, hashes: FileHashes):
     """A folder of pictures, of parquet files named after their split, or of MNIST's four idx files."""
+    split = options.split
     if not folder.is_dir():
         raise FileNotFoundError(f"train_data_dir={str(folder)!r} is not a folder; check the path")
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
@@ -322,7 +306,7 @@ def _open_folder(folder, args, split, image_column, max_samples):
         file = idx.get({"train": "train", "test": "t10k"}.get(split))
         if file is None:
             raise ValueError(f"no split {split!r} in train_data_dir={str(folder)!r}; choose train or test")
-        return _Idx(*args, file=file)
+        return _Idx(*shape, file=file, hashes=hashes)
     pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     tables = [file for file in files if file.suffix == ".parquet"]
     if bool(pictures) == bool(tables):
@@ -331,12 +315,12 @@ def _open_folder(folder, args, split, image_column, max_samples):
     if pictures:
         if split != "train":
             raise ValueError(f"a folder of pictures has no splits, got split={split!r}; name its subfolder")
-        return _Pictures(*args, folder=folder, files=pictures[:max_samples])
+        return _Pictures(*shape, folder=folder, files=pictures[: options.max_train_samples], hashes=hashes)
     matching = [file for file in tables if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name)]
     if not matching:
         splits = sorted({re.split(r"[-.]", file.name)[0] for file in tables})
         raise ValueError(f"no split {split!r} in train_data_dir={str(folder)!r}, which has {splits}; choose one")
-    return _Table(*args, split=split, image_column=image_column, files=matching)
+    return _Table(*shape, split=split, image_column=options.image_column, files=matching, hashes=hashes)
 
 
 def _hub_commit(hub_id, revision):

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .sources import decoded_blocks, nothing_left, open_source, warn_of_left_out
+from .options import ImageOptions, image_options
+from .sources import cache_folder, decoded_blocks, nothing_left, open_source, warn_of_left_out
 
 
-def stream_images(dataset_name=None, *, random_flip=False, seed=0, shuffle_buffer=1000, **source_options):
-    """Train straight from a source, without a cache: the arguments and errors of `load_images`, and those below.
+def stream_images(dataset_name=None, *, seed=0, shuffle_buffer=1000, **options):
+    """Train straight from a source, without a cache: the options and errors of `load_images`, and those below.
 
     Args:
         seed (`int`): seed of the shuffling and of the mirror images, at least 0.
@@ -22,13 +23,21 @@ def stream_images(dataset_name=None, *, random_flip=False, seed=0, shuffle_buffe
     Returns:
         [`ImageStream`].
     """
+    return open_stream(image_options(dataset_name, **options), None, seed, shuffle_buffer)
+
+
+def open_stream(
+    options: ImageOptions, cache_dir: str | None = None, seed: int = 0, shuffle_buffer: int = 1000
+) -> "ImageStream":
+    """The stream of the images of `options`; arguments and errors of `stream_images`."""
     if seed < 0 or shuffle_buffer < 1:
         raise ValueError(f"expected seed >= 0 and shuffle_buffer >= 1, got {seed} and {shuffle_buffer}")
-    split = source_options.get("split", "train")
-    if "[" in split:
-        raise ValueError(f"a stream takes no slice of a split, got split={split!r}; name the split, or do not stream")
-    source, max_samples, fingerprint = open_source(dataset_name, **source_options)
-    return ImageStream(source, max_samples, fingerprint, random_flip, seed, shuffle_buffer)
+    if "[" in options.split:
+        raise ValueError(
+            f"a stream takes no slice of a split, got split={options.split!r}; name the split, or do not stream"
+        )
+    source, fingerprint = open_source(options, cache_folder(cache_dir))
+    return ImageStream(source, options.max_train_samples, fingerprint, options.random_flip, seed, shuffle_buffer)
 
 
 class _Sample(NamedTuple):

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +29,10 @@ from ..progress import tqdm
 from ..training.randomness import derived_seed
 from .features import FeatureExtractor, distance_name
 from .summaries import joined, pass_through, summary_of
+
+if TYPE_CHECKING:
+    from ..data.cache import ImageDataset
+    from ..pipeline_vaeplus import VAEPlusPipeline
 
 SAMPLERS = ("second_stage", "sharpened", "prior", "mixture", "gaussian")
 
@@ -95,7 +100,7 @@ class Judge:
 
 
 def sample_images(
-    pipe, batches: Iterable[Sequence[int]], seed: int = 0, sharpness: float = 0.0
+    pipe: "VAEPlusPipeline", batches: Iterable[Sequence[int]], seed: int = 0, sharpness: float = 0.0
 ) -> Iterator[torch.Tensor]:
     """Samples of a pipeline: image i is a function of (seed, i), whatever its batch and the number of processes.
 
@@ -110,13 +115,17 @@ def sample_images(
     """
     for numbers in batches:
         generators = _generators(seed, _SAMPLES, numbers)
-        wanted = dict(sharpness=sharpness, batch_size=len(generators), output_type="pt")
+        wanted = dict(sharpness=sharpness, decode_batch_size=len(generators), output_type="pt")
         yield to_uint8(pipe(len(generators), generators, **wanted).images)
 
 
 @torch.no_grad()
 def sample_mixture(
-    pipe, codes: torch.Tensor, batches: Iterable[Sequence[int]], num_components: int = 10, seed: int = 0
+    pipe: "VAEPlusPipeline",
+    codes: torch.Tensor,
+    batches: Iterable[Sequence[int]],
+    num_components: int = 10,
+    seed: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Samples of a Gaussian mixture fitted to codes after training, decoded (Ghosh et al. 2020, Section 4).
 
@@ -143,7 +152,7 @@ def sample_mixture(
             drawn.append(means[component] + factors[component] @ noise)
         latents = torch.stack(drawn).float()
         if pipe.autoencoder is None:
-            images = pipe.decode(latents, batch_size=len(latents))
+            images = pipe.decode(latents, "pt", len(latents))
         else:
             images = pipe.autoencoder.decode(latents.to(pipe.autoencoder.device)).cpu()
         yield to_uint8(images)
@@ -190,8 +199,8 @@ class _Shares:
 
 @torch.no_grad()
 def evaluate(
-    pipe,
-    images,
+    pipe: "VAEPlusPipeline",
+    images: "ImageDataset",
     extractors: Sequence[FeatureExtractor],
     samplers: Sequence[str] = (),
     num_images: int = 10_000,

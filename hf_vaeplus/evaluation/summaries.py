@@ -1,6 +1,7 @@
 """What a training run ends with: errors, posterior statistics, and pictures."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,11 +12,17 @@ from ..pictures import image_grid, plot_curves
 from ..progress import tqdm
 from ..provenance import provenance
 
+if TYPE_CHECKING:
+    from ..data.cache import ImageDataset
+    from ..pipeline_vaeplus import VAEPlusPipeline
+
 MAX_IMAGES = 2_000  # that `summarize` measures on
 REPORT_FILES = ("samples.png", "reconstructions.png", "interpolation.png", "curves.png", "summary.json")
 
 
-def summarize(pipe, images, max_images: int = MAX_IMAGES, batch_size: int = 100) -> dict:
+def summarize(
+    pipe: "VAEPlusPipeline", images: "ImageDataset", max_images: int = MAX_IMAGES, batch_size: int = 100
+) -> dict:
     """Reconstruction errors and posterior statistics of each stage, over the first `max_images` of `images`.
 
     Args:
@@ -39,7 +46,7 @@ def summarize(pipe, images, max_images: int = MAX_IMAGES, batch_size: int = 100)
 
 
 @torch.no_grad()
-def pass_through(pipe, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[dict, dict]:
+def pass_through(pipe: "VAEPlusPipeline", pixels: torch.Tensor, noise: torch.Tensor) -> tuple[dict, dict]:
     """One batch through the stages, each encoder and decoder once.
 
     Returns:
@@ -50,7 +57,7 @@ def pass_through(pipe, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[dict,
         code = pipe.autoencoder.encode(code)
         reconstructions["autoencoder"] = pipe.autoencoder.decode(code).float().cpu().clamp(0, 1)
     posterior = pipe.vae.encode(code)
-    reconstructions["reconstruction"] = pipe.decode(posterior.mean, batch_size=len(pixels))
+    reconstructions["reconstruction"] = pipe.decode(posterior.mean, "pt", len(pixels))
     z = posterior.sample(noise.to(posterior.mean.device))
     posteriors = {"vae": posterior}
     if pipe.second_stage is not None:
@@ -65,7 +72,7 @@ def joined(batches: list[dict]) -> dict:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def summary_of(pipe, rows: dict) -> dict:
+def summary_of(pipe: "VAEPlusPipeline", rows: dict) -> dict:
     """What [`summarize`] returns, from the rows of all images."""
     summary = {"num_images": len(rows["z"])}
     if pipe.autoencoder is not None:
@@ -86,7 +93,14 @@ def summary_of(pipe, rows: dict) -> dict:
     return summary
 
 
-def report(pipe, images, run_dirs: dict[str, Path], output_dir: Path, seed: int, num_factors: int | None) -> dict:
+def report(
+    pipe: "VAEPlusPipeline",
+    images: "ImageDataset",
+    run_dirs: dict[str, Path],
+    output_dir: Path,
+    seed: int,
+    num_factors: int | None,
+) -> dict:
     """Write `REPORT_FILES` to `output_dir`, for people to look at first, and return the summary.
 
     `reconstructions.png` shows pairs of an image and its reconstruction.

@@ -137,13 +137,13 @@ def short_card(model_id: str, size: int) -> ModelCard:
     return ModelCard.from_template(data, template_str=template, model_id=model_id, size=size)
 
 
-def plain_text(text) -> str:
+def plain_text(text: object) -> str:
     """Text from outside as text: on one line, without HTML, code, and Markdown's tables, links and pictures."""
     text = html.escape(" ".join(str(text).split()), quote=False).replace("`", "'")
     return re.sub(r"[\\|\[\]]", r"\\\g<0>", text)
 
 
-def code_text(text) -> str:
+def code_text(text: object) -> str:
     """Text from outside between backticks."""
     return " ".join(str(text).split()).replace("`", "'")
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -48,7 +48,7 @@ def full_repo_id(repo_id: str, api: HfApi | None = None) -> str:
     return repo_id if "/" in repo_id else f"{(api or HfApi()).whoami()['name']}/{repo_id}"
 
 
-def upload_folder(api: HfApi, **options):
+def upload_folder(api: HfApi, **options) -> CommitInfo:
     try:
         return api.upload_folder(**options)
     except RuntimeError as error:  # the client's wrapping of what happened to one file
@@ -72,7 +72,7 @@ class BackgroundPush:
         self._show_bars = not are_progress_bars_disabled()
         disable_progress_bars()  # they would be drawn into that of the training
 
-    def __call__(self, save: Callable[[Path], None], message: str):
+    def __call__(self, save: Callable[[Path], None], message: str) -> None:
         """Upload what `save(folder)` writes now, meanwhile; nothing is done while another upload is under way."""
         if self._thread is not None and self._thread.is_alive():
             return

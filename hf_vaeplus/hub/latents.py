@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from datasets import Features, List, Value
@@ -17,11 +18,21 @@ from ..progress import tqdm
 from ..provenance import provenance
 from .cards import code_text, plain_text
 
+if TYPE_CHECKING:
+    from ..data.cache import ImageDataset
+    from ..data.stream import ImageStream
+    from ..pipeline_vaeplus import VAEPlusPipeline
+
 _ROWS_PER_GROUP = 8192  # rows that are held in memory and written together
 
 
 def encode_to_parquet(
-    pipe, images, output: str | Path, split: str = "train", batch_size: int = 64, rows_per_file: int = 1_000_000
+    pipe: "VAEPlusPipeline",
+    images: "ImageDataset | ImageStream",
+    output: str | Path,
+    split: str = "train",
+    batch_size: int = 64,
+    rows_per_file: int = 1_000_000,
 ) -> list[Path]:
     """Write the first VAE's posterior of every image as a data set, in constant memory.
 
@@ -158,7 +169,15 @@ these rows as well.
 """
 
 
-def latents_card(pipe, pipeline: str, images, split: str, crop: int | None, num_images: int, repo_id: str) -> str:
+def latents_card(
+    pipe: "VAEPlusPipeline",
+    pipeline: str,
+    images: "ImageDataset | ImageStream",
+    split: str,
+    crop: int | None,
+    num_images: int,
+    repo_id: str,
+) -> str:
     """The `README.md` of a data set of latents.
 
     Args:
@@ -189,7 +208,7 @@ def latents_card(pipe, pipeline: str, images, split: str, crop: int | None, num_
     return f"---\n{DatasetCardData(tags=['hf_vaeplus', 'latents'])}\n---\n{text}"
 
 
-def open_repository(repo_id: str, private: bool = False):
+def open_repository(repo_id: str, private: bool = False) -> None:
     """Make a data set repository on the Hub, or see that it can be written to: before the work, not after it.
 
     Raises:

@@ -11,6 +11,8 @@ from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub.errors import HTTPError
 
 from .. import pipeline_vaeplus
+from ..image_processing_vaeplus import VAEPlusImageProcessor
+from ..modeling_vaeplus import VAEPlusEncoderConfig
 from .client import explain
 from .repository import push
 
@@ -19,10 +21,28 @@ _LOADING_OPTIONS = frozenset(
     " offload_folder offload_state_dict proxies quantization_config revision token torch_dtype trust_remote_code"
     " use_safetensors variant".split()
 )
+_PLACE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
     __doc__ = pipeline_vaeplus.VAEPlusPipeline.__doc__
+    _image_processor = None
+
+    @property
+    def image_processor(self) -> VAEPlusImageProcessor:
+        """What makes pictures of any size into images of this pipeline, as in training. It is saved with the pipeline.
+
+        Without one beside the stored pipeline it takes the largest square of a picture.
+        """
+        if self._image_processor is None:
+            channels, size, _ = self.image_shape
+            stored = _stored_processor(self.name_or_path) if self.name_or_path else None
+            self._image_processor = stored or VAEPlusImageProcessor(size, channels)
+        return self._image_processor
+
+    @image_processor.setter
+    def image_processor(self, processor: VAEPlusImageProcessor) -> None:
+        self._image_processor = processor
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "VAEPlusPipeline":
@@ -44,11 +64,14 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False is refused: pickled weights can run code, so leave it out.")
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+            pipe = super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
         except OSError as error:  # of the Hub, whose reason is in the cause
             if not isinstance(error.__cause__, HTTPError):
                 raise
             raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {explain(error.__cause__)}") from error
+        where = {name: value for name, value in kwargs.items() if name in _PLACE_OPTIONS}
+        pipe._image_processor = _stored_processor(pretrained_model_name_or_path, **where)
+        return pipe
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **kwargs):
@@ -76,6 +99,18 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
                     f"{json_file} takes its {name} from {library!r}, so it is no pipeline of this package: name one."
                 )
         return index
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """`DiffusionPipeline.save_pretrained`; what it writes is also a feature extractor for `transformers`.
+
+        `transformers.pipeline("image-feature-extraction", save_directory)` reads the `config.json` of a
+        [`VAEPlusEncoderModel`], which takes its weights from the folders of the stages, and the
+        `preprocessor_config.json` of the image processor.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        stages = ["vae"] if self.autoencoder is None else ["autoencoder", "vae"]
+        VAEPlusEncoderConfig(stages=stages).save_pretrained(save_directory)
+        self.image_processor.save_pretrained(save_directory)
 
     def push_to_hub(
         self,
@@ -112,6 +147,16 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
         """
         options = dict(commit_message=commit_message, private=private, token=token)
         return push(self, repo_id, **options, revision=revision, tag=tag, variant=variant)
+
+
+def _stored_processor(source: str | os.PathLike, **options) -> VAEPlusImageProcessor | None:
+    """The image processor beside a stored pipeline, if there is one."""
+    try:
+        return VAEPlusImageProcessor.from_pretrained(source, **options)
+    except OSError:
+        if os.path.isfile(os.path.join(source, "preprocessor_config.json")):  # it is there and damaged
+            raise
+        return None
 
 
 # Without these an index names modules that the Hub route cannot find (diffusers issue 6563).

@@ -6,31 +6,32 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .. import image_processing_vaeplus, modeling_vaeplus, pipeline_vaeplus
-from ..image_processing_vaeplus import VAEPlusImageProcessor
-from ..modeling_vaeplus import VAEPlusEncoderConfig
 from .cards import short_card
 from .client import full_repo_id, upload_folder
+
+if TYPE_CHECKING:
+    from ..pipeline_vaeplus import VAEPlusPipeline
 
 _WHOSE_CARD = re.compile(r'from_pretrained\("([^"]+)"')
 
 
-def export(pipe, folder: str | Path, variant: str | None = None, processor: VAEPlusImageProcessor | None = None):
+def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = None) -> None:
     """Save a pipeline as a repository that loads with this package, and by trust in the code it carries without it.
 
     Without the package: `DiffusionPipeline.from_pretrained(repository, trust_remote_code=True)`, or
-    `AutoModel.from_pretrained(repository, subfolder="vae", trust_remote_code=True)` for a stage.
+    `AutoModel.from_pretrained(repository, subfolder="vae", trust_remote_code=True)` for a stage, or
+    `pipeline("image-feature-extraction", repository, trust_remote_code=True)` of transformers for features.
 
     Args:
         pipe (`VAEPlusPipeline`): what to save.
         folder: where to; created if it does not exist.
         variant (`str`, *optional*): infix of the names of the weight files, as in `model.bf16.safetensors`.
-        processor ([`VAEPlusImageProcessor`], *optional*): what made pictures into training images; with it the
-            repository is a feature extractor as well (see `save_feature_extractor`).
     """
     folder = Path(folder)
     pipe.save_pretrained(folder, variant=variant)
@@ -45,40 +46,23 @@ def export(pipe, folder: str | Path, variant: str | None = None, processor: VAEP
         model, config = type(component).__name__, type(component.config).__name__
         index[name] = ["modeling_vaeplus", model]
         (folder / name / "modeling_vaeplus.py").write_text(code)  # where diffusers looks
-        path = folder / name / "config.json"
-        auto_map = {"AutoConfig": f"modeling_vaeplus.{config}", "AutoModel": f"modeling_vaeplus.{model}"}
-        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}, indent=2) + "\n")
+        _name_classes(folder / name / "config.json", AutoConfig=config, AutoModel=model)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    if processor is not None:
-        save_feature_extractor(pipe, folder, processor.crop, auto_map=True)
-        (folder / "image_processing_vaeplus.py").write_text(inspect.getsource(image_processing_vaeplus))
+    (folder / "image_processing_vaeplus.py").write_text(inspect.getsource(image_processing_vaeplus))
+    _name_classes(folder / "config.json", AutoConfig="VAEPlusEncoderConfig", AutoModel="VAEPlusEncoderModel")
+    _name_classes(
+        folder / "preprocessor_config.json", "image_processing_vaeplus", AutoImageProcessor="VAEPlusImageProcessor"
+    )
 
 
-def save_feature_extractor(pipe, folder: str | Path, crop: int | None = None, auto_map: bool = False):
-    """Let `transformers.pipeline("image-feature-extraction", folder)` read a saved pipeline.
-
-    Writes `config.json` (of a [`VAEPlusEncoderModel`], which takes its weights from the pipeline's own folders) and
-    `preprocessor_config.json` beside `model_index.json`.
-
-    Args:
-        pipe ([`VAEPlusPipeline`]): what is saved in `folder`.
-        crop (`int`, *optional*): side of the centre crop of the training images in source pixels.
-        auto_map (`bool`): name the classes for `trust_remote_code=True`, in a repository that holds
-            `modeling_vaeplus.py` and `image_processing_vaeplus.py`.
-    """
-    channels, size, _ = pipe.image_shape
-    stages = ["vae"] if pipe.autoencoder is None else ["autoencoder", "vae"]
-    config, processor = VAEPlusEncoderConfig(stages=stages), VAEPlusImageProcessor(size, channels, crop)
-    if auto_map:
-        model = "modeling_vaeplus.VAEPlusEncoder"
-        config.auto_map = {"AutoConfig": f"{model}Config", "AutoModel": f"{model}Model"}
-        processor.auto_map = {"AutoImageProcessor": "image_processing_vaeplus.VAEPlusImageProcessor"}
-    config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+def _name_classes(path: Path, module: str = "modeling_vaeplus", **classes: str):
+    """Write into a JSON file which class of the repository's code reads it by `trust_remote_code=True`."""
+    auto_map = {name: f"{module}.{class_name}" for name, class_name in classes.items()}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}, indent=2) + "\n")
 
 
 def push(
-    pipe,
+    pipe: "VAEPlusPipeline",
     repo_id: str,
     *,
     card_folder: str | Path | None = None,
@@ -119,7 +103,7 @@ def push(
         )
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        export(pipe, folder, variant, _processor(source))
+        export(pipe, folder, variant)
         if variant is not None:
             _check_same_pipeline(api, repo_id, revision, folder)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -154,14 +138,6 @@ def _own(path: Path) -> Path:
     if not target.is_relative_to(folder) and target.parent != folder.parent.parent / "blobs":
         raise ValueError(f"{path} is a link to {target}, outside its folder: put the file itself there, or remove it.")
     return path
-
-
-def _processor(source) -> VAEPlusImageProcessor | None:
-    """The image processor beside a saved pipeline, if there is one."""
-    try:
-        return VAEPlusImageProcessor.from_pretrained(source) if source else None
-    except OSError:
-        return None
 
 
 def _check_same_pipeline(api: HfApi, repo_id: str, revision: str | None, folder: Path):

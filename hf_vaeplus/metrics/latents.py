@@ -60,7 +60,7 @@ class PosteriorStatistics:
         self._variances = RunningMoments(latent_dim, covariance=False)
         self._kls = RunningMoments(latent_dim, covariance=False)
 
-    def update(self, mean: torch.Tensor, logvar: torch.Tensor):
+    def update(self, mean: torch.Tensor, logvar: torch.Tensor) -> None:
         """Add a batch of posteriors.
 
         Args:

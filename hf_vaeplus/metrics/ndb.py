@@ -132,7 +132,7 @@ class NDB:
         """[`compare_bins`] of the reference and the `counts` of all samples."""
         return compare_bins(self.counts, counts, alpha)
 
-    def save(self, path: Path):
+    def save(self, path: Path) -> None:
         """Write the bins as safetensors: k-means on a large reference takes minutes."""
         save_file({name: getattr(self, name) for name in self.__dataclass_fields__}, path)
 

@@ -27,7 +27,7 @@ class RunningMoments:
         self._scatter = torch.zeros((dim, dim) if covariance else (dim,), dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, rows: torch.Tensor):
+    def update(self, rows: torch.Tensor) -> None:
         """Add a batch.
 
         Args:

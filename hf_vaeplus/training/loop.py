@@ -1,7 +1,7 @@
 """The one training loop of all stages, on Accelerate: checkpoints, exact resume, averaging, logs.
 
-Whatever differs between stages is passed in as a [`Stage`]. The loop knows one thing about the models: some have a
-gamma, which gets its own learning rate (`log_gamma`) and its own advice in the log (`HealthWatch`).
+Whatever differs between stages is passed in as a [`Stage`]. The loop itself knows two things about the models: a
+learned gamma gets its own learning rate, and `HealthWatch` (logs.py) gives advice where the log holds a KL or a gamma.
 
 Randomness is a function of (seed, progress, position in the global batch) and of nothing else: the order of the data,
 the noise and the augmentation. So a resumed run is the same run bit for bit, and two processes see what one process

@@ -2,118 +2,104 @@
 
 import difflib
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING, Literal, get_args
 
 import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.catalogue import NAMED_DATA_SETS, ON_BAD_IMAGE
+from ..data.catalogue import NAMED_DATA_SETS
+from ..data.options import ImageOptions
+from ..fields import at_least_one, below_one, finite, must, not_negative, one_sentence, option, positive
 from ..provenance import redacted
 
 if TYPE_CHECKING:  # a command line is parsed without it
     import torch
 
 # Those of `transformers.get_scheduler` that need no metric and no setting of their own.
-SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-)  # fmt: skip
-# Those of `accelerate.utils.LoggerType`, whose import takes seconds.
-TRACKERS = (
-    "all", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
-)  # fmt: skip
+Schedule = Literal[
+    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear", "polynomial"
+]  # fmt: skip
+# "none", and those of `accelerate.utils.LoggerType`, whose import takes seconds.
+Tracker = Literal[
+    "none", "aim", "all", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]  # fmt: skip
+Stage = Literal["autoencoder", "vae", "second_stage"]
+STAGES = get_args(Stage)
 
 
-def option(default, help: str, **metadata):
-    """A dataclass field with a help text for the command line."""
-    return field(default=default, metadata={"help": help, **metadata})
+def _is_inside(folder: str) -> bool:
+    place = PurePosixPath(folder)
+    return not place.is_absolute() and ".." not in place.parts
 
 
+def _names_a_repository(repo_id: str) -> bool:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        return False
+    return True
+
+
+@one_sentence
+@strict
 @dataclass
 class TrainingOptions:
-    """What the loop can be told. Names are those of diffusers' example scripts."""
+    """What the loop can be told. Names are those of diffusers' example scripts.
+
+    Raises:
+        ValueError: an option of another type, not among the choices or out of range.
+    """
 
     output_dir: str = option("runs/stage", "folder for checkpoints, logs, samples and the final model")
-    seed: int = option(0, "seed of everything random")
-    max_train_steps: int = option(10_000, "optimizer steps")
-    train_batch_size: int = option(64, "samples per process in one forward pass")
-    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
-    lr_scheduler: str = option("cosine", f"{', '.join(SCHEDULES)}: as in transformers.get_scheduler")
-    lr_warmup_steps: int = option(100, "steps of linear warm-up of the learning rate")
-    gamma_lr_multiplier: float = option(10.0, "learning rate of a learned log_gamma, as a multiple of learning_rate")
-    adam_beta1: float = option(0.9, "AdamW's beta1")
-    adam_beta2: float = option(0.99, "AdamW's beta2")
-    adam_weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = option(0.0, "clip the gradient to this norm; 0 leaves it alone")
-    mixed_precision: str = option("no", "no | bf16 | fp16", choices=("no", "bf16", "fp16"))
+    seed: int = option(
+        0, "seed of everything random", not_negative, must("be below 2**63", lambda value: value < 2**63)
+    )
+    max_train_steps: int = option(10_000, "optimizer steps", positive)
+    train_batch_size: int = option(64, "samples per process in one forward pass", positive)
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", positive)
+    learning_rate: float | int = option(1e-3, "peak learning rate of AdamW", positive, finite)
+    lr_scheduler: Schedule = option("cosine", "schedule of the learning rate, as in transformers.get_scheduler")
+    lr_warmup_steps: int = option(100, "steps of linear warm-up of the learning rate", not_negative)
+    gamma_lr_multiplier: float | int = option(
+        10.0, "learning rate of a learned log_gamma, as a multiple of learning_rate", not_negative, finite
+    )
+    adam_beta1: float | int = option(0.9, "AdamW's beta1", below_one)
+    adam_beta2: float | int = option(0.99, "AdamW's beta2", below_one)
+    adam_weight_decay: float | int = option(0.0, "AdamW's decoupled weight decay", not_negative, finite)
+    adam_epsilon: float | int = option(1e-8, "AdamW's epsilon", positive, finite)
+    max_grad_norm: float | int = option(0.0, "clip the gradient to this norm; 0 leaves it alone", not_negative, finite)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the networks' arithmetic")
     use_ema: bool = option(False, "keep an exponential moving average of the weights and save that as the model")
-    ema_decay: float = option(0.999, "decay of the moving average (shorter during the first steps)")
-    checkpointing_steps: int = option(1_000, "save a resumable checkpoint every so many steps")
-    checkpoints_total_limit: int = option(2, "how many checkpoints to keep")
+    ema_decay: float | int = option(0.999, "decay of the moving average (shorter during the first steps)", below_one)
+    checkpointing_steps: int = option(1_000, "save a resumable checkpoint every so many steps", positive)
+    checkpoints_total_limit: int = option(2, "how many checkpoints to keep", positive)
     resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint")
     strict_resume: bool = option(False, "refuse a damaged newest checkpoint instead of taking the one before it")
-    logging_steps: int = option(50, "steps between two lines of stats.jsonl")
-    sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only")
-    report_to: str = option("none", "none | tensorboard | any other tracker of Accelerate")
-    dataloader_num_workers: int = option(0, "worker processes that read data")
+    logging_steps: int = option(50, "steps between two lines of stats.jsonl", positive)
+    sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only", not_negative)
+    report_to: Tracker = option("none", "tracker of Accelerate that gets the numbers too")
+    dataloader_num_workers: int = option(0, "worker processes that read data", not_negative)
     torch_compile: bool = option(False, "compile the model: pays back on long runs only")
     push_to_hub: bool = option(False, "upload to the Hub at each checkpoint and at the end; a failure loses nothing")
-    hub_model_id: str | None = option(None, "repository to push to, 'name' or 'organisation/name'")
-    hub_subfolder: str = option("", "folder in that repository (default: its root)")
-    hub_token: str | None = field(
-        default=None, repr=False, metadata={"help": "write token of the Hub, if not logged in"}
+    hub_model_id: str | None = option(
+        None,
+        "repository to push to, 'name' or 'organisation/name'",
+        must("be the id of a repository, 'name' or 'organisation/name'", _names_a_repository),
     )
+    hub_subfolder: str = option(
+        "", "folder in that repository (default: its root)", must("be a folder in the repository", _is_inside)
+    )
+    hub_token: str | None = option(None, "write token of the Hub, if not logged in", repr=False)
     hub_private_repo: bool = option(False, "create the repository as a private one")
 
     def __post_init__(self):
-        self._check_types()
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-                     "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-                     "adam_epsilon"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("lr_warmup_steps", "max_grad_norm", "sample_steps", "dataloader_num_workers", "seed",
-                     "gamma_lr_multiplier", "adam_weight_decay"):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{entry.name} must be a finite number, got {value}.")
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}.")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {self.mixed_precision!r}.")
-        known = {"lr_scheduler": SCHEDULES, "report_to": ("none", *TRACKERS)}
-        for name, values in known.items():
-            names = sorted(values)
-            if getattr(self, name) not in names:
-                raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}.")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id: name the repository, such as 'your-name/vaeplus-faces'.")
-        if self.hub_model_id:
-            validate_repo_id(self.hub_model_id)
-        place = PurePosixPath(self.hub_subfolder)
-        if place.is_absolute() or ".." in place.parts:
-            raise ValueError(f"hub_subfolder must be a folder in the repository, got {self.hub_subfolder!r}.")
-
-    def _check_types(self):
-        for name, annotation in get_type_hints(type(self)).items():
-            value, wanted = getattr(self, name), get_args(annotation) or (annotation,)
-            wanted += (int,) if float in wanted else ()
-            if isinstance(value, bool) != (bool in wanted) or not isinstance(value, wanted):
-                names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
-                hint = " (YAML needs the dot in 1.0e-3)" if float in wanted and isinstance(value, str) else ""
-                got = type(value).__name__ if name == "hub_token" else repr(value)
-                raise ValueError(f"{name} must be {names}, got {got}{hint}.")
 
 
 def recorded_options(options: TrainingOptions) -> dict:
@@ -160,64 +146,40 @@ def refuse_fp16_on_cpu(options: TrainingOptions, device: "torch.device"):
         raise ValueError("mixed_precision fp16 needs a GPU, and this is a CPU: use bf16, or no for float32.")
 
 
-STAGES = ("autoencoder", "vae", "second_stage")
-
-
+@one_sentence
+@strict
 @dataclass
-class StageOptions(TrainingOptions):
-    """Everything that a training run of one stage can be told: the data, the model, and [`TrainingOptions`]."""
+class StageOptions(ImageOptions, TrainingOptions):
+    """Everything that a training run of one stage can be told: the model, [`ImageOptions`], [`TrainingOptions`]."""
 
-    stage: str = option("autoencoder", "which stage to train", choices=STAGES)
-    dataset_name: str | None = option(None, "rendered-faces | digits | celeba | mnist | a data set on the Hub")
-    train_data_dir: str | None = option(None, "folder of pictures, parquet files named by split, or MNIST's files")
-    train_data_files: str | None = option(None, "parquet files, as a glob pattern")
-    split: str = option("train", "split to train on")
-    dataset_revision: str | None = option(None, "branch, tag or commit of the data set on the Hub")
-    image_column: str = option("image", "column that holds the pictures")
-    resolution: int = option(64, "height and width of the training images in pixels")
-    crop: int | None = option(None, "side of the centre crop in source pixels; default: the largest square")
-    num_channels: int | None = option(None, "1 grey, 3 colour; default: what the data set has")
-    num_factors: int = option(8, "r: factors that vary in rendered-faces")
-    max_train_samples: int | None = option(None, "use only so many images")
-    on_bad_image: str = option(
-        "raise", "raise, or skip and log the pictures that cannot be used", choices=ON_BAD_IMAGE
-    )
-    random_flip: bool = option(False, "add every image's mirror image")
+    stage: Stage = option("autoencoder", "which stage to train")
     streaming: bool = option(False, "train from the source without caching its decoded images")
     cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
     autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
     vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
-    pullback_codes: int = option(16, "first VAE, reconstruction_space pullback: codes that its metric is a mean of")
-    kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1")
+    pullback_codes: int = option(
+        16, "first VAE, reconstruction_space pullback: codes that its metric is a mean of", at_least_one
+    )
+    kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1", not_negative)
     match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
     match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
-    mmd_weight: float = option(0.0, "baseline: weight of the MMD penalty of a WAE in place of a VAE's KL term")
+    mmd_weight: float | int = option(
+        0.0, "baseline: weight of the MMD penalty of a WAE in place of a VAE's KL term", finite, not_negative
+    )
     model: dict = field(default_factory=dict, metadata={"help": "fields of the model's config"})
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.stage not in STAGES:
-            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
+        ImageOptions.__post_init__(self)
+        TrainingOptions.__post_init__(self)
         if self.stage == "second_stage" and not self.vae:
             raise ValueError("the second stage needs --vae: the folder of the first VAE that it models.")
         if self.stage == "autoencoder" and (self.autoencoder or self.vae):
             raise ValueError("stage autoencoder trains from images alone: leave out --autoencoder and --vae.")
-        if self.mmd_weight < 0 or self.mmd_weight and (self.stage != "vae" or self.autoencoder):
+        if self.mmd_weight and (self.stage != "vae" or self.autoencoder):
             raise ValueError(
-                f"mmd_weight={self.mmd_weight} is of a WAE straight on pixels: it must not be negative, with stage vae"
-                " and no --autoencoder."
+                f"mmd_weight={self.mmd_weight} makes a WAE that is trained straight on pixels: it needs stage vae and"
+                " no --autoencoder."
             )
-        if self.on_bad_image not in ON_BAD_IMAGE:
-            raise ValueError(f"on_bad_image must be one of {', '.join(ON_BAD_IMAGE)}, got {self.on_bad_image!r}.")
-        if self.pullback_codes < 1:
-            raise ValueError(f"pullback_codes must be at least 1, got {self.pullback_codes}.")
-        if self.kl_warmup_steps < 0:
-            raise ValueError(f"kl_warmup_steps must not be negative, got {self.kl_warmup_steps}.")
-
-    @property
-    def source_crop(self) -> int | None:
-        """The centre crop that is taken: the one asked for, or that of a data set with a short name."""
-        return self.crop or NAMED_DATA_SETS.get(self.dataset_name, {}).get("crop")
 
 
 def preset_names() -> list[str]:

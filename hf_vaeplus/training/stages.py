@@ -9,6 +9,7 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from ..data.cache import load_images
+from ..data.cache import open_cache
 from ..data.pixels import to_unit_range
-from ..data.stream import stream_images
-from ..hub.repository import save_feature_extractor
+from ..data.stream import open_stream
+from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
 from ..modeling_vaeplus import (
@@ -88,8 +89,9 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
         model = run_stage(options[stage], images[stage])
     pipe = build_pipeline(options["second_stage"], model)
     if process_state().is_main_process:
+        channels, size, _ = pipe.image_shape
+        pipe.image_processor = VAEPlusImageProcessor(size, channels, options["autoencoder"].source_crop)
         pipe.save_pretrained(output_dir / "pipeline")
-        save_feature_extractor(pipe, output_dir / "pipeline", options["autoencoder"].source_crop)
     return pipe
 
 
@@ -127,25 +129,13 @@ def open_stage_images(options: dict[str, StageOptions]) -> dict:
 
 def open_images(options: StageOptions, split: str | None = None):
     """The images that `options` name, cached or streamed; of another split if given (never mirrored then)."""
-    source = dict(
-        train_data_dir=options.train_data_dir,
-        train_data_files=options.train_data_files,
-        split=split or options.split,
-        revision=options.dataset_revision,
-        image_column=options.image_column,
-        resolution=options.resolution,
-        crop=options.crop,
-        num_channels=options.num_channels,
-        num_factors=options.num_factors,
-        max_samples=options.max_train_samples if split is None else None,
-        on_bad_image=options.on_bad_image,
-        random_flip=options.random_flip and split is None,
-    )
-    if options.streaming and split is None:
-        return stream_images(options.dataset_name, **source, seed=options.seed)
+    if split is not None:
+        options = replace(options, split=split, max_train_samples=None, random_flip=False, streaming=False)
     state = process_state()
     with state.main_process_first():
-        return load_images(options.dataset_name, **source, cache_dir=options.cache_dir, progress=state.is_main_process)
+        if options.streaming:
+            return open_stream(options, options.cache_dir, options.seed)
+        return open_cache(options, options.cache_dir, progress=state.is_main_process)
 
 
 def _autoencoder_config(options: StageOptions, images) -> VAEPlusAutoencoderConfig:

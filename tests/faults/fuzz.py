@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from helpers import encoded, idx, noise, parquet, png_chunk, two_stages
+from helpers import encoded, idx, make_pipeline, noise, parquet, png_chunk
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, features
 from transformers import get_scheduler
@@ -42,6 +42,7 @@ from transformers import get_scheduler
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import build_parser
+from hf_vaeplus.data.options import ImageOptions
 from hf_vaeplus.data.sources import open_source
 from hf_vaeplus.image_processing_vaeplus import decode_image
 from hf_vaeplus.modeling_vaeplus import (
@@ -193,7 +194,7 @@ def preset(folder: Path):
 
 def pipeline(folder: Path):
     """`model_index.json` of a saved pipeline. No module that an index names is imported."""
-    two_stages().save_pretrained(folder)
+    make_pipeline(second_stage=False).save_pretrained(folder)
     (folder / f"{TRAP}.py").write_text("")
     sys.path.insert(0, str(folder))
     kinds = (ValueError, TypeError, OSError)
@@ -208,7 +209,7 @@ def pipeline(folder: Path):
 
 
 def _training_state() -> TrainingState:
-    model = two_stages().vae
+    model = make_pipeline(second_stage=False).vae
     optimizer = torch.optim.AdamW(model.parameters())
     return TrainingState(model, optimizer, get_scheduler("cosine", optimizer, 2, 10), None, None)
 
@@ -262,7 +263,8 @@ def picture(folder: Path):
 
 
 def _read(**source):
-    source, _, _ = open_source(**source, resolution=8, num_channels=3)
+    nowhere = Path(os.devnull)  # no hash of a file is kept
+    source, _ = open_source(ImageOptions(**source, resolution=8, num_channels=3), nowhere)
     for row in source.rows():
         refusal((ValueError,), source.decode, [row], names=row[0])
 
@@ -294,7 +296,7 @@ def table(folder: Path):
 
 def weights(folder: Path):
     """`model.safetensors` beside a config. What is loaded is finite."""
-    two_stages().vae.save_pretrained(folder)
+    make_pipeline(second_stage=False).vae.save_pretrained(folder)
 
     def execute(data):
         (folder / "model.safetensors").write_bytes(data)
@@ -361,7 +363,7 @@ def _presets() -> list[bytes]:
 def _saved(name: str) -> list[bytes]:
     """A file of a pipeline, or of a checkpoint of its VAE."""
     with tempfile.TemporaryDirectory() as folder:
-        two_stages().save_pretrained(folder)
+        make_pipeline(second_stage=False).save_pretrained(folder)
         _training_state().save(Path(folder), 1)
         return [(Path(folder) / name).read_bytes(), b"[" * 3000]
 

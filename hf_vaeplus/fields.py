@@ -1,0 +1,73 @@
+"""Options as typed records: one line for each says its type, its default, its range and its help text.
+
+A record is a `strict` dataclass of huggingface_hub, whose annotations give the types and the choices. A range is a
+validator of the field.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import field
+from types import NoneType
+from typing import Literal, get_args, get_origin
+
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+
+def option(default, help: str, *ranges: Callable, **settings):
+    """A field with a help text for the command line, and the ranges that its value must lie in."""
+    return field(default=default, metadata={"help": help, "validator": list(ranges)}, **settings)
+
+
+def must(expected: str, holds: Callable[[object], bool]) -> Callable:
+    """A range: refuses every value, other than `None`, for which `holds(value)` is false."""
+
+    def check(value):
+        if value is not None and not holds(value):
+            raise ValueError(f"must {expected}, got {value!r}")
+
+    return check
+
+
+positive = must("be positive", lambda value: value > 0)
+not_negative = must("not be negative", lambda value: value >= 0)
+at_least_one = must("be at least 1", lambda value: value >= 1)
+below_one = must("lie in [0, 1)", lambda value: 0 <= value < 1)
+finite = must("be a finite number", lambda value: abs(value) < math.inf)
+
+
+def one_sentence(record: type) -> type:
+    """Decorator of a `strict` dataclass: what it refuses becomes a ValueError of one sentence that names the field.
+
+    A field without a `repr` holds a secret, which the sentence does not show.
+    """
+    checked = record.__setattr__
+
+    def set_checked(self, name, value):
+        try:
+            checked(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            told = error.__cause__
+            if isinstance(told, TypeError):
+                told = _other_type(self.__dataclass_fields__[name], value)
+            raise ValueError(f"{name} {told}") from None
+
+    record.__setattr__ = set_checked
+    return record
+
+
+def kinds_of(annotation) -> tuple:
+    """The members of a union, or the annotation alone."""
+    return (annotation,) if get_origin(annotation) is Literal else get_args(annotation) or (annotation,)
+
+
+def _other_type(entry, value) -> str:
+    kinds = kinds_of(entry.type)
+    got = repr(value) if entry.repr else type(value).__name__
+    hint = " (YAML needs the dot in 1.0e-3)" if float in kinds and isinstance(value, str) else ""
+    return f"must be {' or '.join(map(_name_of, kinds))}, got {got}{hint}"
+
+
+def _name_of(kind) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return "nothing" if kind is NoneType else kind.__name__
