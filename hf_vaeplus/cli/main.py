@@ -1,14 +1,11 @@
 """The command line `vaeplus`: finds the command, runs it, and turns a user's mistake into one sentence.
 
-This file and the other files of the command line import the libraries in the functions that need them. Help, version,
-completion and the refusal of a mistake come at once, and Ctrl-C during an import ends like Ctrl-C at any other time.
+The files of the command line import the libraries in the functions that need them, so that help, version, completion
+and the refusal of a mistake come at once. This file imports nothing before `run_command` waits for Ctrl-C, which can
+come during an import as well.
 """
 
-import contextlib
-import json
-import os
 import sys
-import traceback
 
 _EPILOG = """\
 Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command. Hyphens and underscores are the same in
@@ -52,6 +49,8 @@ def run_command(command, argv: list[str] | None = None, interrupted: str = "noth
 
 def _run(command, words: list[str], is_process: bool) -> int:
     import logging
+    import os
+    import traceback
 
     from ..provenance import redact_record, redacted
     from .flags import UsageError, calm_libraries
@@ -98,11 +97,16 @@ def _run(command, words: list[str], is_process: bool) -> int:
 def _complain(sentence: str, words: list[str], code: int) -> int:
     print(f"vaeplus: error: {sentence}", file=sys.stderr)
     if "--json" in words:
+        import json
+
         print(json.dumps({"error": sentence}))
     return code
 
 
 def _dispatch(argv):
+    import contextlib
+    import json
+
     from ..provenance import redacted
     from . import flags
 
