@@ -43,7 +43,9 @@ class ImageOptions:
         ValueError: for an option of another type or out of range.
     """
 
-    dataset_name: str | None = option(None, "rendered-faces | digits | celeba | mnist | a data set on the Hub")
+    dataset_name: str | None = option(
+        None, "rendered-faces | digits | celeba | mnist | a data set on the Hub", group="data"
+    )
     train_data_dir: str | os.PathLike | None = option(
         None, "folder of pictures, parquet files named by split, or MNIST's files"
     )
