@@ -22,8 +22,12 @@ PROGRAMS = {
     "import hf_vaeplus": "import hf_vaeplus",
     "hf_vaeplus: the autoencoder's class": "from hf_vaeplus import VAEPlusAutoencoderModel",
     "hf_vaeplus: the pipeline's class": "from hf_vaeplus import VAEPlusPipeline",
+    "import torch, transformers": "import torch, transformers",
+    "import torch, transformers, hf_vaeplus": "import torch, transformers, hf_vaeplus",
     "vaeplus --version": "from hf_vaeplus.cli.main import main\ntry: main(['--version'])\nexcept SystemExit: pass",
     "vaeplus --help": "from hf_vaeplus.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    "vaeplus trian, a usage error": "from hf_vaeplus.cli.main import main\nmain(['trian'])",
+    "vaeplus completion bash": "from hf_vaeplus.cli.main import main\nmain(['completion', 'bash'])",
     "load a pipeline and draw an image": (
         "import sys; from hf_vaeplus import VAEPlusPipeline\nVAEPlusPipeline.from_pretrained(sys.argv[1])()"
     ),
@@ -49,7 +53,7 @@ def measure(args) -> dict:
             peaks[name] = float(printed[-1])
             return seconds
 
-        names = args.pick(["python alone", "import hf_vaeplus"], [*PROGRAMS][1::2], [*PROGRAMS])
+        names = args.pick(["import hf_vaeplus", "import torch"], [*PROGRAMS][1::2], [*PROGRAMS])
         seconds = in_turn({name: lambda name=name: run(name) for name in names}, args, "start-up")
         slowest = _slowest_imports(args.pick(2, 8, 15))
     rows = [{"program": name, "seconds": seconds[name], "peak_mib": peaks[name]} for name in names]

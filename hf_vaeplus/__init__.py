@@ -1,10 +1,9 @@
 """VAE+ for the Hugging Face ecosystem: images from noise in one pass, with posteriors and without adversaries."""
 
-from typing import TYPE_CHECKING
-
 from . import registration
 from .version import __version__ as __version__
 
+TYPE_CHECKING = False  # that of `typing`, whose import takes longer than this file
 if TYPE_CHECKING:
     from .hub.pipeline import VAEPlusPipeline
     from .image_processing_vaeplus import VAEPlusImageProcessor

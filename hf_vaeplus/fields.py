@@ -13,9 +13,12 @@ from typing import Literal, get_args, get_origin
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 
-def option(default, help: str, *ranges: Callable, **settings):
-    """A field with a help text for the command line, and the ranges that its value must lie in."""
-    return field(default=default, metadata={"help": help, "validator": list(ranges)}, **settings)
+def option(default, help: str, *ranges: Callable, group: str | None = None, **settings):
+    """A field with a help text for the command line, and the ranges that its value must lie in.
+
+    `group` is the title in the help under which this field stands, with those that follow it.
+    """
+    return field(default=default, metadata={"help": help, "validator": list(ranges), "group": group}, **settings)
 
 
 def must(expected: str, holds: Callable[[object], bool]) -> Callable:

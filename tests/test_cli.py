@@ -508,11 +508,10 @@ def test_ctrl_c_during_an_import_ends_with_one_sentence(module, working_folder):
     program = f"""
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background would ignore it
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == {module!r}:
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Finder())
+def interrupt(event, details):
+    if event == "import" and details[0] == {module!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(interrupt)
 from hf_vaeplus.cli.main import main
 sys.exit(main())
 """

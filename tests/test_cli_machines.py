@@ -108,6 +108,16 @@ def test_the_help_of_every_command_has_examples_that_parse(name):
         build_parser().parse_args(words)
 
 
+def test_the_help_of_training_groups_its_options():
+    code, output, _ = run("train", "--help")
+    titles = re.findall(r"^(\w[\w ]*):$", output, re.MULTILINE)
+    wanted = ["run", "optimisation", "checkpoints", "logging", "speed", "Hub", "data", "stages and models", "examples"]
+    assert [title for title in titles if title != "options"] == wanted
+    data = output.split("\ndata:\n")[1].split("\n\n")[0]
+    assert re.findall(r"^  --(\w+)", data, re.MULTILINE)[0] == "dataset_name" and "--cache_dir" in data
+    assert not re.search("learning_rate|hub_model_id|kl_warmup_steps", data)
+
+
 def test_the_help_documents_the_exit_codes_and_json():
     _, output, _ = run("--help")
     assert re.findall(r"^  (\d+) +\w", output, re.MULTILINE) == ["0", "2", "3", "130"]

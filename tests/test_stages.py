@@ -462,7 +462,7 @@ def test_bad_options(changes, message):
 
 def test_an_assigned_option_is_checked_like_a_given_one():
     options = StageOptions(train_data_dir=Path("pictures"), train_data_files=("a", Path("b")))
-    assert (options.train_data_dir, options.train_data_files) == ("pictures", ["a", "b"])  # as they are written down
+    assert (options.train_data_dir, options.train_data_files) == ("pictures", ("a", "b"))  # as they are written down
     with pytest.raises(ValueError, match="max_train_steps must be positive, got 0"):
         options.max_train_steps = 0
     with pytest.raises(ValueError, match="on_bad_image must be one of raise, skip, got 'ignore'"):

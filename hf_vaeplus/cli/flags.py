@@ -83,13 +83,21 @@ def calm_libraries():
             handler.addFilter(redact_record)
 
 
-def add_stage_options(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()):
-    """One flag for every field of [`StageOptions`]. Flags that are not given leave no attribute behind."""
+def add_stage_options(parser: argparse.ArgumentParser, leave_out: Collection[str] = ()) -> dict:
+    """One flag for every field of [`StageOptions`]. Flags that are not given leave no attribute behind.
+
+    Returns:
+        `dict` of the groups of flags in the help, by title.
+    """
     from ..training.options import StageOptions
 
+    groups, title = {}, None
     for entry in dataclasses.fields(StageOptions):
+        title = entry.metadata.get("group") or title
         if entry.name in leave_out:
             continue
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         kind = next(kind for kind in kinds_of(entry.type) if kind is not NoneType)
         flag = dict(default=argparse.SUPPRESS, help=entry.metadata["help"])
         if kind is bool:
@@ -103,7 +111,8 @@ def add_stage_options(parser: argparse.ArgumentParser, leave_out: Collection[str
                 flag.update(type=kind, metavar=kind.__name__.upper())
             if entry.default not in (None, dataclasses.MISSING):
                 flag["help"] += f" (default: {entry.default})"
-        parser.add_argument(f"--{entry.name}", **flag)
+        groups[title].add_argument(f"--{entry.name}", **flag)
+    return groups
 
 
 def add_config(parser, purpose: str, **options):
@@ -125,7 +134,7 @@ def check_resolution(options):
 
     if options.stage == "second_stage" or options.autoencoder:  # trains on codes
         return
-    channels = options.num_channels or 3
+    channels = options.source_channels
 
     def mistake(size: int) -> Exception | None:
         try:
@@ -200,9 +209,10 @@ def _data_options() -> set[str]:
 def add_data(parser, purpose: str):
     from ..training.options import StageOptions
 
-    add_stage_options(parser, leave_out={entry.name for entry in dataclasses.fields(StageOptions)} - _data_options())
-    parser.add_argument("--split", default="train", help=f"split to {purpose}, or a slice of it (default: train)")
-    parser.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
+    others = {entry.name for entry in dataclasses.fields(StageOptions)} - _data_options()
+    data = add_stage_options(parser, leave_out=others)["data"]
+    data.add_argument("--split", default="train", help=f"split to {purpose}, or a slice of it (default: train)")
+    data.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
 
 
 def data_options(args, pipe, **options):
@@ -211,7 +221,8 @@ def data_options(args, pipe, **options):
 
     channels, size, _ = pipe.image_shape
     source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
-    source |= {name: value for name, value in given_options(args).items() if name in _data_options()}
+    names = _data_options()
+    source |= {name: value for name, value in given_options(args).items() if name in names}
     return StageOptions(split=args.split, **source, **options)
 
 

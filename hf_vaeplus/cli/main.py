@@ -1,14 +1,11 @@
 """The command line `vaeplus`: finds the command, runs it, and turns a user's mistake into one sentence.
 
-This file and the other files of the command line import the libraries in the functions that need them. Help, version,
-completion and the refusal of a mistake come at once, and Ctrl-C during an import ends like Ctrl-C at any other time.
+The files of the command line import the libraries in the functions that need them, so that help, version, completion
+and the refusal of a mistake come at once. This file imports nothing before `run_command` waits for Ctrl-C, which can
+come during an import as well.
 """
 
-import contextlib
-import json
-import os
 import sys
-import traceback
 
 _EPILOG = """\
 Begin with `vaeplus quickstart`; `vaeplus COMMAND --help` explains a command. Hyphens and underscores are the same in
@@ -45,13 +42,15 @@ def run_command(command, argv: list[str] | None = None, interrupted: str = "noth
     words = sys.argv if argv is None else argv
     try:
         return _run(command, words, is_process=argv is None)
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt as error:  # imports nothing: an import may be what was interrupted
         sentence = f"{str(error) or 'interrupted'}; {getattr(error, 'interrupted', interrupted)}"
         return _complain(sentence, words, 128 + getattr(error, "signal", 2))
 
 
 def _run(command, words: list[str], is_process: bool) -> int:
     import logging
+    import os
+    import traceback
 
     from ..provenance import redact_record, redacted
     from .flags import UsageError, calm_libraries
@@ -63,12 +62,16 @@ def _run(command, words: list[str], is_process: bool) -> int:
         sys.excepthook = lambda *error: print(redacted("".join(traceback.format_exception(*error))), file=sys.stderr)
     if "transformers" in sys.modules:  # a script that imported it before it came here
         calm_libraries()
+
+    def one_sentence(error) -> str:
+        return redacted(" ".join(str(error).split()))
+
     try:
         command()
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
-        return _complain(error, words, 2)
+        return _complain(one_sentence(error), words, 2)
     except Exception as error:
         from huggingface_hub.errors import (
             HTTPError,  # of httpx, whichever it uses
@@ -81,27 +84,29 @@ def _run(command, words: list[str], is_process: bool) -> int:
 
         loop = sys.modules.get("hf_vaeplus.training.loop")  # without it nothing has been trained
         if loop is not None and isinstance(error, loop.TrainingDiverged):
-            return _complain(error, words, 3)
+            return _complain(one_sentence(error), words, 3)
         mistakes = ValueError, TypeError, OSError, HTTPError, SafetensorError, StrictDataclassError
         if "--debug" in words or not isinstance(error, mistakes):
             raise
         if isinstance(error, HTTPError | LocalTokenNotFoundError):
             error = explain(error)
-        return _complain(error, words, 2)
+        return _complain(one_sentence(error), words, 2)
     return 0
 
 
-def _complain(error, words: list[str], code: int) -> int:
-    from ..provenance import redacted
-
-    sentence = redacted(" ".join(str(error).split()))
+def _complain(sentence: str, words: list[str], code: int) -> int:
     print(f"vaeplus: error: {sentence}", file=sys.stderr)
     if "--json" in words:
+        import json
+
         print(json.dumps({"error": sentence}))
     return code
 
 
 def _dispatch(argv):
+    import contextlib
+    import json
+
     from ..provenance import redacted
     from . import flags
 

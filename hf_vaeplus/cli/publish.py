@@ -33,10 +33,11 @@ def _card(args):
     evaluation = None
     if args.evaluation:
         evaluation = _read_results(Path(args.evaluation))
-    output = None if args.output is None else Path(args.output)
+    output = Path(args.run_dir, "pipeline") if args.output is None else Path(args.output)
+    replaced = [name for name in ("README.md", *PICTURES) if (output / name).exists()]
     wanted = dict(evaluation=evaluation, data_license=args.data_license, license=args.license)
     card = write_card(Path(args.run_dir), args.model_id, output, **wanted)
-    print(f"saved {card}")
+    print(f"saved {card} and its pictures" + (f", replacing {', '.join(replaced)}" if replaced else ""))
     return {"files": [str(card), *(str(card.with_name(name)) for name in PICTURES)], "repository": args.model_id}
 
 

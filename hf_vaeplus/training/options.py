@@ -55,11 +55,11 @@ class TrainingOptions:
         ValueError: an option of another type, not among the choices or out of range.
     """
 
-    output_dir: str = option("runs/stage", "folder for checkpoints, logs, samples and the final model")
+    output_dir: str = option("runs/stage", "folder for checkpoints, logs, samples and the final model", group="run")
     seed: int = option(
         0, "seed of everything random", not_negative, must("be below 2**63", lambda value: value < 2**63)
     )
-    max_train_steps: int = option(10_000, "optimizer steps", positive)
+    max_train_steps: int = option(10_000, "optimizer steps", positive, group="optimisation")
     train_batch_size: int = option(64, "samples per process in one forward pass", positive)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", positive)
     learning_rate: float | int = option(1e-3, "peak learning rate of AdamW", positive, finite)
@@ -76,16 +76,20 @@ class TrainingOptions:
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the networks' arithmetic")
     use_ema: bool = option(False, "keep an exponential moving average of the weights and save that as the model")
     ema_decay: float | int = option(0.999, "decay of the moving average (shorter during the first steps)", below_one)
-    checkpointing_steps: int = option(1_000, "save a resumable checkpoint every so many steps", positive)
+    checkpointing_steps: int = option(
+        1_000, "save a resumable checkpoint every so many steps", positive, group="checkpoints"
+    )
     checkpoints_total_limit: int = option(2, "how many checkpoints to keep", positive)
     resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint")
     strict_resume: bool = option(False, "refuse a damaged newest checkpoint instead of taking the one before it")
-    logging_steps: int = option(50, "steps between two lines of stats.jsonl", positive)
+    logging_steps: int = option(50, "steps between two lines of stats.jsonl", positive, group="logging")
     sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only", not_negative)
     report_to: Tracker = option("none", "tracker of Accelerate that gets the numbers too")
-    dataloader_num_workers: int = option(0, "worker processes that read data", not_negative)
+    dataloader_num_workers: int = option(0, "worker processes that read data", not_negative, group="speed")
     torch_compile: bool = option(False, "compile the model: pays back on long runs only")
-    push_to_hub: bool = option(False, "upload to the Hub at each checkpoint and at the end; a failure loses nothing")
+    push_to_hub: bool = option(
+        False, "upload to the Hub at each checkpoint and at the end; a failure loses nothing", group="Hub"
+    )
     hub_model_id: str | None = option(
         None,
         "repository to push to, 'name' or 'organisation/name'",
@@ -152,10 +156,12 @@ def refuse_fp16_on_cpu(options: TrainingOptions, device: "torch.device"):
 class StageOptions(ImageOptions, TrainingOptions):
     """Everything that a training run of one stage can be told: the model, [`ImageOptions`], [`TrainingOptions`]."""
 
-    stage: Stage = option("autoencoder", "which stage to train")
-    streaming: bool = option(False, "train from the source without caching its decoded images")
+    stage: Stage = option("autoencoder", "which stage to train", group="stages and models")
+    streaming: bool = option(False, "train from the source without caching its decoded images", group="data")
     cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
-    autoencoder: str | None = option(None, "folder or Hub id of the trained autoencoder (later stages)")
+    autoencoder: str | None = option(
+        None, "folder or Hub id of the trained autoencoder (later stages)", group="stages and models"
+    )
     vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
     pullback_codes: int = option(
         16, "first VAE, reconstruction_space pullback: codes that its metric is a mean of", at_least_one
