@@ -7,7 +7,6 @@ import pytest
 from helpers import make_pipeline
 
 import hf_vaeplus
-from hf_vaeplus.hub.repository import save_feature_extractor
 
 USES = {
     "config": "from transformers import AutoConfig\n"
@@ -28,7 +27,6 @@ def folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("registration") / "pipeline"
     pipe = make_pipeline()
     pipe.save_pretrained(folder)
-    save_feature_extractor(pipe, folder)
     return str(folder)
 
 
