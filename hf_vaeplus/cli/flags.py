@@ -343,7 +343,7 @@ def pictures_in(names: list[str]) -> list[Path]:
 
     paths = []
     for path in map(Path, names):
-        if path.is_dir():
+        if os.path.isdir(path):  # False for a name that no file can have
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
             if not found:
                 raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}).")
