@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, perturbed, tree
+from helpers import TINY, encoded, noise, parquet, perturbed, tree
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
@@ -507,6 +507,17 @@ def test_stages_trained_by_train_all_build_on_each_other(trained):
     images = open_images(trained[1]["vae"]).__getitems__(list(range(40)))["pixel_values"]
     with torch.no_grad():
         torch.testing.assert_close(pipe.autoencoder.encode(to_unit_range(images)).mean(0), code, rtol=1e-3, atol=1e-4)
+
+
+def test_stages_share_images_from_a_list_of_files(options, tmp_path):
+    for name in "ab":
+        rows = [encoded(noise(seed, 32, 32)) for seed in range(2)]
+        (tmp_path / f"{name}.parquet").write_bytes(parquet(image=rows))
+    files = [str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]
+    shared = open_stage_images({
+        stage: options(stage, dataset_name=None, train_data_files=files) for stage in ("autoencoder", "vae")
+    })  # fmt: skip
+    assert shared["autoencoder"] is shared["vae"] and len(shared["vae"]) == 4
 
 
 def test_stages_share_the_images_that_they_have_in_common(options):

@@ -112,9 +112,9 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
 def open_stage_images(options: dict[str, StageOptions]) -> dict:
     """The images that each stage trains on. Stages that train on the same images share them: opened once."""
     opened, images = {}, {}
-    names = [*(entry.name for entry in fields(ImageOptions)), "streaming", "cache_dir"]
     for stage, each in options.items():
-        key = *(getattr(each, name) for name in names), each.seed if each.streaming else None
+        wanted = [getattr(each, entry.name) for entry in fields(ImageOptions)]
+        key = repr((wanted, each.cache_dir, each.streaming, each.seed if each.streaming else None))
         if key not in opened:
             opened[key] = open_images(each)
         images[stage] = opened[key]
