@@ -91,6 +91,8 @@ def _run(command, words: list[str], is_process: bool) -> int:
         if isinstance(error, HTTPError | LocalTokenNotFoundError):
             error = explain(error)
         return _complain(one_sentence(error), words, 2)
+    finally:
+        logging.disable(logging.NOTSET)  # --quiet is for one command, not for all that this process runs later
     return 0
 
 
