@@ -115,7 +115,7 @@ MISTAKES = {
     "an unreadable picture": (f"reconstruct {PIPE} home/0.png home/notes.txt", "notes.txt is not a readable picture"),
     "a folder without pictures": (f"reconstruct {PIPE} home/pipeline", "folder home/pipeline holds no pictures"),
     "pictures of which none is one": (
-        f"reconstruct {PIPE} home/notes.txt --on_bad_image skip --quiet",
+        f"reconstruct {PIPE} home/notes.txt --on_bad_image skip",
         "none of the pict",
     ),
     "a folder as a picture": (f"interpolate {PIPE} home/0.png home", "home is not a readable picture"),
