@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # What files are opened as. Left to itself Pillow would also hand PostScript to an interpreter of programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -106,6 +109,28 @@ class VAEPlusImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.image_size, self.num_channels = int(image_size), int(num_channels)  # numpy's integers are no JSON
         self.crop = None if crop is None else int(crop)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict, **kwargs) -> "VAEPlusImageProcessor | tuple":
+        """As that of the library, which reads every stored processor: unknown keys become attributes and are named.
+
+        Raises:
+            ValueError: a number out of range, or a key that names a method.
+        """
+        known = _LIBRARY_KEYS | {"image_size", "num_channels", "crop"}
+        unknown = {name: value for name, value in image_processor_dict.items() if name not in known}
+        for name in unknown:
+            if hasattr(cls, name):
+                raise ValueError(f"{cls.__name__} cannot keep the key {name!r}: remove it from the file.")
+        if unknown:
+            logger.warning_once(
+                f"The stored {cls.__name__} has the unknown keys {sorted(unknown)}: they are kept as attributes and"
+                " change nothing."
+            )
+        stored = {name: value for name, value in image_processor_dict.items() if name in known}
+        found = super().from_dict(stored, **kwargs)
+        vars(found[0] if isinstance(found, tuple) else found).update(unknown)
+        return found
 
     def preprocess(
         self, images: Picture | list[Picture] | tuple[Picture, ...], return_tensors: str | None = None

@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 # What the libraries themselves put into a config's keyword arguments; anything else unknown is a misspelling.
 _LIBRARY_KEYS = frozenset(
     "_attn_implementation _commit_hash _name_or_path attn_implementation auto_map experts_implementation model_type"
-    " name_or_path output_attentions torch_dtype".split()
+    " name_or_path output_attentions quantization_config torch_dtype".split()
 )
 # The library never writes these keys, but where a file holds one it fetches the code or opens the weights named there.
 _NEVER_STORED = frozenset(

@@ -15,6 +15,7 @@ _hub = LoopbackHub()
 _home = tempfile.TemporaryDirectory(prefix="vaeplus-hub-")
 atexit.register(_home.cleanup)
 os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of pytest-xdist share two cores
 os.environ |= {
     "HF_ENDPOINT": _hub.url,
     "HF_HOME": _home.name,

@@ -4,11 +4,18 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import re
 import resource
+import runpy
+import signal
+import socket
 import struct
+import sys
+import time
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -100,6 +107,41 @@ def captured(call) -> tuple[int, str, str]:
 def run(*argv: str) -> tuple[int, str, str]:
     """`(exit code, standard output, standard error)` of `vaeplus ARGV`."""
     return captured(lambda: main(list(argv)))
+
+
+@contextlib.contextmanager
+def importing_from(folder: Path):
+    """In it, modules of a folder of scripts are imported by their bare names, which other folders have as well."""
+    names = {path.stem for path in folder.glob("*.py")}
+    others = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+    try:
+        with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+            yield
+    finally:
+        for name in names & sys.modules.keys():
+            del sys.modules[name]
+        sys.modules.update(others)
+
+
+def run_script(script: Path, *argv) -> tuple[int, str, str]:
+    """`(exit code, standard output, standard error)` of `python SCRIPT ARGV`, run in this process."""
+
+    def call():
+        runpy.run_path(str(script), run_name="__main__")
+        return 0
+
+    threads = torch.get_num_threads()
+    words = [str(script), *map(str, argv)]
+    with (
+        importing_from(script.parent),
+        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "excepthook", sys.excepthook),
+        mock.patch.dict(os.environ),
+    ):
+        try:
+            return captured(call)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def code_blocks(text: str) -> list[str]:
@@ -225,21 +267,89 @@ def parquet(**columns) -> bytes:
     return file.getvalue()
 
 
-# Streams and processes.
-
-
 def take(stream, first_batch, count, **position):
     """So many batches of a stream from one of them on."""
     stream.set_position(first_batch, **position)
     return [batch for _, batch in zip(range(count), stream, strict=False)]
 
 
+# Processes.
+
+
+def forkserver():
+    """The context of processes that have imported everything when they start; a new Python needs seconds for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_vaeplus.training.stages", "hf_vaeplus.cli.main", "datasets", "transformers"])
+    return context
+
+
 def start_together(target, number: int, *arguments) -> list:
     """Processes that call `target(barrier, *arguments)`, and pass the barrier at one moment."""
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(number + 1)
-    processes = [spawn.Process(target=target, args=(barrier, *arguments)) for _ in range(number)]
+    context = forkserver()
+    barrier = context.Barrier(number + 1)
+    processes = [context.Process(target=target, args=(barrier, *arguments)) for _ in range(number)]
     for process in processes:
         process.start()
     barrier.wait(timeout=120)
     return processes
+
+
+class Launched:
+    """Processes that call `target(*arguments)` with the environment of a launcher, such as `accelerate launch`.
+
+    What they print goes to the file `log`. Each has a session of its own, to be killed with the workers it starts.
+    """
+
+    def __init__(self, num_processes: int, log: Path, environment: dict, target, *arguments):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.log = log
+        self.processes = []
+        for rank in range(num_processes):
+            variables = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **environment}
+            if num_processes > 1:
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
+                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            self.processes.append(forkserver().Process(target=_launched, args=(log, variables, target, arguments)))
+        for process in self.processes:
+            process.start()
+
+    def exit_codes(self, seconds: float) -> list[int | None]:
+        """Of each process, after so many seconds at most; `None` for one that still runs."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def ended_within(self, seconds: float) -> bool:
+        """Whether all processes came to a good end in that time.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
+        codes = self.exit_codes(seconds)
+        if any(code not in (None, 0) for code in codes):
+            self.kill()
+            raise RuntimeError(f"a process failed by itself: {self.log.read_text()[-4000:]}")
+        return None not in codes
+
+    def kill(self):
+        """SIGKILL for every process and for the workers that it has started."""
+        for process in self.processes:
+            if process.exitcode is None:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    process.kill()  # it has no session of its own yet
+        for process in self.processes:
+            process.join()
+
+
+def _launched(log, environment, target, arguments):
+    os.setsid()
+    os.environ |= environment
+    torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for a PyTorch that is imported already
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    target(*arguments)

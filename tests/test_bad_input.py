@@ -14,6 +14,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -151,6 +152,24 @@ UNREADABLE = "is not a readable picture .* remove it or replace it"
 
 # What is done (a command line, or a call of the pipeline) -> what the sentence says.
 CATALOGUE = {
+    # ------------------------------------------------------------------------------------------------ the parser
+    "no command": ("", "COMMAND"),
+    "an unknown command": ("trian", "'trian', did you mean train.*quickstart"),
+    "no preset": ("train", "--config"),
+    "an unknown flag": (f"{TRAIN} --lerning_rate 0.1", "no option --lerning_rate, did you mean --learning_rate"),
+    "an unknown flag with hyphens": (
+        f"{TRAIN} --lerning-rate=0.1",
+        "no option --lerning-rate, did you mean --learning",
+    ),
+    "a flag like no other": (f"{TRAIN} --zzz", r"no option --zzz \("),
+    "a shortened flag": ("sample pipeline --num_image 3", "--num_image"),
+    "a number that is none": (f"{TRAIN} --seed one", "--seed.*'one'"),
+    "half a number": (f"{SAMPLE} --num_images 0.5", "'0.5'"),
+    "a choice that is none": (f"{TRAIN} --mixed_precision fb16", "'fb16', did you mean .p16.*bf16"),
+    "one picture to interpolate": ("interpolate pipeline good.png", "IMAGE"),
+    "a setting without a value": (f"{TRAIN} --set vae.seed", "NAME=VALUE"),
+    "a setting with broken YAML": (f"{TRAIN} --set vae.model=[1,", "readable"),
+    "a shell that is none": ("completion cmd", "'cmd'.*bash"),
     # ------------------------------------------------------------------------------------------------ pictures
     "an empty file": ("reconstruct pipeline empty.jpg", f"empty.jpg {UNREADABLE}"),
     "text": ("reconstruct pipeline text.jpg", f"text.jpg {UNREADABLE}"),
@@ -164,8 +183,16 @@ CATALOGUE = {
     "a bomb in a comment": ("reconstruct pipeline comment.png", f"comment.png {UNREADABLE}"),
     "a PostScript program": ("reconstruct pipeline program.jpg", f"program.jpg {UNREADABLE}"),
     "a bomb among two": ("interpolate pipeline good.png bomb.png", f"bomb.png {UNREADABLE}"),
-    "a folder": ("reconstruct pipeline pictures", f"pictures {UNREADABLE}"),
-    "a missing picture": ("reconstruct pipeline good.png gone.png", f"gone.png {UNREADABLE}"),
+    "a folder": ("interpolate pipeline good.png pictures", f"pictures {UNREADABLE}"),
+    "a missing picture": (
+        "reconstruct pipeline good.png gone.png",
+        "gone.png is not a readable picture.*No such file.* remove it or replace it",
+    ),
+    "a folder without pictures": ("reconstruct pipeline pipeline", "folder pipeline holds no pictures"),
+    "pictures of which none is one": (
+        "reconstruct pipeline notes.txt --on_bad_image skip",
+        "none of the pict",
+    ),
     "a device": ("reconstruct pipeline /dev/null", f"/dev/null {UNREADABLE}"),
     "a name with a zero": ("reconstruct pipeline a\0b.png", "a.b.png"),
     "a long name": (f"reconstruct pipeline {'a' * 300}.png", f"{UNREADABLE}"),
@@ -174,6 +201,8 @@ CATALOGUE = {
     "a crop of a thin picture": ("reconstruct pipeline long.png --crop 2", "is 30000x1, smaller than crop=2"),
     # ------------------------------------------------------------------------------------------------ data sets
     "no folder": (f"{OWN} --train_data_dir gone", "'gone' is not a folder; check the path"),
+    "two sources to train on": (f"{TRAIN} --train_data_dir pictures --train_data_files a.parquet", "exactly one of"),
+    "no source to train on": (OWN, "exactly one of.*got none"),
     "a file as the folder": (f"{OWN} --train_data_dir good.png", "'good.png' is not a folder; check the path"),
     "an empty folder": (f"{OWN} --train_data_dir empty", "must hold pictures or parquet files, got neither"),
     "pictures and tables": (f"{OWN} --train_data_dir mixture", "pictures or parquet files, got both; name"),
@@ -191,9 +220,15 @@ CATALOGUE = {
     ),
     "another way with bad pictures": (f"{OWN} --train_data_dir bad --on_bad_image ignore", "'ignore'.*raise.*skip"),
     "a split of a folder": (f"{OWN} --train_data_dir pictures --split test", "no splits, got split='test'"),
+    "a split of the digits": (f"{EVAL} {DIGIT} --split test", "no splits.*'test'"),
+    "an evaluation split that is none": (f"{TRAIN} --evaluation_split test", "no splits.*'test'"),
     "a slice of a stream": (f"{ENCODE} {DIGIT} --split train[:5] --streaming", "a stream takes no slice"),
-    "a slice of percents": (f"{ENCODE} {DIGIT} --split train[:5%]", "slice of whole numbers"),
-    "a slice beyond the end": (f"{EVAL} {DIGIT} --split train[40:]", "choose limits from 0 to 40"),
+    "a slice of percents": (f"{ENCODE} {DIGIT} --split train[:5%]", "nor a name with a slice of whole numbers"),
+    "a slice beyond the end": (
+        f"{EVAL} {DIGIT} --split train[40:]",
+        r"'train\[40:\]' must name some of the 40 images.*choose limits from 0 to 40",
+    ),
+    "a slice of missing images": (f"{EVAL} {DIGIT} --ndb_split train[:41]", "must name some of the 40 images"),
     "no such file": (f"{OWN} --train_data_files gone*.parquet", "no file matches .* check the path"),
     "text as parquet": (f"{OWN} --train_data_files tables/text.parquet", "text.parquet is no readable parquet file"),
     "a truncated parquet": (f"{OWN} --train_data_files tables/cut.parquet", "cut.parquet is no readable parquet"),
@@ -228,6 +263,7 @@ CATALOGUE = {
     "a gzip with more than it says": (f"{OWN} --train_data_dir idx/long", "not a complete file of images"),
     "an idx file that says it is huge": (f"{OWN} --train_data_dir idx/claim", "not a complete file of images"),
     "a data set that the Hub lacks": (f"{OWN} --dataset_name nobody/nothing", "'nobody/nothing' .* is not on the Hub"),
+    "a data set of the Hub, offline": (f"offline: {OWN} --dataset_name nobody/nothing", "offline"),
     "a revision that the Hub lacks": (
         f"{OWN} --dataset_name org/folder --dataset_revision v9",
         "at revision='v9' is not on the Hub",
@@ -255,6 +291,12 @@ CATALOGUE = {
         "row 0 of org/refused .*cannot be read",
     ),
     "no steps": (f"{TRAIN} --max_train_steps 0", "max_train_steps must be positive, got 0"),
+    "a negative number of samples": (f"{TRAIN} --max_train_samples -1", "max_train_samples must be at least 1"),
+    "a seed out of range": (f"{TRAIN} --seed {2**63}", "seed must be below"),
+    "a negative seed of a run": ("quickstart --seed -1 --output_dir out", "seed must not be negative"),
+    "an unknown tracker": (f"{TRAIN} --report_to tensorbord", "tensorbord"),
+    "too many factors": ("quickstart --num_factors 99 --output_dir out", "1 to 16 factors"),
+    "no factors": ("quickstart --num_factors 0 --output_dir out", "1 to 16 factors"),
     "a negative batch": (f"{TRAIN} --train_batch_size -1", "train_batch_size must be positive, got -1"),
     "no accumulation": (f"{TRAIN} --gradient_accumulation_steps 0", "gradient_accumulation_steps must be positive"),
     "no logging": (f"{TRAIN} --logging_steps 0", "logging_steps must be positive, got 0"),
@@ -263,10 +305,7 @@ CATALOGUE = {
     "a rate that is not a number": (f"{TRAIN} --learning_rate nan", "learning_rate must be positive, got nan"),
     "an infinite rate": (f"{TRAIN} --learning_rate inf", "learning_rate must be a finite number, got inf"),
     "a beta of one": (f"{TRAIN} --adam_beta2 1", r"adam_beta2 must lie in \[0, 1\), got 1.0"),
-    "a negative weight decay": (
-        f"{TRAIN} --adam_weight_decay -1",
-        "adam_weight_decay must not be negative, got -1",
-    ),
+    "a negative weight decay": (f"{TRAIN} --adam_weight_decay -1", "adam_weight_decay must not be negative, got -1"),
     "an epsilon of nothing": (f"{TRAIN} --adam_epsilon 0", "adam_epsilon must be positive, got 0"),
     "fp16 on a CPU": (f"{TRAIN} --mixed_precision fp16", "fp16 needs a GPU, and this is a CPU: use bf16, or no"),
     "fp16 of a stage on a CPU": (f"{FIRST} --mixed_precision fp16", "fp16 needs a GPU, and this is a CPU"),
@@ -284,6 +323,11 @@ CATALOGUE = {
         "mmd_weight must be a finite number, got nan",
     ),
     "a resolution of nothing": (f"{TRAIN} --resolution 0", "resolution must be at least 1, got 0"),
+    "a resolution that does not divide": (
+        f"{TRAIN} --resolution 37",
+        r"cannot take images of resolution 37, the nearest that it can take: 32 and 40 \(.*multiple of",
+    ),
+    "a crop of drawings": ("evaluate pipeline --dataset_name rendered-faces --crop 9", "takes no crop"),
     "a negative crop": (f"{TRAIN} --crop -8", "crop must be at least 1, got -8"),
     "two channels": (f"{TRAIN} --num_channels 2", r"num_channels must be 1 \(grey\) or 3 \(RGB\), got 2"),
     "a push to nowhere": (f"{TRAIN} --push_to_hub", "push_to_hub needs hub_model_id"),
@@ -292,7 +336,10 @@ CATALOGUE = {
     "a second stage alone": (f"{STAGE} --stage second_stage", "the second stage needs --vae"),
     "an autoencoder of an autoencoder": (f"{FIRST} --autoencoder x", "leave out --autoencoder"),
     "a missing autoencoder": (f"{STAGE} --stage vae --autoencoder runs/gone", "runs/gone"),
-    "a pipeline as an autoencoder": (f"{STAGE} --stage vae --autoencoder pipeline", "pipeline"),
+    "a pipeline as an autoencoder": (
+        f"{STAGE} --stage vae --autoencoder pipeline",
+        "got the config of a vaeplus_encoder where that of a vaeplus_autoencoder is expected",
+    ),
     "a VAE as an autoencoder": (
         f"{STAGE} --stage vae --autoencoder pipeline/vae",
         "got the config of a vaeplus_vae where that of a vaeplus_autoencoder is expected: name the folder of another",
@@ -306,6 +353,12 @@ CATALOGUE = {
     "negative channels": (f"{FIRST} --model hidden_channels=[4,-8]", "hidden_channels"),
     "a gamma that is not a number": (f"{TRAIN} --set vae.model.gamma_init=.nan", "gamma_init"),
     "an unknown gamma": (f"{TRAIN} --set vae.model.gamma=free", "gamma"),
+    "a misspelt option": (f"{TRAIN} --set vae.lerning_rate=0.1", "did you mean 'learning_rate'"),
+    "a setting of an unknown stage": (f"{TRAIN} --set vea.seed=1", "section 'vea'"),
+    "a stage alone": (f"{TRAIN} --set vae=1", "STAGE.OPTION=VALUE"),
+    "a model that is a number": (f"{TRAIN} --set vae.model=3", "vae.model, got 3"),
+    "a field of the wrong type": (f"{TRAIN} --set vae.model.latent_dim=five", "latent_dim.*expected int"),
+    "a number without a dot": (f"{TRAIN} --set vae.learning_rate=1e-3", "needs the dot"),
     # ------------------------------------------------------------------------------------------------ presets
     "a preset that is a list": ("train --config list.yaml", "list.yaml must map common, autoencoder, .* to options"),
     "a preset that is a number": ("train --config number.yaml", "number.yaml must map"),
@@ -314,7 +367,10 @@ CATALOGUE = {
     "an unknown section": ("train --config stage.yaml", "section 'vea': expected common"),
     "an unknown option": ("train --config option.yaml", "vae.seeds, which is no option: did you mean 'seed'"),
     "a model that is a list": ("train --config model.yaml", r"vae.model, got \[1\]"),
-    "an unknown field": ("train --config field.yaml --output_dir out --dataset_name digits", "did you mean 'hidden_d"),
+    "an unknown field": (
+        "train --config field.yaml --output_dir out --dataset_name digits",
+        "'hiden_dim': did you mean 'hidden_dim'",
+    ),
     "an option that is a number": ("train --config numbered.yaml", "vae.1, which is no option"),
     "code in a preset": ("train --config python.yaml", "python.yaml is not YAML.*python/object"),
     "a tab in a preset": ("train --config tab.yaml", "tab.yaml is not YAML"),
@@ -324,11 +380,16 @@ CATALOGUE = {
     "brackets without end": ("train --config brackets.yaml", "brackets.yaml is not YAML"),
     "a rate of .nan": ("train --config nan.yaml --dataset_name digits --output_dir out", "learning_rate must be"),
     "a folder as a preset": ("train --config empty", "no preset or file named empty"),
-    "a missing preset": ("train --config gone.yaml", "no preset or file named gone.yaml: the presets are"),
+    "a missing preset": (
+        "train --config quickstat",
+        "no preset or file named quickstat: the presets are .*quickstart",
+    ),
     # ------------------------------------------------------------------------------------------------ pipelines
     "a missing pipeline": ("sample gone/", "gone/ is not a saved pipeline: expected a folder"),
-    "an empty folder as a pipeline": ("sample empty", "empty is not a saved pipeline"),
-    "a pipeline that the Hub lacks": ("sample nobody/nothing --output out.png", "nobody/nothing"),
+    "an empty folder as a pipeline": ("sample empty", "empty is not a saved pipeline.*model_index.json"),
+    "a missing pipeline above": ("sample ../pipeline", "../pipeline is not a saved pipeline"),
+    "a file as a pipeline": ("sample good.png", "good.png is not a saved pipeline"),
+    "a pipeline that the Hub lacks": ("sample nobody/nothing --output out.png", "there is no folder nobody/nothing"),
     "a pipeline without weights": ("sample hollow --output out.png", "hollow"),
     "a truncated pipeline": ("sample truncated --output out.png", "truncated.*damaged"),
     "a pipeline of another size": ("sample mismatched --output out.png", "mismatched"),
@@ -338,7 +399,10 @@ CATALOGUE = {
         "sample foreign --output out.png",
         "takes its vae from 'diffusers', so it is no",
     ),
-    "a component that is missing": ("sample partless --output out.png", "partless"),
+    "a component that is missing": (
+        "sample partless --output out.png",
+        "got the config of a vaeplus_encoder where that of a vaeplus_vae is expected",
+    ),
     "a component of any module": ("sample module --output out.png", "takes its vae from 'os', so it is no pipeline"),
     "a config that names a method": (
         "sample fields --output out.png",
@@ -346,13 +410,19 @@ CATALOGUE = {
     ),
     "weights that are not numbers": ("sample nans --output out.png", "weights of nans/vae hold NaN or infinity in"),
     "no images": (f"{SAMPLE} --num_images 0", "num_images must be an integer of at least 1, got 0"),
-    "half an image": (f"{SAMPLE} --num_images 0.5", "'0.5'"),
+    "a negative number of images": (
+        f"{SAMPLE} --num_images -3",
+        "num_images must be an integer of at least 1, got -3",
+    ),
     "an image in no batch": (f"{SAMPLE} --batch_size 0", "batch_size must be an integer of at least 1, got 0"),
+    "a negative batch of pictures": ("reconstruct pipeline good.png --batch_size -1", "batch_size .*got -1"),
     "a temperature below 0": (f"{SAMPLE} --temperature -1", "temperature must be a finite number of at least 0"),
     "an infinite temperature": (f"{SAMPLE} --temperature inf", "temperature must be a finite number"),
+    "a temperature that is not a number": (f"{SAMPLE} --temperature nan", "temperature must be a finite number"),
     "sharpness of a blunt model": (f"{SAMPLE} --sharpness 1", "sharp"),
     "sharpness that is not a number": (f"{SAMPLE} --sharpness nan", "sharp"),
     "a negative seed": (f"{SAMPLE} --seed -1", r"--seed must lie in \[0, 2\*\*63\), got -1"),
+    "a huge seed": (f"{SAMPLE} --seed {2**63}", "--seed must lie in"),
     "one step": ("interpolate pipeline good.png good.png --steps 1", "steps must be an integer of at least 2, got 1"),
     "no device": (f"{SAMPLE} --device abacus", "--device abacus cannot be used here"),
     "a device that is not there": (f"{SAMPLE} --device cuda:99", "--device cuda:99 cannot be used here"),
@@ -362,11 +432,17 @@ CATALOGUE = {
     "an output in a file": ("sample pipeline --output text.jpg/a.png", "the folder text.jpg cannot be made .* name"),
     "samples into a file": ("sample pipeline --separate --output good.png", "--output good.png cannot be written"),
     "samples among others": ("sample pipeline --separate --output pictures", "pictures is not empty: name a new"),
-    "a full disk for a picture": ("full: sample pipeline --output good.png", f"good.png {FULL}"),
+    "a full disk for a picture": ("full: sample pipeline --output good.png --overwrite", f"good.png {FULL}"),
     "a full disk for pictures": ("full: sample pipeline --separate --output out", f"000000.png {FULL}"),
-    "a full disk for pairs": ("full: reconstruct pipeline good.png --output good.png", f"good.png {FULL}"),
-    "a full disk for a way": ("full: interpolate pipeline good.png good.png --output good.png", f"good.png {FULL}"),
-    "a full disk for results": (f"full: evaluate pipeline {DIGIT} --num_images 4 --output list.json", f"json {FULL}"),
+    "a full disk for pairs": ("full: reconstruct pipeline good.png --output good.png --overwrite", f"good.png {FULL}"),
+    "a full disk for a way": (
+        "full: interpolate pipeline good.png good.png --output good.png --overwrite",
+        f"good.png {FULL}",
+    ),
+    "a full disk for results": (
+        f"full: evaluate pipeline {DIGIT} --num_images 4 --output list.json --overwrite",
+        f"json {FULL}",
+    ),
     "a full disk for latents": (f"full: {ENCODE} {DIGIT}", f"out.parquet {FULL}"),
     "a full disk for a cache": (f"full: {OWN} --train_data_dir pictures --resolution 64", f"the cache .* {FULL}"),
     "a run in a file": ("train --config tiny.yaml --output_dir good.png", "good.png cannot be written"),
@@ -385,19 +461,29 @@ CATALOGUE = {
     "private latents of nobody": (f"{ENCODE} {DIGIT} --private", "--private is of --push_to_hub, which is missing"),
     "latents to no name": (f"{ENCODE} {DIGIT} --push_to_hub a/b/c", "a/b/c"),
     "results in a folder": (f"evaluate pipeline {DIGIT} --output empty", "must name a file such as results.json"),
+    "results below a file": (f"evaluate pipeline {DIGIT} --output notes.txt/a.json", "notes.txt"),
     # ------------------------------------------------------------------------------------------------ evaluation
     "no data": (EVAL, "exactly one of .* got none"),
     "two sources": (f"{EVAL} --dataset_name digits --train_data_dir pictures", "exactly one of"),
     "one image of each set": (f"evaluate pipeline {DIGIT} --num_images 1", "num_images must be at least 2"),
     "a negative count": (f"evaluate pipeline {DIGIT} --num_images -5", "num_images must be at least 2.*got -5"),
-    "an unknown sampler": (f"{EVAL} {DIGIT} --sampler best", "samplers must be of second_stage.*'best'"),
-    "an unknown extractor": (f"{EVAL} {DIGIT} --features vgg", "vgg"),
+    "an unknown sampler": (
+        f"{EVAL} {DIGIT} --sampler best",
+        "samplers must be of second_stage, sharpened, prior, mixture, gaussian, got 'best'",
+    ),
+    "an unknown extractor": (f"{EVAL} {DIGIT} --features vgg", "pixels, pixels:SIZE, fid:WEIGHTS or a file.*vgg"),
     "text as an extractor": (f"{EVAL} {DIGIT} --features text.onnx", "text.onnx"),
+    "a missing extractor": (f"{EVAL} {DIGIT} --features gone.onnx", "no file 'gone.onnx'"),
+    "features of larger images": (f"{EVAL} {DIGIT} --features pixels:99", "pixels:99 averages pixels, got smaller"),
+    "the same features twice": (f"{EVAL} {DIGIT} --features pixels:8 pixels:8", "different names"),
     "weights that are text": (f"{EVAL} {DIGIT} --features fid:text.jpg", "text.jpg"),
     "pixels of no size": (f"{EVAL} {DIGIT} --features pixels:0", "pixels:0"),
     "pixels of any size": (f"{EVAL} {DIGIT} --features pixels:any", "pixels:any"),
-    "more bins than images": (f"{EVAL} {DIGIT} --ndb 50", "need as many training images, got 40"),
-    "bins below zero": (f"{EVAL} {DIGIT} --ndb -2", r"bins of NDB \(at least 2\) .* num_bins=\[-2\]"),
+    "more bins than images": (f"{EVAL} {DIGIT} --ndb 41", r"need as many training images, got 40 for num_bins=\[41\]"),
+    "one bin": (f"{EVAL} {DIGIT} --ndb 1", r"bins of NDB \(at least 2\) .* num_bins=\[1\]"),
+    "a number of bins that is none": (f"{EVAL} {DIGIT} --ndb many", "--ndb.*'many'"),
+    "no image in a batch": (f"{EVAL} {DIGIT} --batch_size 0", "batch_size at least 1"),
+    "a negative seed of an evaluation": (f"{EVAL} {DIGIT} --seed -1", r"seed in \[0, 2\*\*63\), .*and -1"),
     "negative importance": (f"{EVAL} {DIGIT} --num_importance_samples -1", "num_importance_samples at least 0"),
     # ------------------------------------------------------------------------------------------------ cards, Hub
     "a card of nothing": ("card empty me/faces", "empty lacks samples.png"),
@@ -415,8 +501,6 @@ CATALOGUE = {
     "a push to no repository": ("push pipeline a/b/c", "a/b/c"),
     "a variant that is none": ("push pipeline me/faces --variant int4", "'int4'.*bf16"),
     "a variant of nothing": ("push pipeline me/faces --variant bf16", "bf16|pipeline"),
-    "a shell that is none": ("completion cmd", "'cmd'.*bash"),
-    "a command that is none": ("smaple pipeline", "'smaple'"),
     # ------------------------------------------------------------------------------------------------ the pipeline
     "latents of NaN": (lambda pipe: pipe(latents=torch.full((2, 3), torch.nan)), "latents must be finite, got NaN"),
     "latents of infinity": (lambda pipe: pipe.decode(torch.full((2, 4), torch.inf)), "latents must be finite"),
@@ -548,29 +632,35 @@ def data_sets(hub):
 
 def told(what, pipe) -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
-    if isinstance(what, str):
-        if what.startswith("full: "):
-            with full_disk():
-                return told(what.removeprefix("full: "), pipe)
-        command, *argv = what.split(" ")
-        if command != "train_stage":
-            return run(command, *argv)
-        return captured(lambda: run_command(lambda: run_stage(parse_stage_options("", argv)), argv))
-    return captured(lambda: run_command(lambda: what(pipe), []))
+    if not isinstance(what, str):
+        return captured(lambda: run_command(lambda: what(pipe), []))
+    if what.startswith("full: "):
+        with full_disk():
+            return told(what.removeprefix("full: "), pipe)
+    if what.startswith("offline: "):
+        with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+            return told(what.removeprefix("offline: "), pipe)
+    argv = what.split()
+    if argv[:1] != ["train_stage"]:
+        return run(*argv)
+    return captured(lambda: run_command(lambda: run_stage(parse_stage_options("", argv[1:])), argv[1:]))
 
 
 @pytest.mark.parametrize("what, message", CATALOGUE.values(), ids=CATALOGUE)
-def test_one_sentence_and_nothing_touched(what, message, place, pipe, data_sets):
-    before = tree(place)
+def test_one_sentence_and_nothing_touched(what, message, place, home, pipe, data_sets, capfd):
+    before, cached = tree(place), set(home.iterdir())
+    capfd.readouterr()
     code, output, errors = told(what, pipe)
     assert (code, output) == (2, ""), errors
-    (sentence,) = re.findall("vaeplus: error: (.*)", errors)
-    assert re.search(message, sentence), sentence
-    assert "Traceback" not in errors
+    *bars, sentence = errors.splitlines()
+    assert sentence.startswith("vaeplus: error: ") and re.search(message, sentence), errors
+    assert not [line for line in bars if line and "%|" not in line], errors
+    assert capfd.readouterr() == ("", "")  # nothing past Python's own streams
     after = tree(place)
     new = {name for name in after.keys() - before if after[name]}
     assert {name: after.get(name) for name in before} == before
     assert all(re.fullmatch(r"out/.*(\.lock|stats\.jsonl|training_options\.json)", name) for name in new), new
+    assert set(home.iterdir()) == cached
 
 
 # Unusual, but right: the bytes of a file and the pixels that come out, at the size of the picture.

@@ -3,39 +3,30 @@
 import copy
 import importlib.util
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import importing_from, run_script
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch):
     """Runs a benchmark as a program, in this process, and returns the result that it printed."""
-    threads = torch.get_num_threads()
-    monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a benchmark sets it, and here it is set back
 
     def run(name, *options) -> dict:
-        script = str(FOLDER / f"{name}.py")
-        own = ["--smoke", "--json", "--threads", "1", "--output_dir", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", [script, *own, *options])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(script, run_name="__main__")
-        output, errors = capsys.readouterr()
-        assert stop.value.code == 0, errors[-3000:]
+        own = ("--smoke", "--json", "--threads", "1", "--output_dir", tmp_path)
+        code, output, errors = run_script(FOLDER / f"{name}.py", *own, *options)
+        assert code == 0, errors[-3000:]
         printed = json.loads(output.splitlines()[-1])
         assert json.loads((tmp_path / f"bench_{name}_smoke.json").read_text()) == printed
         assert printed["threads"] == 1 and printed["versions"]["torch"] and printed["machine"] and printed["commit"]
         return printed
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def test_train_throughput(run):
@@ -59,12 +50,11 @@ def test_train_throughput_against_pythae(run):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pythae") is None, reason="pythae is not installed (extra bench)")
-def test_pythae_computes_what_we_do(monkeypatch):
+def test_pythae_computes_what_we_do():
     """The comparison is of one network: the peer's wrapped autoencoder gives our loss and our gradients."""
-    monkeypatch.syspath_prepend(FOLDER)
-    import pythae_peer
-    import train_throughput
-
+    with importing_from(FOLDER):
+        import pythae_peer
+        import train_throughput
     model, _ = train_throughput.build("conv64")
     other, pixels = copy.deepcopy(model), torch.rand(2, 3, 64, 64)
     for each in (model, other):

@@ -6,19 +6,17 @@
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import TINY, contents, fit, full_disk, prepare_rows, resume
+from helpers import TINY, contents, fit, forkserver, full_disk, prepare_rows, resume
 
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.files import sole_run
@@ -235,18 +233,21 @@ def test_a_signal_saves_and_the_resumed_run_is_the_run(tmp_path, reference, numb
     assert contents(tmp_path) == contents(reference)
 
 
+def fit_with_two_signals(folder):
+    def prepare(batch, noise, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return prepare_rows(batch, noise, step)
+
+    fit(folder, prepare=prepare)
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
-    code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from helpers import fit, prepare_rows\n"
-        "def prepare(batch, noise, step):\n"
-        "    if step == 4:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return prepare_rows(batch, noise, step)\n"
-        "fit(sys.argv[1], prepare=prepare)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path, Path(__file__).parent], capture_output=True)
-    assert done.returncode == -signal.SIGTERM
+    process = forkserver().Process(target=fit_with_two_signals, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
 
 
@@ -272,7 +273,7 @@ def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VAEPLUS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     command = ["train", "--config", str(tmp_path / "tiny.yaml"), "--output_dir", str(tmp_path / "run")]
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     held, let_go = context.Event(), context.Event()
     other = context.Process(target=hold, args=(str(tmp_path / "run"), held, let_go))
     other.start()
@@ -286,7 +287,7 @@ def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     held, let_go = context.Event(), context.Event()
     other = context.Process(target=hold, args=(str(tmp_path), held, let_go))
     other.start()

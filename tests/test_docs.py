@@ -66,7 +66,7 @@ def test_commands_parse(page, capsys):
                 parse_stage_options("", [*words[scripts[0] + 1 :], "--dry_run"])
         else:
             assert words[0] in {"python3", ".venv/bin/pip", ".", ".venv/bin/python", ".venv/bin/ruff", ".ci/run",
-                                "hf", "accelerate", "mkdir", "git", "cd"}, command  # fmt: skip
+                                ".ci/lowest", "hf", "accelerate", "mkdir", "git", "cd"}, command  # fmt: skip
     capsys.readouterr()
 
 

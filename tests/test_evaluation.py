@@ -7,13 +7,14 @@ and of which everything is known.
 import copy
 import json
 import os
-import subprocess
+import re
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAUNCH_TWO, perturbed
+from helpers import Launched, perturbed
 from torch.distributions import LowRankMultivariateNormal
 from torch.nn.functional import avg_pool2d
 
@@ -352,23 +353,22 @@ def test_images_of_another_size_and_a_gamma_of_codes_are_refused(pca, deep, digi
 # ----------------------------------------------------------------------------------------------------- processes
 
 
+def run_example(folder, argv):
+    os.chdir(folder)
+    sys.argv = [str(EXAMPLE), "pipeline", *argv]
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
 def test_two_processes_find_what_one_finds(deep, digits, cache_dir, tmp_path):
     deep.save_pretrained(tmp_path / "pipeline")
     argv = (
         "--dataset_name digits --split train[:53] --ndb_split train[53:] --ndb 3 --ndb_images 35 --features pixels:4"
         " pixels:8 --sampler second_stage mixture --num_importance_samples 2 --batch_size 8 --num_images 53 --json"
     ).split()
-    changes = dict(HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    found = subprocess.run(
-        [sys.executable, *LAUNCH_TWO, str(EXAMPLE), "pipeline", *argv],
-        cwd=tmp_path,
-        env={**os.environ, **changes, "VAEPLUS_CACHE": str(cache_dir)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stderr[-4000:]
-    two = json.loads(found.stdout)  # printed once
+    log, environment = tmp_path / "log", {"VAEPLUS_CACHE": str(cache_dir)}
+    assert Launched(2, log, environment, run_example, tmp_path, argv).ended_within(300)
+    (printed,) = re.findall(r'\{".*\}$', log.read_text(), re.MULTILINE)  # once
+    two = json.loads(printed)
     assert two == json.loads((tmp_path / "results.json").read_text())
     assert two["pipeline"] == "pipeline" and two["command"].startswith("evaluate.py pipeline")
     one = evaluate(

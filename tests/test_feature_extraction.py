@@ -127,6 +127,21 @@ def test_a_pipeline_keeps_its_crop_from_folder_to_folder(pipe, load, tmp_path):
     assert load(tmp_path / "second").image_processor.crop == 36
 
 
+def test_an_unknown_key_of_a_stored_image_processor_is_kept_and_named(folder, tmp_path, caplog):
+    newer = shutil.copytree(folder, tmp_path / "newer")
+    stored = json.loads((newer / "preprocessor_config.json").read_text())
+    (newer / "preprocessor_config.json").write_text(json.dumps(stored | {"antialias": True}))
+    VAEPlusPipeline.from_pretrained(newer).save_pretrained(tmp_path / "again")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "again").antialias is True
+    assert [each.getMessage() for each in caplog.records if "unknown" in each.getMessage()] == [
+        "The stored VAEPlusImageProcessor has the unknown keys ['antialias']: they are kept as attributes and change"
+        " nothing."
+    ]
+    (newer / "preprocessor_config.json").write_text(json.dumps(stored | {"preprocess": 3}))
+    with pytest.raises(ValueError, match="cannot keep the key 'preprocess': remove it from the file"):
+        VAEPlusImageProcessor.from_pretrained(newer)
+
+
 def test_a_damaged_image_processor_is_not_replaced_by_another(folder, tmp_path):
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     (damaged / "preprocessor_config.json").write_text("{")

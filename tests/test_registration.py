@@ -1,5 +1,6 @@
 """`import hf_vaeplus` alone: names on first use, and registration with `transformers` and `diffusers` in any order."""
 
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,6 @@ import pytest
 from helpers import make_pipeline
 
 import hf_vaeplus
-from hf_vaeplus.hub.repository import save_feature_extractor
 
 USES = {
     "config": "from transformers import AutoConfig\n"
@@ -21,6 +21,13 @@ USES = {
     "pipeline": "from diffusers import DiffusionPipeline\n"
     "assert type(DiffusionPipeline.from_pretrained(folder)).__name__ == 'VAEPlusPipeline'",
 }
+ORDERS = {
+    "after the registries": "from transformers import AutoConfig, AutoImageProcessor, AutoModel\n"
+    "from diffusers import DiffusionPipeline\nimport hf_vaeplus",
+    # `transformers.modeling_utils` imports the quantizers, which import the registry of configs.
+    "while the base class is half imported": "import hf_vaeplus\nimport transformers.quantizers",
+    "with a name of the package": "from hf_vaeplus import VAEPlusImageProcessor, VAEPlusVAEModel",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,31 +35,38 @@ def folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("registration") / "pipeline"
     pipe = make_pipeline()
     pipe.save_pretrained(folder)
-    save_feature_extractor(pipe, folder)
     return str(folder)
 
 
-def run(program: str, *argv: str):
+# Runs programs in processes that are forked off this one, which has imported none of what they test, but PyTorch.
+FORKS = """
+import json, os, sys, traceback
+import torch
+for name, program in json.load(sys.stdin).items():
+    child = os.fork()
+    if not child:
+        try:
+            exec(program, {"folder": sys.argv[1]})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+"""
+
+
+def run(program: str, *argv: str, given: str = ""):
+    """A Python program, which must end well and print nothing."""
     command = [sys.executable, "-c", program, *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, input=given)
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("use", USES)
-def test_a_mere_import_registers_the_classes(use, folder):
-    run(f"import hf_vaeplus, sys\nfolder = sys.argv[1]\n{USES[use]}", folder)
-
-
-def test_registries_that_were_imported_before_get_the_classes(folder):
-    registries = (
-        "from transformers import AutoConfig, AutoImageProcessor, AutoModel\nfrom diffusers import DiffusionPipeline"
-    )
-    run("\n".join([registries, "import hf_vaeplus, sys\nfolder = sys.argv[1]", *USES.values()]), folder)
-
-
-def test_registration_waits_while_the_base_class_is_half_imported(folder):
-    """`transformers.modeling_utils` imports the quantizers, which import the registry of configs."""
-    run(f"import hf_vaeplus, sys\nimport transformers.quantizers\nfolder = sys.argv[1]\n{USES['model']}", folder)
+def test_a_mere_import_registers_the_classes_in_every_order_of_imports(folder):
+    programs = {use: f"import hf_vaeplus\n{program}" for use, program in USES.items()}
+    programs |= {order: "\n".join([program, *USES.values()]) for order, program in ORDERS.items()}
+    run(FORKS, folder, given=json.dumps(programs))
 
 
 def test_the_import_brings_neither_torch_nor_the_libraries():

@@ -1,18 +1,20 @@
 """The commands that reproduce tables and figures, at their smallest scale, as a reader would run them."""
 
+import contextlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_script
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "reproduce"
 
 
-def run(name, output_dir, *options):
-    command = [sys.executable, SCRIPTS / f"{name}.py", "--scale", "smoke", "--output_dir", output_dir, *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=output_dir.parent)
+def run(name, output_dir, *options) -> tuple[int, str]:
+    """Exit code and standard error of a script."""
+    with contextlib.chdir(output_dir.parent):
+        code, _, errors = run_script(SCRIPTS / f"{name}.py", "--scale", "smoke", "--output_dir", output_dir, *options)
+    return code, errors
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,8 @@ def finished(tmp_path_factory):
     def output_of(name, *options):
         folder = root / name
         if not folder.exists():
-            process = run(name, folder, *options)
-            assert process.returncode == 0, process.stderr[-3000:]
+            code, errors = run(name, folder, *options)
+            assert code == 0, errors[-3000:]
         return folder, json.loads((folder / "results.json").read_text())["cells"]
 
     return output_of
@@ -77,12 +79,11 @@ def test_sharper(finished):
 def test_a_finished_command_computes_nothing_again_and_other_settings_are_refused(finished):
     folder, cells = finished("table1")
     written = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
-    assert run("table1", folder).returncode == 0
+    assert run("table1", folder)[0] == 0
     assert written == {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     (folder / "cells" / "plain-8-0.json").rename(folder / "cells" / "put-away")
-    assert run("table1", folder, "--so_far").returncode == 0
+    assert run("table1", folder, "--so_far")[0] == 0
     assert set(json.loads((folder / "results.json").read_text())["cells"]) == set(cells) - {"plain-8-0"}
     (folder / "settings.json").write_text("{}")
-    process = run("table1", folder)
-    assert process.returncode == 2 and "choose another --output_dir" in process.stderr
-    assert "Traceback" not in process.stderr
+    code, errors = run("table1", folder)
+    assert code == 2 and "choose another --output_dir" in errors and "Traceback" not in errors

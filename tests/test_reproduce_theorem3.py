@@ -1,15 +1,12 @@
 """The mathematics behind `examples/reproduce/theorem3.py`, and the script itself at its smallest scale."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import importing_from, run_script
 
 from hf_vaeplus import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
 
@@ -19,12 +16,9 @@ BALANCED = [0.1, 0.25, 0.4, 0.5]  # powers for which t -> h(t^2) is concave
 
 @pytest.fixture(scope="module")
 def theorem3():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec = importlib.util.spec_from_file_location("theorem3", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+    with importing_from(SCRIPT.parent):
+        import theorem3
+    return theorem3
 
 
 def test_optima_in_closed_form(theorem3):
@@ -103,10 +97,8 @@ def test_linear_data_have_the_variances_they_claim(theorem3):
 
 
 def test_smoke(tmp_path):
-    command = [sys.executable, SCRIPT, "--scale", "smoke", "--output_dir", tmp_path]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    first = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert first.returncode == 0, first.stderr
+    code, _, errors = run_script(SCRIPT, "--scale", "smoke", "--output_dir", tmp_path)
+    assert code == 0, errors
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     problem = "orthonormal-d6-kappa8-r2"
     identity, root, log = (cells[f"{problem}-{name}"] for name in ("power1", "power0.5", "log0.01"))

@@ -2,28 +2,26 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import importing_from, run_script
 from torch.distributions import MultivariateNormal
 from torch.func import grad
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "reproduce"
-sys.path.insert(0, str(EXAMPLES))
-
-import theorem1  # noqa: E402
-import theorem2  # noqa: E402
+with importing_from(EXAMPLES):
+    import theorem1
+    import theorem2
 
 GAMMA = 0.1
 
 
 def run(script: str, output_dir: Path) -> tuple[dict, str]:
     """Cells and table of a smoke run."""
-    command = [sys.executable, EXAMPLES / script, "--scale", "smoke", "--output_dir", output_dir]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    code, _, errors = run_script(EXAMPLES / script, "--scale", "smoke", "--output_dir", output_dir)
+    assert code == 0, errors
     assert (output_dir / script).with_suffix(".png").stat().st_size > 5000
     return json.loads((output_dir / "results.json").read_text())["cells"], (output_dir / "table.md").read_text()
 

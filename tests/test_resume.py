@@ -8,16 +8,20 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
-from helpers import LAUNCH_TWO, contents
+from helpers import LAUNCH_TWO, Launched, contents
 from safetensors.torch import load_file
+
+from hf_vaeplus.training import checkpoints, stages
+from hf_vaeplus.training.options import stage_options
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_stage.py"
 # 90 images and at least 32 of them in a step: every kill below is in the middle of an epoch.
@@ -33,108 +37,74 @@ STAGES = {
 }
 EARLIER = {"autoencoder": [], "vae": ["autoencoder"], "second_stage": ["autoencoder", "vae"]}
 
-# Runs the example, but at a chosen point waits for ever, after telling so in a file for each process; or gives one
-# process, not the main one, a batch of NaN.
-DISTURBED_EXAMPLE = """
-import os, runpy, sys, time
-from dataclasses import replace
-from pathlib import Path
-from hf_vaeplus.training import checkpoints, stages
 
-folder, point, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-rank = os.environ.get("RANK", "0")
-train, save_file = stages.train, checkpoints.save_file
+def example(argv: list[str]):
+    sys.argv = [str(EXAMPLE), *argv]
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
 
-def hold():
-    (folder / f"held-{rank}").touch()
-    time.sleep(600)
 
-def disturbed_train(stage, options):
-    def disturbed_prepare(batch, noise, at):
-        if point == "step" and at == step:
+def disturbed_example(folder: Path, point: str, step: int, argv: list[str]):
+    """Runs the example, but at a chosen point waits for ever, after telling so in a file for each process; or gives
+    one process, not the main one, a batch of NaN."""
+    rank = os.environ.get("RANK", "0")
+    train, save_file = stages.train, checkpoints.save_file
+
+    def hold():
+        (folder / f"held-{rank}").touch()
+        time.sleep(600)
+
+    def disturbed_train(stage, options):
+        def disturbed_prepare(batch, noise, at):
+            if point == "step" and at == step:
+                hold()
+            if point == "nan" and at == step and rank == "1":
+                batch["code"] = batch["code"] * float("nan")
+            return stage.prepare(batch, noise, at)
+
+        return train(replace(stage, prepare=disturbed_prepare), options)
+
+    def disturbed_save(tensors, path):
+        if point == "save" and f".checkpoint-{step}." in str(path):
+            Path(path).write_bytes(b"half a file")
             hold()
-        if point == "nan" and at == step and rank == "1":
-            batch["code"] = batch["code"] * float("nan")
-        return stage.prepare(batch, noise, at)
-    return train(replace(stage, prepare=disturbed_prepare), options)
+        save_file(tensors, path)
 
-def disturbed_save(tensors, path):
-    if point == "save" and f".checkpoint-{step}." in str(path):
-        Path(path).write_bytes(b"half a file")
-        hold()
-    save_file(tensors, path)
-
-stages.train, checkpoints.save_file = disturbed_train, disturbed_save
-sys.argv = sys.argv[4:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-# Every stage for three steps, from the stages that are there already.
-ALL_STAGES = """
-import json, sys
-from hf_vaeplus.training.stages import run_stage
-from hf_vaeplus.training.options import stage_options
-
-for stage, options in json.loads(sys.argv[1]).items():
-    run_stage(stage_options(stage, **options))
-"""
+    stages.train, checkpoints.save_file = disturbed_train, disturbed_save
+    example(argv)
 
 
-def command(num_processes: int, *arguments) -> list[str]:
-    return [sys.executable, *(LAUNCH_TWO if num_processes == 2 else []), *map(str, arguments)]
-
-
-def environment(workplace: Path) -> dict:
-    changes = dict(HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    return {**os.environ, **changes, "VAEPLUS_CACHE": str(workplace / "cache")}
+def train_stages(stages_and_options: dict):
+    """Every stage for three steps, from the stages that are there already."""
+    for stage, options in stages_and_options.items():
+        stages.run_stage(stage_options(stage, **options))
 
 
 @contextlib.contextmanager
-def launched(workplace: Path, num_processes: int, *arguments):
-    """A started command and the file of its output; at the end all of it is killed, so that nothing can be tidied up.
-
-    The processes that accelerate starts are in sessions of their own, so no process group has them all.
-    """
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command(num_processes, *arguments), env=environment(workplace), stdout=output, stderr=output
+def launched(workplace: Path, num_processes: int, target, *arguments):
+    """Started processes and the file of their output; at the end all are killed, so that nothing can be tidied up."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        run = Launched(
+            num_processes, Path(output.name), {"VAEPLUS_CACHE": str(workplace / "cache")}, target, *arguments
         )
         try:
-            yield process, output
+            yield run, output
         finally:
-            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            process.kill()
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-            process.wait()
-            psutil.wait_procs(family, timeout=60)
+            run.kill()
 
 
-def written(output) -> str:
-    output.seek(0)
-    return output.read()
-
-
-def run_to_the_end(workplace: Path, num_processes: int, *arguments) -> tuple[int, str]:
-    with launched(workplace, num_processes, *arguments) as (process, output):
-        return process.wait(timeout=300), written(output)
-
-
-def finish(workplace: Path, num_processes: int, *arguments):
-    code, output = run_to_the_end(workplace, num_processes, *arguments)
-    assert code == 0, output[-4000:]
+def finish(workplace: Path, num_processes: int, target, *arguments):
+    with launched(workplace, num_processes, target, *arguments) as (run, _):
+        assert run.ended_within(300)
 
 
 def kill_when_held(workplace: Path, num_processes: int, num_held: int, folder: Path, *arguments):
-    """Start, wait until `num_held` processes wait, and kill all there are with SIGKILL."""
+    """Start the disturbed example, wait until `num_held` processes wait, and kill all there are with SIGKILL."""
     folder.mkdir()
-    with launched(workplace, num_processes, *arguments) as (process, output):
+    with launched(workplace, num_processes, disturbed_example, folder, *arguments) as (run, _):
         deadline = time.monotonic() + 300
         while len(list(folder.glob("held-*"))) < num_held:
-            assert process.poll() is None, written(output)[-4000:]
+            assert not run.ended_within(0.05), "the run ended before the point where it is to be killed"
             assert time.monotonic() < deadline, "the run never came to the point where it is to be killed"
-            time.sleep(0.05)
 
 
 class Workplace:
@@ -142,9 +112,6 @@ class Workplace:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.disturbed_example, self.all_stages = folder / "disturbed_example.py", folder / "all_stages.py"
-        self.disturbed_example.write_text(DISTURBED_EXAMPLE)
-        self.all_stages.write_text(ALL_STAGES)
 
     def arguments(self, stage: str, output_dir: Path) -> list[str]:
         earlier = [part for name in EARLIER[stage] for part in (f"--{name}", str(self.straight(name, 1)))]
@@ -153,7 +120,15 @@ class Workplace:
     def straight(self, stage: str, num_processes: int) -> Path:
         output_dir = self.folder / f"{stage}-{num_processes}" / "straight"
         if not (output_dir / "model.safetensors").exists():
-            finish(self.folder, num_processes, EXAMPLE, *self.arguments(stage, output_dir))
+            arguments = self.arguments(stage, output_dir)
+            if num_processes == 1:
+                finish(self.folder, 1, example, arguments)
+            else:  # as a user does it
+                variables = dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+                environment = {**os.environ, **variables, "VAEPLUS_CACHE": str(self.folder / "cache")}
+                command = [sys.executable, *LAUNCH_TWO, str(EXAMPLE), *arguments]
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+                assert done.returncode == 0, done.stderr[-4000:]
         return output_dir
 
 
@@ -186,10 +161,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(workplace, stage, num_processes, po
     arguments = workplace.arguments(stage, output_dir)
     held = straight.with_name(f"held-in-{point}-{step}")
     num_held = num_processes if point == "step" else 1  # one process writes
-    kill_when_held(
-        workplace.folder, num_processes, num_held, held,
-        workplace.disturbed_example, held, point, step, EXAMPLE, *arguments,
-    )  # fmt: skip
+    kill_when_held(workplace.folder, num_processes, num_held, held, point, step, arguments)
 
     lines = [json.loads(line)["step"] for line in (output_dir / "stats.jsonl").read_text().splitlines()]
     assert lines == list(range(4, step + 1, 4)) and lines[-1] > 10  # beyond the checkpoint that it is resumed from
@@ -197,7 +169,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(workplace, stage, num_processes, po
     assert len(list(output_dir.glob(".checkpoint-20.partial/optimizer.safetensors"))) == (point == "save")
     assert not (output_dir / "model.safetensors").exists()
 
-    finish(workplace.folder, num_processes, EXAMPLE, *arguments, "--resume_from_checkpoint", "latest")
+    finish(workplace.folder, num_processes, example, [*arguments, "--resume_from_checkpoint", "latest"])
     resumed, wanted = contents(output_dir), contents(straight)
     assert (
         resumed.keys()
@@ -218,13 +190,13 @@ def test_nan_in_one_process_stops_both_and_the_run_can_go_on(workplace):
     straight = workplace.straight("vae", 2)
     output_dir = straight.with_name("diverged")
     arguments = workplace.arguments("vae", output_dir)
-    disturbed = (workplace.disturbed_example, output_dir, "nan", 17, EXAMPLE, *arguments)
-    code, output = run_to_the_end(workplace.folder, 2, *disturbed)
-    assert code != 0
-    told = re.findall(r"vaeplus: error: (step 18 gave values that are not finite \(.*?\))", output)
+    with launched(workplace.folder, 2, disturbed_example, output_dir, "nan", 17, arguments) as (run, output):
+        codes = run.exit_codes(300)
+    assert codes == [3, 3]
+    told = re.findall(r"vaeplus: error: (step 18 gave values that are not finite \(.*?\))", output.read())
     assert told == ["step 18 gave values that are not finite (loss, nll, kl, squared_error)"] * 2
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-17"]
-    finish(workplace.folder, 2, EXAMPLE, *arguments, "--resume_from_checkpoint", "latest")
+    finish(workplace.folder, 2, example, [*arguments, "--resume_from_checkpoint", "latest"])
     assert contents(output_dir) == contents(straight)
 
 
@@ -247,7 +219,7 @@ def test_two_processes_take_the_steps_of_one_with_their_batches_together(workpla
             earlier = {name: str(workplace.straight(name, 1)) for name in EARLIER[stage]}
             own = dict(train_batch_size=train_batch_size, output_dir=str(folders[num_processes] / stage), model=model)
             options[stage] = {**common, **earlier, **own}
-        finish(workplace.folder, num_processes, workplace.all_stages, json.dumps(options))
+        finish(workplace.folder, num_processes, train_stages, options)
 
     for stage in models:
         lines = [(folders[number] / stage / "stats.jsonl").read_text().splitlines() for number in (1, 2)]

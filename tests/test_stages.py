@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, perturbed, tree
+from helpers import TINY, encoded, noise, parquet, perturbed, tree
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
@@ -462,7 +462,7 @@ def test_bad_options(changes, message):
 
 def test_an_assigned_option_is_checked_like_a_given_one():
     options = StageOptions(train_data_dir=Path("pictures"), train_data_files=("a", Path("b")))
-    assert (options.train_data_dir, options.train_data_files) == ("pictures", ["a", "b"])  # as they are written down
+    assert (options.train_data_dir, options.train_data_files) == ("pictures", ("a", "b"))  # as they are written down
     with pytest.raises(ValueError, match="max_train_steps must be positive, got 0"):
         options.max_train_steps = 0
     with pytest.raises(ValueError, match="on_bad_image must be one of raise, skip, got 'ignore'"):
@@ -507,6 +507,17 @@ def test_stages_trained_by_train_all_build_on_each_other(trained):
     images = open_images(trained[1]["vae"]).__getitems__(list(range(40)))["pixel_values"]
     with torch.no_grad():
         torch.testing.assert_close(pipe.autoencoder.encode(to_unit_range(images)).mean(0), code, rtol=1e-3, atol=1e-4)
+
+
+def test_stages_share_images_from_a_list_of_files(options, tmp_path):
+    for name in "ab":
+        rows = [encoded(noise(seed, 32, 32)) for seed in range(2)]
+        (tmp_path / f"{name}.parquet").write_bytes(parquet(image=rows))
+    files = [str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]
+    shared = open_stage_images({
+        stage: options(stage, dataset_name=None, train_data_files=files) for stage in ("autoencoder", "vae")
+    })  # fmt: skip
+    assert shared["autoencoder"] is shared["vae"] and len(shared["vae"]) == 4
 
 
 def test_stages_share_the_images_that_they_have_in_common(options):

@@ -134,7 +134,7 @@ def check_resolution(options):
 
     if options.stage == "second_stage" or options.autoencoder:  # trains on codes
         return
-    channels = options.num_channels or 3
+    channels = options.source_channels
 
     def mistake(size: int) -> Exception | None:
         try:
@@ -221,7 +221,8 @@ def data_options(args, pipe, **options):
 
     channels, size, _ = pipe.image_shape
     source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
-    source |= {name: value for name, value in given_options(args).items() if name in _data_options()}
+    names = _data_options()
+    source |= {name: value for name, value in given_options(args).items() if name in names}
     return StageOptions(split=args.split, **source, **options)
 
 
@@ -342,7 +343,7 @@ def pictures_in(names: list[str]) -> list[Path]:
 
     paths = []
     for path in map(Path, names):
-        if path.is_dir():
+        if os.path.isdir(path):  # False for a name that no file can have
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
             if not found:
                 raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}).")

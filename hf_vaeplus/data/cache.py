@@ -31,7 +31,9 @@ from .sources import cache_folder, decoded_blocks, nothing_left, open_source, wa
 logger = logging.getLogger(__name__)
 
 
-def load_images(dataset_name=None, *, cache_dir=None, progress=True, **options):
+def load_images(
+    dataset_name: str | None = None, *, cache_dir: str | os.PathLike | None = None, progress: bool = True, **options
+) -> "ImageDataset":
     """Decode a set of images once into a cache on disk and open it. Exactly one source must be given.
 
     Args:
@@ -51,7 +53,9 @@ def load_images(dataset_name=None, *, cache_dir=None, progress=True, **options):
     return open_cache(image_options(dataset_name, **options), cache_dir, progress)
 
 
-def open_cache(options: ImageOptions, cache_dir: str | None = None, progress: bool = True) -> "ImageDataset":
+def open_cache(
+    options: ImageOptions, cache_dir: str | os.PathLike | None = None, progress: bool = True
+) -> "ImageDataset":
     """The images of `options`, decoded first if the cache lacks them; arguments and errors of `load_images`."""
     whole_split, limits = _parse_split(options.split)
     cache_dir = cache_folder(cache_dir)

@@ -71,7 +71,7 @@ class ImageOptions:
         if self.train_data_dir is not None:
             self.train_data_dir = os.fspath(self.train_data_dir)
         if isinstance(self.train_data_files, list | tuple):
-            self.train_data_files = [os.fspath(file) for file in self.train_data_files]
+            self.train_data_files = tuple(map(os.fspath, self.train_data_files))
         elif self.train_data_files is not None:
             self.train_data_files = os.fspath(self.train_data_files)
 
@@ -86,6 +86,8 @@ class ImageOptions:
         return self.num_channels or NAMED_DATA_SETS.get(self.dataset_name, {}).get("num_channels", 3)
 
 
-def image_options(dataset_name=None, *, revision=None, max_samples=None, **options) -> ImageOptions:
+def image_options(
+    dataset_name: str | None = None, *, revision: str | None = None, max_samples: int | None = None, **options
+) -> ImageOptions:
     """[`ImageOptions`] from the keyword arguments of `load_images`, of which two have shorter names than there."""
     return ImageOptions(dataset_name, dataset_revision=revision, max_train_samples=max_samples, **options)

@@ -14,7 +14,9 @@ from .options import ImageOptions, image_options
 from .sources import cache_folder, decoded_blocks, nothing_left, open_source, warn_of_left_out
 
 
-def stream_images(dataset_name=None, *, seed=0, shuffle_buffer=1000, **options):
+def stream_images(
+    dataset_name: str | None = None, *, seed: int = 0, shuffle_buffer: int = 1000, **options
+) -> "ImageStream":
     """Train straight from a source, without a cache: the options and errors of `load_images`, and those below.
 
     Args:
@@ -27,7 +29,7 @@ def stream_images(dataset_name=None, *, seed=0, shuffle_buffer=1000, **options):
 
 
 def open_stream(
-    options: ImageOptions, cache_dir: str | None = None, seed: int = 0, shuffle_buffer: int = 1000
+    options: ImageOptions, cache_dir: str | os.PathLike | None = None, seed: int = 0, shuffle_buffer: int = 1000
 ) -> "ImageStream":
     """The stream of the images of `options`; arguments and errors of `stream_images`."""
     if seed < 0 or shuffle_buffer < 1:

@@ -9,7 +9,7 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from ..data.cache import open_cache
+from ..data.options import ImageOptions
 from ..data.pixels import to_unit_range
 from ..data.stream import open_stream
 from ..image_processing_vaeplus import VAEPlusImageProcessor
@@ -108,19 +109,12 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
     return options
 
 
-# The options that decide which images a stage trains on, and how they are read.
-_IMAGE_OPTIONS = (
-    "dataset_name", "train_data_dir", "train_data_files", "split", "dataset_revision", "image_column", "resolution",
-    "crop", "num_channels", "num_factors", "max_train_samples", "on_bad_image", "random_flip", "streaming",
-    "cache_dir",
-)  # fmt: skip
-
-
 def open_stage_images(options: dict[str, StageOptions]) -> dict:
     """The images that each stage trains on. Stages that train on the same images share them: opened once."""
     opened, images = {}, {}
     for stage, each in options.items():
-        key = *(getattr(each, name) for name in _IMAGE_OPTIONS), each.seed if each.streaming else None
+        wanted = [getattr(each, entry.name) for entry in fields(ImageOptions)]
+        key = repr((wanted, each.cache_dir, each.streaming, each.seed if each.streaming else None))
         if key not in opened:
             opened[key] = open_images(each)
         images[stage] = opened[key]

@@ -10,15 +10,14 @@ progress and stats.jsonl must be those of the undisturbed run, byte for byte.
 import argparse
 import contextlib
 import json
-import multiprocessing
-import os
 import random
-import socket
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers import Launched
 from tqdm.auto import tqdm
 
 from hf_vaeplus.provenance import provenance
@@ -43,51 +42,13 @@ SETTINGS = [  # stage, processes, options
 ]
 
 
-def work(rank: int, world_size: int, port: int, options: dict, folder: str):
-    """One process of a training run, as a launcher starts it; in a session of its own, to die with its workers."""
-    os.setsid()
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "VAEPLUS_CACHE": f"{folder}/cache"}
-    if world_size > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    sys.stdout = sys.stderr = open(f"{folder}/log", "a")
+def run_of(options: dict, num_processes: int, folder: Path) -> Launched:
+    """A training run that goes on from its latest checkpoint."""
+    return Launched(num_processes, folder / "log", {"VAEPLUS_CACHE": f"{folder}/cache"}, train, options)
+
+
+def train(options: dict):
     run_stage(stage_options(**options, resume_from_checkpoint="latest"))
-
-
-class Run:
-    """The processes of one training run."""
-
-    def __init__(self, options: dict, num_processes: int, folder: Path):
-        self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")  # has imported everything: a start takes no seconds
-        arguments = [(rank, num_processes, port, options, str(folder)) for rank in range(num_processes)]
-        self.processes = [context.Process(target=work, args=each) for each in arguments]
-        for process in self.processes:
-            process.start()
-
-    def ended_within(self, seconds: float) -> bool:
-        """Whether all processes came to a good end in that time."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0, end - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        if any(code not in (None, 0) for code in codes):
-            self.kill()
-            raise RuntimeError(f"a process failed by itself: {(self.folder / 'log').read_text()[-2000:]}")
-        return None not in codes
-
-    def kill(self):
-        """SIGKILL for every process and for the workers that it has started."""
-        for process in self.processes:
-            if process.exitcode is None:
-                try:
-                    os.killpg(process.pid, 9)
-                except ProcessLookupError:
-                    process.kill()  # it has no session of its own yet
-        for process in self.processes:
-            process.join()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -105,9 +66,6 @@ def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict
     Raises:
         RuntimeError: a resumed run failed, or left something else than the undisturbed one.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["hf_vaeplus.training.stages", "transformers", "__main__"]
-    )
     chance = random.Random(seed)
     rows, trained = [], {}  # stage -> folder, for the stages after it
     with tqdm(total=kills, desc="kills") as bar, contextlib.ExitStack() as running:  # nothing outlives an error
@@ -126,7 +84,7 @@ def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict
             while killed < wanted:
                 disturbed, runs = folder / f"{number}-{runs}", runs + 1
                 while True:
-                    run = Run({**options, "output_dir": str(disturbed)}, num_processes, folder)
+                    run = run_of({**options, "output_dir": str(disturbed)}, num_processes, folder)
                     running.callback(run.kill)
                     if killed < wanted and _wait_for_a_moment(run, disturbed, chance, in_a_save=killed % 3 == 0):
                         run.kill()
@@ -143,7 +101,7 @@ def survive(kills: int, folder: Path, seed: int, settings=SETTINGS) -> list[dict
     return rows
 
 
-def _wait_for_a_moment(run: Run, folder: Path, chance: random.Random, in_a_save: bool) -> bool:
+def _wait_for_a_moment(run: Launched, folder: Path, chance: random.Random, in_a_save: bool) -> bool:
     """Until some step, drawn from those to come, and a little longer, or until a save; whether the run still runs."""
     now = max(map(checkpoint_step, list_checkpoints(folder)), default=0)
     wanted = chance.randint(now, LENGTH["max_train_steps"])
@@ -160,7 +118,7 @@ def _wait_for_a_moment(run: Run, folder: Path, chance: random.Random, in_a_save:
 
 
 def _run_through(options, num_processes, folder):
-    run = Run(options, num_processes, folder)
+    run = run_of(options, num_processes, folder)
     if not run.ended_within(600):
         run.kill()
         raise RuntimeError("the undisturbed run did not end within 10 minutes.")
