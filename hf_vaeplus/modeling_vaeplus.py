@@ -64,6 +64,9 @@ class VAEPlusConfig(PreTrainedConfig):
             self.to_dict()  # fails where the config could be neither shown nor saved
             if not isinstance(self.dtype, torch.dtype | None):  # the library would save anything under another name
                 raise TypeError(f"dtype is {self.dtype!r}")
+            for name in ("_attn_implementation", "_experts_implementation"):  # these models have neither
+                if getattr(self, name, None) not in (None, "eager"):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}")
         except Exception as error:  # the library checks few of its own fields, and fails on the others in many ways
             raise ValueError(
                 f"{type(self).__name__} got a value that transformers cannot use ({type(error).__name__}: {error}):"
