@@ -21,20 +21,12 @@ USES = {
     "pipeline": "from diffusers import DiffusionPipeline\n"
     "assert type(DiffusionPipeline.from_pretrained(folder)).__name__ == 'VAEPlusPipeline'",
 }
-ORDERS = {
-    "after the registries": "from transformers import AutoConfig, AutoImageProcessor, AutoModel\n"
-    "from diffusers import DiffusionPipeline\nimport hf_vaeplus",
-    # `transformers.modeling_utils` imports the quantizers, which import the registry of configs.
-    "while the base class is half imported": "import hf_vaeplus\nimport transformers.quantizers",
-    "with a name of the package": "from hf_vaeplus import VAEPlusImageProcessor, VAEPlusVAEModel",
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("registration") / "pipeline"
-    pipe = make_pipeline()
-    pipe.save_pretrained(folder)
+    make_pipeline().save_pretrained(folder)
     return str(folder)
 
 
@@ -63,9 +55,15 @@ def run(program: str, *argv: str, given: str = ""):
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
 
 
-def test_a_mere_import_registers_the_classes_in_every_order_of_imports(folder):
+def test_a_mere_import_registers_the_classes(folder):
+    """In registries that are imported afterwards, or were before; it waits while their base class is half imported:
+    `transformers.modeling_utils` imports the quantizers, which import the registry of configs."""
+    before = (
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModel\nfrom diffusers import DiffusionPipeline"
+    )
     programs = {use: f"import hf_vaeplus\n{program}" for use, program in USES.items()}
-    programs |= {order: "\n".join([program, *USES.values()]) for order, program in ORDERS.items()}
+    programs["imported before"] = "\n".join([before, "import hf_vaeplus", *USES.values()])
+    programs["half imported"] = f"import hf_vaeplus, transformers.quantizers\n{USES['model']}"
     run(FORKS, folder, given=json.dumps(programs))
 
 
