@@ -339,7 +339,8 @@ def test_a_request_that_is_too_long_is_refused(address, files):
     assert ask(address, "sample", [7, 1, 1])[0] == "complete"
 
 
-def test_a_thousand_hostile_requests_in_a_row_leave_a_demo_that_answers(address, files, capfd):
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_hostile_requests_in_a_row_leave_a_demo_that_answers(count, address, files, capfd):
     """Uploads that cannot be read, values of every wrong kind, too much at once, and answers that nobody fetches."""
     good = [7, 3, 1]
     before = ask(address, "sample", good)
@@ -350,7 +351,7 @@ def test_a_thousand_hostile_requests_in_a_row_leave_a_demo_that_answers(address,
     source = random.Random(0)
     kinds = Counter()
     with httpx.Client(base_url=f"{address}/gradio_api", timeout=60) as client:
-        for number in range(1000):
+        for number in range(count):
             match number % 5:
                 case 0:  # an upload that is no picture, and something done with it
                     name = source.choice(short)
@@ -371,10 +372,10 @@ def test_a_thousand_hostile_requests_in_a_row_leave_a_demo_that_answers(address,
                     path = source.choice(["/etc/passwd", "../../../etc/passwd", "https://example.org/a.png", "\0"])
                     kind = str(client.get("/file=" + quote(path)).status_code)
             kinds[number % 5, kind] += 1
-    assert kinds[0, "error"] == 200
+    assert kinds[0, "error"] == count // 5
     assert not [kind for _, kind in kinds if kind.startswith("5")], kinds
     assert "Traceback" not in capfd.readouterr().err
-    assert sum(kinds[4, str(status)] for status in (400, 403, 404)) == 200, kinds
+    assert sum(kinds[4, str(status)] for status in (400, 403, 404)) == count // 5, kinds
     assert not kinds[3, "200"]
     assert ask(address, "sample", good) == before
 
