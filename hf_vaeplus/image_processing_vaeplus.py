@@ -4,6 +4,7 @@ Pillow does all of it; torchvision is not needed. This file imports nothing of t
 repository can carry it alone.
 """
 
+import contextlib
 import io
 from numbers import Integral
 from pathlib import Path
@@ -40,16 +41,18 @@ def decode_image(
         ValueError: for an unreadable picture, more than 8 bits a channel, or a picture smaller than `crop`.
     """
     try:
-        if isinstance(content, np.ndarray):
-            image = Image.fromarray(content)
-        elif isinstance(content, Image.Image):
-            image = content
-        else:
-            Image.init()
-            known = [name for name in _FORMATS if name in Image.OPEN]  # older versions of Pillow lack some
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=known)
-        image = ImageOps.exif_transpose(image)
-        image.load()
+        with contextlib.ExitStack() as opened:  # Pillow leaves a damaged file open
+            if isinstance(content, np.ndarray):
+                image = Image.fromarray(content)
+            elif isinstance(content, Image.Image):
+                image = content
+            else:
+                Image.init()
+                known = [name for name in _FORMATS if name in Image.OPEN]  # older versions of Pillow lack some
+                file = io.BytesIO(content) if isinstance(content, bytes) else opened.enter_context(open(content, "rb"))
+                image = Image.open(file, formats=known)
+            image = ImageOps.exif_transpose(image)
+            image.load()
     except UnidentifiedImageError as error:
         formats = ", ".join(_FORMATS)
         raise ValueError(f"{label} is not a readable picture (none of {formats}); remove it or replace it") from error

@@ -49,11 +49,7 @@ class VAEPlusConfig(PreTrainedConfig):
     """Base of all configs. A misspelt keyword argument is refused; an unknown key of a stored config is kept."""
 
     def __post_init__(self, _unknown_keys: dict | None = None, **kwargs):
-        if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise ValueError(
-                f"got the config of a {kwargs['model_type']} where that of a {self.model_type} is expected: name the"
-                " folder of another model."
-            )
+        self._check_model_type(kwargs)
         known = [field.name for field in fields(self)]
         for name in kwargs:
             if name not in _LIBRARY_KEYS and name not in known:
@@ -66,6 +62,11 @@ class VAEPlusConfig(PreTrainedConfig):
             for name, value in (_unknown_keys or {}).items():
                 setattr(self, name, value)
             self.to_dict()  # fails where the config could be neither shown nor saved
+            if not isinstance(self.dtype, torch.dtype | None):  # the library would save anything under another name
+                raise TypeError(f"dtype is {self.dtype!r}")
+            for name in ("_attn_implementation", "_experts_implementation"):  # these models have neither
+                if getattr(self, name, None) not in (None, "eager"):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}")
         except Exception as error:  # the library checks few of its own fields, and fails on the others in many ways
             raise ValueError(
                 f"{type(self).__name__} got a value that transformers cannot use ({type(error).__name__}: {error}):"
@@ -107,7 +108,17 @@ class VAEPlusConfig(PreTrainedConfig):
             raise ValueError(f"{json_file} is nested too deeply for a config: write or download it again.") from error
         if not isinstance(found, dict):
             raise ValueError(f"{json_file} must hold the fields of a config, got a {type(found).__name__}.")
+        cls._check_model_type(found, f"{json_file}: ")
         return found
+
+    @classmethod
+    def _check_model_type(cls, config_dict: dict, where: str = ""):
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"{where}got the config of a {found} where that of a {cls.model_type} is expected: name the folder of"
+                " another model."
+            )
 
     @classmethod
     def _own_fields(cls) -> list[str]:

@@ -190,7 +190,7 @@ CATALOGUE = {
     ),
     "a folder without pictures": ("reconstruct pipeline pipeline", "folder pipeline holds no pictures"),
     "pictures of which none is one": (
-        "reconstruct pipeline notes.txt --on_bad_image skip --quiet",
+        "reconstruct pipeline notes.txt --on_bad_image skip",
         "none of the pict",
     ),
     "a device": ("reconstruct pipeline /dev/null", f"/dev/null {UNREADABLE}"),

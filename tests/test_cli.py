@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import runpy
@@ -531,6 +532,11 @@ def test_an_interruption_says_what_was_written_before(monkeypatch):
     code, _, errors = run("sample", PIPE, "--num_images", "3", "--separate")
     assert code == 130
     assert errors.endswith("interrupted; files written before that: 2, the last is samples/000001.png\n")
+
+
+def test_quiet_ends_with_the_command():
+    assert run("sample", "nowhere", "--quiet")[0] == 2
+    assert logging.getLogger("hf_vaeplus").isEnabledFor(logging.WARNING)
 
 
 def test_quiet_leaves_results_alone(working_folder, home):

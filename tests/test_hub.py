@@ -23,7 +23,7 @@ from transformers import AutoModel, pipeline
 from hf_vaeplus import VAEPlusImageProcessor, VAEPlusPipeline
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.hub.client import explain
-from hf_vaeplus.hub.repository import export
+from hf_vaeplus.hub.repository import export, export_with_card
 
 REPO = "org/drawings"
 COMPONENTS = {"autoencoder": "VAEPlusAutoencoderModel", "vae": "VAEPlusVAEModel", "second_stage": "VAEPlusVAEModel"}
@@ -370,6 +370,61 @@ def test_the_card_and_its_pictures_go_along(hub, saved):
 
 
 # --------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def with_card(pipe, tmp_path) -> Path:
+    """A saved pipeline with the card and the picture of the repository `REPO`."""
+    folder = tmp_path / "with-card"
+    pipe.save_pretrained(folder)
+    (folder / "README.md").write_text(f'# Drawings\n\n`VAEPlusPipeline.from_pretrained("{REPO}")`\n')
+    Image.new("L", (4, 4)).save(folder / "samples.png")
+    return folder
+
+
+def test_an_exported_folder_is_uploaded_byte_for_byte(hub, with_card, tmp_path, capsys):
+    folder = tmp_path / "repository"
+    assert main(["export", str(with_card), str(folder), "--weights", "bf16", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert written["files"] == [str(folder / name) for name in sorted(files)]
+    assert written["bytes"] == sum(map(len, files.values()))
+    (folder / "notes.txt").write_text("not part of it")
+    assert main(["push", str(folder), REPO]) == 0
+    assert hub[REPO].files() == files
+    assert torch.equal(
+        samples(VAEPlusPipeline.from_pretrained(folder)), samples(VAEPlusPipeline.from_pretrained(REPO))
+    )
+
+
+def test_bf16_weights_are_the_rounded_ones_and_compute_in_float32(with_card, pipe, tmp_path):
+    loaded = VAEPlusPipeline.from_pretrained(with_card)
+    export_with_card(loaded, tmp_path / "repository", weights="bf16")
+    rounded = VAEPlusPipeline.from_pretrained(tmp_path / "repository")
+    for name in COMPONENTS:
+        found = getattr(rounded, name).state_dict()
+        matrices = {key for key, weight in getattr(pipe, name).named_parameters() if weight.ndim > 1}
+        for key, weight in getattr(pipe, name).state_dict().items():
+            expected = weight.to(torch.bfloat16).float() if key in matrices else weight
+            assert found[key].dtype == weight.dtype and torch.equal(found[key], expected)
+    size = [
+        (folder / "autoencoder/model.safetensors").stat().st_size for folder in (tmp_path / "repository", with_card)
+    ]
+    assert size[0] < 0.7 * size[1]
+
+
+@pytest.mark.parametrize("mistake", ["no card", "a folder that is not empty"])
+def test_what_export_refuses(with_card, tmp_path, capsys, mistake):
+    folder = tmp_path / "repository"
+    if mistake == "no card":
+        (with_card / "README.md").unlink()
+    else:
+        folder.mkdir()
+        (folder / "old").touch()
+    assert main(["export", str(with_card), str(folder)]) == 2
+    message = "vaeplus card RUN REPO_ID" if mistake == "no card" else "is not empty: name a new folder"
+    assert message in capsys.readouterr().err
+    assert [path.name for path in folder.glob("*")] == ([] if mistake == "no card" else ["old"])
 
 
 def test_the_command(hub, saved, capsys):

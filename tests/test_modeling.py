@@ -914,6 +914,7 @@ def test_wrong_images_are_refused(call, tensor, message):
         (VAEPlusVAEConfig, {"num_blocks": 10**9}, "num_blocks must be at most 1,000, got 1000000000"),
         (VAEPlusVAEConfig, {"hidden_dim": 2**70}, "hidden_dim must be at most 1,048,576"),
         (VAEPlusVAEConfig, {"max_gamma": math.inf}, "max_gamma must be at most 1,048,576, got inf"),
+        (VAEPlusVAEConfig, {"dtype": 0.0}, "cannot use .*dtype is 0.0.*: correct it or leave it out"),
         (VAEPlusVAEConfig, {"dtype": "float15"}, "cannot use .*has no attribute 'float15'.*: correct it or leave it"),
         (VAEPlusVAEConfig, {"num_labels": 10**10}, "no field 'num_labels'"),
         (VAEPlusVAEConfig, {"gamma_init": 0.0}, "gamma_init must be positive"),

@@ -22,6 +22,7 @@ from hf_vaeplus.cli.main import run_command
 from hf_vaeplus.metrics.latents import PosteriorStatistics
 from hf_vaeplus.metrics.reconstruction import squared_error
 from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.options import load_preset
 from hf_vaeplus.training.randomness import derived_seed
 from hf_vaeplus.training.stages import open_images
 
@@ -65,6 +66,13 @@ class Cells:
         if not paths:
             raise ValueError(f"{self.output_dir} holds no finished cell: run without --so_far first.")
         self.results = {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def preset_of(settings: dict) -> dict:
+    """The preset that `settings` name: a file beside the scripts, or one that the package carries."""
+    name = settings["preset"]
+    beside = Path(__file__).with_name(f"{name}.yaml")
+    return load_preset(beside if beside.is_file() else name)
 
 
 def reproduce(

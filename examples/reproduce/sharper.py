@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import BATCH, held_out, mean_and_spread, reproduce, sample_batches, uint8_batches
+from common import BATCH, held_out, mean_and_spread, preset_of, reproduce, sample_batches, uint8_batches
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -33,7 +33,7 @@ from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import ResidualConvBlock, VAEPlusAutoencoderModel, VAEPlusVAEModel
 from hf_vaeplus.pictures import image_grid
 from hf_vaeplus.training.codes import load_frozen
-from hf_vaeplus.training.options import load_preset, stage_options
+from hf_vaeplus.training.options import stage_options
 
 CPU = {
     "preset": "celeba-cpu",
@@ -60,7 +60,7 @@ SETTINGS = {
         "width": 8,
     },
     "cpu": CPU,
-    "gpu": {**CPU, "preset": "celeba-gpu", "num_train": 152_770, "steps": 20_000, "width": 256},
+    "gpu": {**CPU, "preset": "celeba128", "num_train": 152_770, "steps": 20_000, "width": 256},
 }
 
 
@@ -145,7 +145,7 @@ def train_finisher(means, images, settings, noise_channels, path) -> dict:
 
 
 def measure(settings, cells, args):
-    preset = load_preset(Path(__file__).with_name(f"{settings['preset']}.yaml"))
+    preset = preset_of(settings)
     num_train = args.num_train or settings["num_train"]
     options = stage_options("autoencoder", preset, train_data_dir=args.train_data_dir)
     train_images, test_images = held_out(options, num_train, settings["num_test"])

@@ -11,11 +11,10 @@ import re
 import sys
 import time
 from functools import cache
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from common import BATCH, held_out, mean_and_spread, reproduce, uint8_batches
+from common import BATCH, held_out, mean_and_spread, preset_of, reproduce, uint8_batches
 from tqdm.auto import tqdm
 
 from hf_vaeplus import VAEPlusPipeline
@@ -27,7 +26,7 @@ from hf_vaeplus.metrics.ndb import NDB
 from hf_vaeplus.modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel
 from hf_vaeplus.pictures import image_grid
 from hf_vaeplus.training.codes import encode_dataset, load_frozen
-from hf_vaeplus.training.options import load_preset, stage_options
+from hf_vaeplus.training.options import stage_options
 from hf_vaeplus.training.stages import run_stage
 
 BASELINES = {"vae": {"max_grad_norm": 20_000.0}, "wae-mmd": {"mmd_weight": 500.0, "max_grad_norm": 300.0}}
@@ -42,7 +41,7 @@ SETTINGS = {
         "num_cells": 26,
     },
     "gpu": {
-        "preset": "celeba-gpu",
+        "preset": "celeba128",
         "num_train": 152_770,  # of the 162,770 that CelebA's split has
         "num_test": 10_000,
         "bins": [100, 200, 300],
@@ -53,7 +52,7 @@ SETTINGS = {
 
 
 def measure(settings, cells, args):
-    preset = load_preset(Path(__file__).with_name(f"{settings['preset']}.yaml"))
+    preset = preset_of(settings)
     num_train = args.num_train or settings["num_train"]
     preset["common"]["max_train_samples"] = num_train
     source = {"train_data_dir": args.train_data_dir, "resume_from_checkpoint": "latest"}

@@ -1,6 +1,7 @@
 """`vaeplus demo`."""
 
 import socket
+from pathlib import Path
 
 from .flags import add_json, load_pipeline
 
@@ -12,10 +13,15 @@ def add_demo(commands):
         description="Serve a page that samples, reconstructs, interpolates and explores latent directions, until it\n"
         "is interrupted. Needs Gradio: pip install 'hf-vaeplus[demo]'.",
         epilog="examples:\n"
-        "  vaeplus demo vaeplus-quickstart/pipeline\n"
+        "  vaeplus demo\n  vaeplus demo vaeplus-quickstart/pipeline\n"
         "  vaeplus demo your-name/vaeplus-drawings --host 0.0.0.0 --port 8000",
     )
-    parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument(
+        "pipeline",
+        nargs="?",
+        default=None,
+        help="folder of a saved pipeline, or its id on the Hub (default: a model of model_cards/, in a clone)",
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: this machine alone, 127.0.0.1)"
     )
@@ -25,7 +31,20 @@ def add_demo(commands):
     parser.set_defaults(run=_demo, interrupted="the page is closed")
 
 
+def _model_of_the_zoo() -> str:
+    """The trained faces of `model_cards/`, or the first other model there."""
+    found = sorted(path.parent for path in Path("model_cards").glob("*/model_index.json"))
+    if not found:
+        raise ValueError(
+            "no pipeline is named and ./model_cards holds none: name a folder or an id on the Hub, train one with"
+            " `vaeplus quickstart`, or run this in a clone of the project, whose model_cards/ holds trained models."
+        )
+    faces = Path("model_cards/vaeplus-celeba128")
+    return str(faces if faces in found else found[0])
+
+
 def _demo(args):
+    args.pipeline = args.pipeline or _model_of_the_zoo()
     try:
         from ..demo import build_demo, serve
     except ImportError as error:

@@ -91,6 +91,8 @@ def _run(command, words: list[str], is_process: bool) -> int:
         if isinstance(error, HTTPError | LocalTokenNotFoundError):
             error = explain(error)
         return _complain(one_sentence(error), words, 2)
+    finally:
+        logging.disable(logging.NOTSET)  # --quiet is for one command, not for all that this process runs later
     return 0
 
 
@@ -141,7 +143,7 @@ def build_parser():
     from .evaluate import add_evaluate
     from .flags import CommandParser
     from .inference import add_interpolate, add_reconstruct, add_sample
-    from .publish import add_card, add_encode, add_push
+    from .publish import add_card, add_encode, add_export, add_push
     from .train import add_quickstart, add_train
 
     parser = CommandParser(
@@ -160,6 +162,7 @@ def build_parser():
         add_interpolate,
         add_encode,
         add_card,
+        add_export,
         add_push,
         add_demo,
         _add_completion,
@@ -185,7 +188,8 @@ def _completion(args):
     import shtab
 
     kinds = dict.fromkeys(("output", "images", "config", "evaluation", "train_data_files"), shtab.FILE)
-    kinds |= dict.fromkeys(("pipeline", "run_dir", "output_dir", "train_data_dir", "cache_dir"), shtab.DIRECTORY)
+    folders = ("pipeline", "run_dir", "output_dir", "folder", "train_data_dir", "cache_dir")
+    kinds |= dict.fromkeys(folders, shtab.DIRECTORY)
     parser = build_parser()
     (commands,) = (action for action in parser._actions if action.dest == "command")
     for command in commands.choices.values():

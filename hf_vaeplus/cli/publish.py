@@ -68,7 +68,8 @@ def add_push(commands):
         epilog="examples:\n"
         "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --private\n"
         "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --revision longer --tag v2\n"
-        "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --variant bf16",
+        "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --variant bf16\n"
+        "  vaeplus push model_cards/vaeplus-celeba128 org/vaeplus-celeba128",
     )
     parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub")
     parser.add_argument("repo_id", metavar="REPO_ID", help="repository, created if need be: organisation/name")
@@ -89,15 +90,49 @@ def add_push(commands):
 def _push(args):
     import torch
 
+    from ..hub.repository import is_repository, push_repository
     from ..provenance import redacted
 
-    pipe = load_pipeline(args)
-    if args.variant:
-        pipe.to({"bf16": torch.bfloat16, "fp16": torch.float16}[args.variant])
+    pipe = load_pipeline(args)  # a folder that is exported already must load as well
     names = dict(revision=args.revision, tag=args.tag, variant=args.variant)
-    commit = pipe.push_to_hub(args.repo_id, args.message, private=args.private or None, **names)
+    if is_repository(args.pipeline) and not args.variant:
+        place = dict(revision=args.revision, tag=args.tag, private=args.private or None)
+        commit = push_repository(args.pipeline, args.repo_id, commit_message=args.message, **place)
+    else:
+        if args.variant:
+            pipe.to({"bf16": torch.bfloat16, "fp16": torch.float16}[args.variant])
+        commit = pipe.push_to_hub(args.repo_id, args.message, private=args.private or None, **names)
     print(redacted(f"pushed: {commit}"))
     return {"repository": args.repo_id, **names, "url": commit}
+
+
+def add_export(commands):
+    parser = commands.add_parser(
+        "export",
+        help="write a pipeline into a folder as the Hub would have it",
+        description="Write the repository that `vaeplus push` would upload into a new folder: card, pictures, code,\n"
+        "configs and weights. The folder loads with and without this package, and `vaeplus push` uploads it as it is.",
+        epilog="example:\n  vaeplus export runs/cats/pipeline vaeplus-cats --weights bf16",
+    )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, with its card")
+    parser.add_argument("folder", metavar="FOLDER", help="new folder of the repository")
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="how matrices are stored; bf16 halves the files (default: float32)",
+    )
+    add_json(parser)
+    parser.set_defaults(run=_export, device="cpu")
+
+
+def _export(args):
+    from ..hub.repository import export_with_card
+
+    files = export_with_card(load_pipeline(args), args.folder, args.weights)
+    size = sum((Path(args.folder) / name).stat().st_size for name in files)
+    print(f"saved {len(files)} files, {size / 1e6:.1f} MB, in {args.folder}")
+    return {"files": [str(Path(args.folder) / name) for name in files], "pipeline": args.pipeline, "bytes": size}
 
 
 def add_encode(commands):

@@ -117,7 +117,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
         command=code_text(summary["command"]),
         summary={name: plain_text(summary[name]) for name in _TOLD},
         torch=plain_text(summary["versions"]["torch"]),
-        figures=[(name, plain_text(value)) for name, value in _figures(summary)],
+        figures=[(name, plain_text(value)) for name, value in figures(summary)],
         sharpens=configs["autoencoder"].get("matched_spectrum", False),
     )
     if evaluation is not None:
@@ -168,7 +168,7 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
     return [plain_text(cell) for cell in row]
 
 
-def _figures(summary: dict) -> list[tuple[str, str]]:
+def figures(summary: dict) -> list[tuple[str, str]]:
     vae, second = summary["vae"], summary["second_stage"]
     return [
         ("squared error per image, autoencoder alone", f"{summary['autoencoder_squared_error']:.2f}"),

@@ -8,8 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from .. import image_processing_vaeplus, modeling_vaeplus, pipeline_vaeplus
 from .cards import short_card
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 _WHOSE_CARD = re.compile(r'from_pretrained\("([^"]+)"')
 
 
-def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = None) -> None:
+def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = None, weights: str = "float32") -> None:
     """Save a pipeline as a repository that loads with this package, and by trust in the code it carries without it.
 
     Without the package: `DiffusionPipeline.from_pretrained(repository, trust_remote_code=True)`, or
@@ -32,9 +35,15 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
         pipe (`VAEPlusPipeline`): what to save.
         folder: where to; created if it does not exist.
         variant (`str`, *optional*): infix of the names of the weight files, as in `model.bf16.safetensors`.
+        weights (`"float32" | "bf16"`): how matrices and kernels are stored. The models load and compute in float32
+            either way; `"bf16"` halves the files and rounds each of these weights by at most 0.4%.
     """
     folder = Path(folder)
     pipe.save_pretrained(folder, variant=variant)
+    if weights == "bf16":
+        for name, component in pipe.components.items():
+            if component is not None:
+                _store_in_bf16(component, folder / name / "model.safetensors")
     code = inspect.getsource(modeling_vaeplus)
     (folder / "modeling_vaeplus.py").write_text(code)  # where transformers looks
     (folder / "pipeline.py").write_text(inspect.getsource(pipeline_vaeplus))
@@ -53,6 +62,54 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
     _name_classes(
         folder / "preprocessor_config.json", "image_processing_vaeplus", AutoImageProcessor="VAEPlusImageProcessor"
     )
+
+
+def _store_in_bf16(model: PreTrainedModel, path: Path):
+    """Vectors and buffers stay as they are: gamma, biases and statistics are few, and they want their digits."""
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    tensors = load_file(path)
+    rounded = {name: tensor.to(torch.bfloat16) if name in matrices else tensor for name, tensor in tensors.items()}
+    save_file(rounded, path, metadata={"format": "pt"})
+
+
+def export_with_card(pipe: "VAEPlusPipeline", folder: str | Path, weights: str = "float32") -> list[Path]:
+    """Write the repository that [`push`] would upload: [`export`], with the card and the pictures beside the pipeline.
+
+    Args:
+        pipe (`VAEPlusPipeline`): a pipeline that was loaded from a folder with a `README.md`.
+        folder, weights: as in [`export`].
+
+    Returns:
+        The files of the repository, with their paths from `folder`.
+
+    Raises:
+        ValueError: there is no card beside the pipeline, or it is a link to elsewhere.
+        FileExistsError: `folder` holds files already.
+    """
+    folder, source = Path(folder), Path(pipe.name_or_path)
+    if not (source / "README.md").is_file():
+        raise ValueError(f"{source} has no README.md: write one with `vaeplus card RUN REPO_ID`.")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name a new folder.")
+    export(pipe, folder, weights=weights)
+    for path in _card_and_pictures(source):
+        shutil.copy(path, folder)
+    return _files_of(folder)
+
+
+def is_repository(folder: str | Path) -> bool:
+    """Whether a folder is one that [`export`] wrote."""
+    return Path(folder, "pipeline.py").is_file()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of an exported repository and no others."""
+    patterns = ("README.md", "*.png", "*.json", "*.py", "*/*.json", "*/*.py", "*/*.safetensors")
+    return sorted(path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern))
+
+
+def _card_and_pictures(folder: Path) -> list[Path]:
+    return [_own(path) for path in (folder / "README.md", *sorted(folder.glob("*.png")))]
 
 
 def _name_classes(path: Path, module: str = "modeling_vaeplus", **classes: str):
@@ -93,39 +150,85 @@ def push(
     api = HfApi(token=token)
     repo_id = full_repo_id(repo_id, api)
     source = card_folder or pipe.name_or_path
-    card, pictures = None, []
-    if source and variant is None and Path(source, "README.md").is_file():  # a variant is weights alone
-        card, *pictures = (_own(path) for path in (Path(source, "README.md"), *Path(source).glob("*.png")))
-    if card and (others := set(_WHOSE_CARD.findall(card.read_text())) - {repo_id}):
-        raise ValueError(
-            f"{card} is the card of {min(others)}: write one for {repo_id} with `vaeplus card RUN {repo_id}`, or"
-            " remove it."
-        )
+    with_card = source and variant is None and Path(source, "README.md").is_file()  # a variant is weights alone
+    if with_card:
+        _check_card(Path(source), repo_id)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         export(pipe, folder, variant)
         if variant is not None:
             _check_same_pipeline(api, repo_id, revision, folder)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if tag is not None and tag in [each.name for each in api.list_repo_refs(repo_id).tags]:
-            raise ValueError(f"{repo_id} has a tag {tag!r} already: choose another.")
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if card is not None:
-            for path in (card, *pictures):
+        _open_repository(api, repo_id, private, revision, tag)
+        if with_card:
+            for path in _card_and_pictures(Path(source)):
                 shutil.copy(path, folder)
         elif variant is None and not api.file_exists(repo_id, "README.md", revision=revision):
             short_card(repo_id, pipe.image_shape[1]).save(folder / "README.md")
-        commit = upload_folder(
+        return _upload(
             api,
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            allow_patterns=None if variant is None else f"*/*.{variant}.safetensors",
-            commit_message=commit_message or f"Upload {'weights' if variant else 'pipeline'}",
+            repo_id,
+            folder,
+            revision,
+            tag,
+            commit_message or f"Upload {'weights' if variant else 'pipeline'}",
+            "*" if variant is None else f"*/*.{variant}.safetensors",
         )
-        if tag is not None:
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+
+
+def push_repository(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a folder that [`export`] wrote, in one commit and byte for byte.
+
+    Arguments, result and errors are those of [`push`].
+    """
+    api, folder = HfApi(token=token), Path(folder)
+    repo_id, files = full_repo_id(repo_id, api), [path.as_posix() for path in _files_of(folder)]
+    _check_card(folder, repo_id)
+    for name in files:
+        _own(folder / name)
+    _open_repository(api, repo_id, private, revision, tag)
+    return _upload(api, repo_id, folder, revision, tag, commit_message or "Upload pipeline", files)
+
+
+def _check_card(folder: Path, repo_id: str):
+    """Raises ValueError for the card of another repository, or one that is a link to elsewhere."""
+    card, *_ = _card_and_pictures(folder)
+    if others := set(_WHOSE_CARD.findall(card.read_text())) - {repo_id}:
+        raise ValueError(
+            f"{card} is the card of {min(others)}: write one for {repo_id} with `vaeplus card RUN {repo_id}`, or"
+            " remove it."
+        )
+
+
+def _open_repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None, tag: str | None):
+    """Make the repository and its branch, if need be; raises ValueError for a tag that exists."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if tag is not None and tag in [each.name for each in api.list_repo_refs(repo_id).tags]:
+        raise ValueError(f"{repo_id} has a tag {tag!r} already: choose another.")
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+def _upload(api: HfApi, repo_id: str, folder: Path, revision, tag, message: str, allow_patterns) -> str:
+    """One commit, with its tag; returns the address of the commit."""
+    commit = upload_folder(
+        api,
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        allow_patterns=allow_patterns,
+        commit_message=message,
+    )
+    if tag is not None:
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.commit_url
 
 
