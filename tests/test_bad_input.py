@@ -654,7 +654,9 @@ def test_one_sentence_and_nothing_touched(what, message, place, home, pipe, data
     assert (code, output) == (2, ""), errors
     *bars, sentence = errors.splitlines()
     assert sentence.startswith("vaeplus: error: ") and re.search(message, sentence), errors
-    assert not [line for line in bars if line and not re.search(r"%\||image/s\]$", line)], errors  # progress bars alone
+    assert not [line for line in bars if line and not re.search(r"%\||image/s\]$", line)], (
+        errors
+    )  # progress bars alone
     assert capfd.readouterr() == ("", "")  # nothing past Python's own streams
     after = tree(place)
     new = {name for name in after.keys() - before if after[name]}

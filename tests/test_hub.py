@@ -63,7 +63,9 @@ def test_samples_are_the_same_after_push_and_pull(hub, pipe):
     before = set(sys.modules)
     pulled = VAEPlusPipeline.from_pretrained(REPO)
     assert torch.equal(samples(pulled), samples(pipe))
-    assert not [name for name in sys.modules.keys() - before if name.startswith(("transformers_modules", "diffusers_modules"))]
+    assert not [
+        name for name in sys.modules.keys() - before if name.startswith(("transformers_modules", "diffusers_modules"))
+    ]
 
 
 def test_what_the_repository_holds(hub, pipe):
