@@ -7,9 +7,9 @@ each trains for as many steps as fit into `--seconds` at its own pace. Writes re
 """
 
 import argparse
-import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.files import write_json
 from hf_vaeplus.modeling_vaeplus import ResidualConvBlock
 from hf_vaeplus.provenance import provenance
 from hf_vaeplus.training.randomness import GlobalBatchSampler
@@ -82,6 +83,23 @@ def candidates(size: int) -> dict:
             )
         )
 
+    if size > 64:
+        # At 128 pixels a patch of 8 costs as much as a patch of 4 at 64.
+        shapes = (
+            (8, (64, 128, 256), 2),
+            (8, (128, 256, 256), 1),
+            (8, (128, 256, 256), 2),
+            (8, (192, 384, 384), 1),
+            (8, (256, 256), 2),
+            (4, (64, 128, 256), 2),
+            (4, (64, 128, 256, 256), 1),
+        )
+        return {
+            f"patch {patch}, {'-'.join(map(str, widths))}, {blocks} block{'s' * (blocks > 1)}": partial(
+                network, patch, widths, blocks
+            )
+            for patch, widths, blocks in shapes
+        }
     base = (4, (128, 256, 256), 2)
     return {
         "patch 4, 128-256-256, 2 blocks": lambda: network(*base),
@@ -152,6 +170,7 @@ def main():
     parser.add_argument("--output", default="results/bench_autoencoder_networks.json")
     args = parser.parse_args()
 
+    made = provenance()
     source = dict(train_data_dir=args.train_data_dir, resolution=args.resolution, crop=args.crop)
     train = load_images(**source, split="train", random_flip=True)
     validation = load_images(**source, split="validation")
@@ -178,16 +197,18 @@ def main():
                 }
             )
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    result = {
-        **provenance(),
-        "train_images": len(train),
-        "validation_images": len(validation),
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "rows": rows,
-    }
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+            result = {
+                **made,
+                "train_images": len(train),
+                "validation_images": len(validation),
+                "resolution": args.resolution,
+                "seconds": args.seconds,
+                "batch_size": args.batch_size,
+                "seed": args.seed,
+                "rows": rows,
+            }
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            write_json(Path(args.output), result)  # after every row: what ends early keeps what it has measured
 
 
 if __name__ == "__main__":

@@ -652,10 +652,9 @@ def test_one_sentence_and_nothing_touched(what, message, place, home, pipe, data
     capfd.readouterr()
     code, output, errors = told(what, pipe)
     assert (code, output) == (2, ""), errors
-    (sentence,) = re.findall("vaeplus: error: (.*)", errors)
-    assert re.search(message, sentence), sentence
-    others = re.sub("vaeplus: error: .*", "", errors).splitlines()
-    assert not [line for line in others if line and not re.search(r"\[\d\d:\d\d", line)], errors  # but bars
+    *bars, sentence = errors.splitlines()
+    assert sentence.startswith("vaeplus: error: ") and re.search(message, sentence), errors
+    assert not [line for line in bars if line and not re.search(r"\[\d\d:\d\d", line)], errors
     assert capfd.readouterr() == ("", "")  # nothing past Python's own streams
     after = tree(place)
     new = {name for name in after.keys() - before if after[name]}

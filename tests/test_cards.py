@@ -161,7 +161,7 @@ def test_the_code_of_the_cards_so_far_runs(finished_run, name):
 def test_the_command_writes_into_the_pipeline_folder(finished_run, tmp_path, capsys):
     run = shutil.copytree(finished_run, tmp_path / "run")
     assert main(["card", str(run), "somebody/digits"]) == 0
-    assert capsys.readouterr().out == f"saved {run / 'pipeline' / 'README.md'}\n"
+    assert capsys.readouterr().out == f"saved {run / 'pipeline' / 'README.md'} and its pictures\n"
     assert "somebody/digits" in (run / "pipeline" / "README.md").read_text()
     assert VAEPlusPipeline.from_pretrained(run / "pipeline").vae.config.latent_dim == 4
     assert "torchvision" not in sys.modules

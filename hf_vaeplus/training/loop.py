@@ -173,16 +173,18 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
     alone = sole_run(output_dir) if accelerator.is_main_process else contextlib.nullcontext()
     with alone, _StopSignals() as signals:
         run = _Run(stage, options, accelerator)
-        while run.step < options.max_train_steps:
-            names, grad_norm = run.take_step()
-            if run.is_due(options.logging_steps):
-                run.log(names, grad_norm)
-            if run.is_due(options.checkpointing_steps):
-                run.save()
-                run.push()
-            run.stop_if_asked(signals)
-            if options.sample_steps and run.step % options.sample_steps == 0 and run.step < options.max_train_steps:
-                run.draw_preview()
+        with run.progress:  # the bar is closed before anything is said of an error
+            while run.step < options.max_train_steps:
+                names, grad_norm = run.take_step()
+                if run.is_due(options.logging_steps):
+                    run.log(names, grad_norm)
+                if run.is_due(options.checkpointing_steps):
+                    run.save()
+                    run.push()
+                run.stop_if_asked(signals)
+                due = options.sample_steps and run.step % options.sample_steps == 0
+                if due and run.step < options.max_train_steps:
+                    run.draw_preview()
         return run.finish()
 
 
@@ -449,7 +451,6 @@ class _Run:
 
     def finish(self) -> PreTrainedModel:
         """Finish, save, draw and upload the trained model."""
-        self.progress.close()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # takes autocast off the model: only now
         self.trained.eval()
         if self.stage.finish is not None:
