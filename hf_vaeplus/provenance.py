@@ -55,6 +55,8 @@ def provenance() -> dict:
     import transformers
 
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
+    if words[0] == "__main__.py":  # of `python -m hf_vaeplus.cli`
+        words[0] = "vaeplus"
     return {
         "command": redacted(" ".join(words)),
         "commit": _commit(),
