@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 def derived_seed(*key: int) -> int:
     """A 63-bit seed that depends on the non-negative integers of `key`; a zero at the end does not count."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1  # numpy 1 shifts no uint64 by an int
 
 
 class BatchNoise:
