@@ -391,6 +391,7 @@ def test_an_exported_folder_is_uploaded_byte_for_byte(hub, with_card, tmp_path, 
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert written["files"] == [str(folder / name) for name in sorted(files)]
     assert written["bytes"] == sum(map(len, files.values()))
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
     (folder / "notes.txt").write_text("not part of it")
     assert main(["push", str(folder), REPO]) == 0
     assert hub[REPO].files() == files

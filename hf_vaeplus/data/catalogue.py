@@ -14,7 +14,7 @@ EMBEDDED = ("digits", "rendered-faces")
 CARD_FACTS = {
     "celeba": (
         "CelebA, aligned photographs of faces, the plain 128-pixel centre crop.",
-        "non-commercial research only, without redistribution.",
+        "non-commercial research only, without redistribution; the same holds for what this model draws.",
         "nielsr/CelebA-faces",
         True,
     ),

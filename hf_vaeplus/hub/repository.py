@@ -49,6 +49,7 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
     (folder / "pipeline.py").write_text(inspect.getsource(pipeline_vaeplus))
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = ["pipeline", "VAEPlusPipeline"]
+    index.pop("_name_or_path", None)  # a folder of this machine
     for name, component in pipe.components.items():
         if component is None:
             continue
