@@ -153,7 +153,7 @@ class ImageDataset(Dataset):
     """Images of a cache, with their mirror images if `random_flip`: item i + N is the mirror image of item i.
 
     The item is thus a function of its index alone, whatever worker or run asks for it. With a `DataLoader` pass
-    `collate_fn=keep_batch`, since `__getitems__` already returns a batch.
+    `collate_fn=keep_batch`, since the data set already returns a batch.
 
     Attributes:
         images (`np.memmap` of shape `(N, H, W, C)`, uint8): the cached images of the slice, read-only.
@@ -186,9 +186,13 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index):
         """`{"pixel_values": uint8 (C, H, W) in 0 to 255, "index": int}`; `IndexError` outside 0 to `len(self) - 1`."""
-        return {"pixel_values": self.__getitems__([index])["pixel_values"][0], "index": int(index)}
+        return {"pixel_values": self.batch([index])["pixel_values"][0], "index": int(index)}
 
     def __getitems__(self, indices):
+        """[`ImageDataset.batch`], by the name under which PyTorch's loaders look for it."""
+        return self.batch(indices)
+
+    def batch(self, indices):
         """`{"pixel_values": uint8 (B, C, H, W), channels last in memory, "index": int64 (B,)}`."""
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
@@ -208,13 +212,13 @@ class ImageDataset(Dataset):
 
     def pixels(self, start, stop):
         """Items `start` to `stop` (or to the end) as the models see them: float32 `(B, C, H, W)` in [0, 1]."""
-        return to_unit_range(self.__getitems__(range(start, min(stop, len(self))))["pixel_values"])
+        return to_unit_range(self.batch(range(start, min(stop, len(self))))["pixel_values"])
 
     def in_order(self, batch_size):
-        """Every image once, none mirrored, in batches as of `__getitems__`; `index` is the row of the whole split."""
+        """Every image once, none mirrored, in batches as of `batch`; `index` is the row of the whole split."""
         numbers = np.delete(np.arange(self.shape[0] + len(self.left_out)), self.left_out)[self.rows]
         for start in range(0, len(self.images), batch_size):
-            batch = self.__getitems__(range(start, min(start + batch_size, len(self.images))))
+            batch = self.batch(range(start, min(start + batch_size, len(self.images))))
             yield batch | {"index": torch.from_numpy(numbers[start : start + batch_size])}
 
 

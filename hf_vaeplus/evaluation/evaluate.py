@@ -174,7 +174,7 @@ def _generators(seed: int, purpose: int, numbers: Iterable[int]) -> list[torch.G
 
 
 def _uint8(images, numbers: Iterable[int]) -> torch.Tensor:
-    return images.__getitems__(list(numbers))["pixel_values"]
+    return images.batch(list(numbers))["pixel_values"]
 
 
 class _Shares:

@@ -270,7 +270,7 @@ def _some_images(images, device, count: int = 5_000) -> Iterator[torch.Tensor]:
         parts = next(iter(images))["pixel_values"].split(250)
     else:
         rows = torch.arange(0, len(images), max(1, len(images) // count)).split(250)
-        parts = (images.__getitems__(part.tolist())["pixel_values"] for part in rows)
+        parts = (images.batch(part.tolist())["pixel_values"] for part in rows)
     for part in tqdm(parts, desc="statistics", leave=False, disable=not process_state().is_main_process):
         yield to_unit_range(part.to(device))
 
