@@ -90,7 +90,7 @@ def steps(args, case: str) -> list[dict]:
 
 
 def gathers(args, folder: Path, batch_size: int = 128, size: int = 32) -> list[dict]:
-    """Batches of a cache in random order, scaled to floats, by other means than `ImageDataset.__getitems__`."""
+    """Batches of a cache in random order, scaled to floats, by other means than `ImageDataset.batch`."""
     counts = args.pick([256, 512], [10_000, 100_000], [10_000, 1_000_000])
     data = {count: synthetic_images(folder / str(count), count, size, 1) for count in counts}
     mapped = {}
@@ -105,7 +105,7 @@ def gathers(args, folder: Path, batch_size: int = 128, size: int = 32) -> list[d
         return torch.from_numpy(batch)
 
     ways = {
-        "used: np.take": lambda count, indices: data[count].__getitems__(indices)["pixel_values"],
+        "used: np.take": lambda count, indices: data[count].batch(indices)["pixel_values"],
         "torch.index_select, mapped file": lambda count, indices: mapped[count].index_select(0, torch.tensor(indices)),
         "indexing a tensor, mapped file": lambda count, indices: mapped[count][torch.tensor(indices)],
         "in the order of the file": in_order_of_the_file,

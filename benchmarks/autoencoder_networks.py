@@ -185,7 +185,7 @@ def main():
             step = trainer(model, rate, total)
             sampler = GlobalBatchSampler(len(train), args.batch_size, args.seed, 0, 1, 0, total)
             for indices in tqdm(sampler, desc=f"{name}, rate {rate:g}"):
-                step(to_unit_range(train.__getitems__(indices)["pixel_values"]))
+                step(to_unit_range(train.batch(indices)["pixel_values"]))
             rows.append(
                 {
                     "network": name,

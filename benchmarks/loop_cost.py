@@ -110,7 +110,7 @@ def measure(args) -> dict:
             arguments = []
             for step in range(num_steps):
                 start = step % 20 * batch_size
-                batch = images.__getitems__(range(start, start + batch_size))
+                batch = images.batch(range(start, start + batch_size))
                 arguments.append(prepare(batch, BatchNoise(0, step, batch_size, 0, 1, "cpu"), step))
 
             def whole(case=case, num_steps=num_steps, batch_size=batch_size, images=images, prepare=prepare, **more):

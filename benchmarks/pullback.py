@@ -251,7 +251,7 @@ def main() -> dict:
     with torch.no_grad():
         codes = torch.cat([autoencoder.encode(part) for part in images.split(250)])
         encode_dataset(training, autoencoder, autoencoder.encode)  # all forms start from cached codes
-        of_training = to_unit_range(training.__getitems__(range(1000))["pixel_values"])
+        of_training = to_unit_range(training.batch(range(1000))["pixel_values"])
         codes_of_training = torch.cat([autoencoder.encode(part) for part in of_training.split(250)])
         found = how_many_codes(autoencoder, codes_of_training, args.codes)
     metric = found.pop("metric")

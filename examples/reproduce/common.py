@@ -155,7 +155,7 @@ def uint8_batches(images, count: int | None = None) -> Iterator[torch.Tensor]:
     """The first `count` images, or all, with a progress bar: uint8 of shape `(batch, C, H, W)`."""
     count = len(images) if count is None else count
     for start in tqdm(range(0, count, BATCH), desc="real", leave=False):
-        yield images.__getitems__(range(start, min(start + BATCH, count)))["pixel_values"]
+        yield images.batch(range(start, min(start + BATCH, count)))["pixel_values"]
 
 
 def sample_batches(pipe, count: int, seed: int) -> Iterator[torch.Tensor]:
