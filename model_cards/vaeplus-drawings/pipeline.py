@@ -1,0 +1,599 @@
+"""VAE+ pipeline: noise -> images in one pass, images -> posteriors and back, and log-likelihoods.
+
+From "On the Regularization Balance in Autoencoder-Based Generative Models" (VAE+), Section 4. This file imports
+nothing of the package: an exported Hub repository carries it as `pipeline.py`, word for word. The subclass that the
+package itself offers (hub/pipeline.py) adds safe loading and uploads.
+
+    sampling  u -> `second_stage` -> z -> `vae` -> code -> `autoencoder` -> image
+    encoding  image -> `autoencoder` -> code -> `vae` -> posterior over z
+
+Without an autoencoder the VAE works on pixels; without a second stage z is drawn from N(0, I). Inference only: what
+comes out is float32 and lies on the CPU, whatever the device and the precision of the models.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from transformers import PreTrainedModel
+
+Images = Image.Image | list[Image.Image] | tuple[Image.Image, ...] | np.ndarray | torch.Tensor
+ImagesOut = list[Image.Image] | np.ndarray | torch.Tensor
+Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
+
+# Component: its `config.model_type` (a class loaded from a Hub repository is not the installed one) and its class.
+COMPONENTS = {
+    "autoencoder": ("vaeplus_autoencoder", "VAEPlusAutoencoderModel"),
+    "vae": ("vaeplus_vae", "VAEPlusVAEModel"),
+    "second_stage": ("vaeplus_vae", "VAEPlusVAEModel"),
+}
+
+
+class Posterior(Protocol):
+    """`GaussianPosterior` of modeling_vaeplus.py, which this file cannot import."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor
+
+    def sample(self, noise: torch.Tensor | None = None, generator: torch.Generator | None = None) -> torch.Tensor: ...
+    def mode(self) -> torch.Tensor: ...
+    def kl(self) -> torch.Tensor: ...
+    def log_prob(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+
+class VAEPlusPipeline(DiffusionPipeline):
+    """Samples, encodes, reconstructs, interpolates and scores images with the stages of VAE+.
+
+    Args:
+        vae (`VAEPlusVAEModel`): the first VAE, of codes or, without an autoencoder, of pixels.
+        autoencoder (`VAEPlusAutoencoderModel`, *optional*): between images and codes.
+        second_stage (`VAEPlusVAEModel`, *optional*): VAE of the first VAE's latents, a model of the aggregate
+            posterior q(z).
+
+    Images are accepted by every method as a PIL image or a list or tuple of them (mode "RGB", or "L" for one channel);
+    numpy `(n, H, W, C)` or `(H, W, C)`; torch `(n, C, H, W)` or `(C, H, W)`; arrays are floats in [0, 1] or uint8.
+    They must have the size that the models were trained on. `output_type` is `"pil"` (a list), `"np"` (float32 array
+    `(n, H, W, C)` in [0, 1]) or `"pt"` (float32 tensor `(n, C, H, W)` in [0, 1]). `decode_batch_size` is the number of
+    images that are decoded at a time, which bounds the memory.
+
+    Raises:
+        TypeError: a component of another class.
+        ValueError: components whose dimensions or settings do not fit together.
+
+    Example:
+        >>> pipe = VAEPlusPipeline.from_pretrained("folder-or-repository")
+        >>> images = pipe(num_images=4, generator=torch.Generator().manual_seed(0)).images
+        >>> posterior = pipe.encode(images)
+        >>> nats = pipe.log_likelihood(images)
+    """
+
+    model_cpu_offload_seq = "second_stage->vae->autoencoder"
+    _optional_components = ["autoencoder", "second_stage"]
+
+    def __init__(
+        self,
+        vae: PreTrainedModel,
+        autoencoder: PreTrainedModel | None = None,
+        second_stage: PreTrainedModel | None = None,
+    ):
+        super().__init__()
+        components = {"autoencoder": autoencoder, "vae": vae, "second_stage": second_stage}
+        for name, component in components.items():
+            if component is None and name in self._optional_components:
+                continue
+            model_type, class_name = COMPONENTS[name]
+            if getattr(getattr(component, "config", None), "model_type", None) != model_type:
+                raise TypeError(f"{name} must be a {class_name}, got {type(component).__name__}.")
+        _check_dimensions(
+            vae.config,
+            None if autoencoder is None else autoencoder.config,
+            None if second_stage is None else second_stage.config,
+        )
+        self.register_modules(**components)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(channels, height, width)` of one image."""
+        if self.autoencoder is None:
+            return self.vae.config.input_shape
+        config = self.autoencoder.config
+        return (config.num_channels, config.image_size, config.image_size)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int | None = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        sharpness: float = 0.0,
+        decode_batch_size: int = 64,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        batch_size: int | None = None,
+    ) -> ImagePipelineOutput | tuple[ImagesOut]:
+        """Sample images (Section 4): u ~ N(0, I), z = second_stage.sample(u), image = mean of the decoders at z.
+
+        All noise is drawn before the first batch, so a sample does not depend on `decode_batch_size`; with one
+        generator per image it does not depend on the other images either. Noise is drawn where its generator is, in
+        float32, so a seed gives the same noise for models on every device and in every precision.
+
+        Args:
+            num_images (`int`, *optional*): number of images; as many as `latents`, or 1, if not given.
+            generator (`torch.Generator` or a list or tuple of one per image, *optional*): source of all noise, first
+                u, then that of z.
+            latents (`torch.Tensor` of shape `(num_images, dim)`, *optional*): standard normal noise to use instead of
+                drawing u; `dim` is the `latent_dim` of the second stage or, without one, of the VAE.
+            temperature (`float`): factor on all noise, `latents` included; 0 gives the image at the centre.
+            sharpness (`float`): 0 for the decoder's mean; at 1 its power spectrum is that of real images (see
+                `VAEPlusAutoencoderModel.sharpen`).
+            decode_batch_size (`int`), output_type (`"pil" | "np" | "pt"`): see the class.
+            return_dict (`bool`): an `ImagePipelineOutput`, or the tuple `(images,)`.
+            batch_size (`int`, *optional*): another name of `num_images`, the one in diffusers.
+
+        Raises:
+            TypeError: latents or generators of another type.
+            ValueError: a number out of range, or latents of wrong shape, not finite or too large for the decoder.
+        """
+        _check_output_type(output_type)
+        temperature = _check_factor("temperature", temperature)
+        sharpness = self._check_sharpness(sharpness)
+        if batch_size is not None:
+            if num_images not in (None, batch_size):
+                raise ValueError(
+                    f"num_images={num_images} contradicts batch_size={batch_size}: both are the number of images, so"
+                    " leave one out (decode_batch_size is the number of images decoded at a time)."
+                )
+            num_images = _check_count("batch_size", batch_size)
+        latent_dim = self.vae.config.latent_dim
+        noise_dim = latent_dim if self.second_stage is None else self.second_stage.config.latent_dim
+        if latents is not None:
+            _check_latents(latents, noise_dim)
+            if num_images not in (None, len(latents)):
+                raise ValueError(f"num_images={num_images} contradicts {len(latents)} latents: leave num_images out.")
+            num_images = len(latents)
+        num_images = _check_count("num_images", 1 if num_images is None else num_images)
+        generator = _check_generators(generator, num_images)
+        batches = self._batches(num_images, "decode_batch_size", decode_batch_size)
+
+        device = self._execution_device
+        noise = dict(generator=generator, device=device, dtype=torch.float32)
+        latents = randn_tensor((num_images, noise_dim), **noise) if latents is None else _upcast(latents.to(device))
+        latents = temperature * latents
+        if self.second_stage is not None:
+            eps = temperature * randn_tensor((num_images, latent_dim), **noise)
+
+        def decoded(rows: slice) -> torch.Tensor:
+            z = latents[rows]
+            if self.second_stage is not None:
+                with _weights_in_place(self.second_stage):
+                    z = self.second_stage.sample(z, eps[rows])
+            return self._decode_batch(z)
+
+        images = _to_output(self._finished(map(decoded, batches), num_images, sharpness), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode(self, images: Images, batch_size: int = 64) -> Posterior:
+        """The posterior q(z|x) of each image, of the first VAE.
+
+        Args:
+            images: see the class.
+            batch_size (`int`): images encoded at a time.
+
+        Returns:
+            `GaussianPosterior`: `mean` and `logvar` of shape `(n, latent_dim)`, in the order of the images.
+
+        Raises:
+            TypeError: images of another type.
+            ValueError: images of wrong size, channels, range or dtype, or none at all.
+        """
+        images = _to_tensor(images, self.image_shape)
+        batches = self._batches(len(images), "batch_size", batch_size)
+        posteriors = [self._encode_batch(images[rows]) for rows in batches]
+        self.maybe_free_model_hooks()
+        mean = torch.cat([posterior.mean.cpu() for posterior in posteriors])
+        return type(posteriors[0])(mean, torch.cat([posterior.logvar.cpu() for posterior in posteriors]))
+
+    @torch.no_grad()
+    def decode(
+        self, latents: torch.Tensor, output_type: str = "pil", decode_batch_size: int = 64, sharpness: float = 0.0
+    ) -> ImagesOut:
+        """Images, in the form `output_type`, of latents z of the first VAE, of shape `(n, latent_dim)`.
+
+        `sharpness` is that of sampling, `decode_batch_size` that of the class.
+
+        Raises:
+            TypeError: latents that are not a tensor.
+            ValueError: latents of wrong shape or dtype, not finite or too large for the decoder; sharpness that this
+                model has not.
+        """
+        _check_output_type(output_type)
+        sharpness = self._check_sharpness(sharpness)
+        _check_latents(latents, self.vae.config.latent_dim)
+        batches = self._batches(len(latents), "decode_batch_size", decode_batch_size)
+        decoded = (self._decode_batch(latents[rows]) for rows in batches)
+        images = self._finished(decoded, len(latents), sharpness)
+        self.maybe_free_model_hooks()
+        return _to_output(images, output_type)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Images, output_type: str = "pil", decode_batch_size: int = 64, sharpness: float = 0.0
+    ) -> ImagesOut:
+        """Images, in the form `output_type`, decoded from the posterior means of `images` (see the class).
+
+        `sharpness` is that of sampling; `decode_batch_size` images are encoded and decoded at a time.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        _check_output_type(output_type)
+        self._check_sharpness(sharpness)
+        decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
+        return self.decode(self.encode(images, decode_batch_size).mean, output_type, decode_batch_size, sharpness)
+
+    @torch.no_grad()
+    def interpolate(
+        self, a: Images, b: Images, steps: int = 8, output_type: str = "pil", decode_batch_size: int = 64
+    ) -> list[list[Image.Image]] | np.ndarray | torch.Tensor:
+        """Ways from each image of `a` to its partner in `b`, through the posterior means.
+
+        The direction of z moves on the great circle, its length linearly: a straight line would cross the middle of
+        the prior, where in many dimensions no sample lies. Along a line through the origin it is the straight line.
+
+        Args:
+            a, b: as many images each (see the class).
+            steps (`int`): images per way, at least 2; the first and the last are the reconstructions of `a` and `b`.
+            output_type (`"pil" | "np" | "pt"`): n lists of PIL images, an array of shape `(n, steps, H, W, C)` or a
+                tensor of shape `(n, steps, C, H, W)`.
+            decode_batch_size (`int`): images encoded or decoded at a time.
+
+        Raises:
+            TypeError: images of another type.
+            ValueError: as `encode`; also different numbers of images, or fewer than 2 steps.
+        """
+        _check_output_type(output_type)
+        steps = _check_count("steps", steps, at_least=2)
+        decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
+        a, b = _to_tensor(a, self.image_shape), _to_tensor(b, self.image_shape)
+        if len(a) != len(b):
+            raise ValueError(f"interpolate needs as many images in b as in a, got {len(a)} and {len(b)}.")
+        start, end = self.encode(a, decode_batch_size).mean, self.encode(b, decode_batch_size).mean
+        path = _spherical_path(start, end, steps)  # (n, steps, latent_dim)
+        images = self.decode(path.flatten(0, 1), output_type, decode_batch_size)
+        if output_type == "pil":
+            return [images[first : first + steps] for first in range(0, len(images), steps)]
+        return images.reshape(len(a), steps, *images.shape[1:])
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        images: Images,
+        num_importance_samples: int = 64,
+        generator: Generators = None,
+        decode_batch_size: int = 64,
+    ) -> torch.Tensor:
+        """Importance-weighted estimate of log p(x), which approaches it from below (Burda et al. 2016, Eq. 8).
+
+            log p(x) >= E log mean_k N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x),    z_k ~ q(z | x)
+
+        Args:
+            images, num_importance_samples, generator, decode_batch_size: as in `log_importance_weights`.
+
+        Returns:
+            `torch.Tensor` of shape `(n,)`: nats per image, densities of pixels in [0, 1] (they can be positive).
+
+        Raises:
+            TypeError, ValueError: as `log_importance_weights`.
+        """
+        log_weights = self.log_importance_weights(images, num_importance_samples, generator, decode_batch_size)
+        return (log_weights.logsumexp(0) - math.log(num_importance_samples)).float()
+
+    @torch.no_grad()
+    def log_importance_weights(
+        self,
+        images: Images,
+        num_importance_samples: int = 64,
+        generator: Generators = None,
+        decode_batch_size: int = 64,
+    ) -> torch.Tensor:
+        """log N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x) at z_k ~ q(z | x): what bounds of log p(x) reduce.
+
+        p is the model of the first VAE, with prior N(0, I): the second stage is not used. Noise is drawn image after
+        image, so the weights do not depend on `decode_batch_size`.
+
+        Args:
+            images: see the class.
+            num_importance_samples (`int`): K; the cost is K decoder passes per image.
+            generator (`torch.Generator` or a list or tuple of one per image, *optional*): source of the noise.
+            decode_batch_size (`int`): see the class.
+
+        Returns:
+            `torch.Tensor` of shape `(K, n)`: nats, float64. The mean over K estimates the ELBO (Eq. 2).
+
+        Raises:
+            TypeError, ValueError: as `encode`; also a VAE whose gamma was measured on codes instead of images.
+        """
+        if self.autoencoder is not None and not self.vae.config.gamma_is_of_images:
+            raise ValueError(
+                "likelihoods need the decoder variance of images, but this VAE's gamma was measured on codes:"
+                " train it with reconstruction_space='pullback' or 'image'."
+            )
+        images = _to_tensor(images, self.image_shape)
+        num_importance_samples = _check_count("num_importance_samples", num_importance_samples)
+        decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
+        generator = _check_generators(generator, len(images))
+        generators = generator if isinstance(generator, list) else [generator] * len(images)
+        log_gamma = _log_gamma(self.vae).cpu().double()
+        noise_shape = (num_importance_samples, self.vae.config.latent_dim)
+        all_log_weights = []
+        for rows in self._batches(len(images), "decode_batch_size", decode_batch_size):
+            targets = self._to_float(images[rows])
+            posterior = self._encode_batch(images[rows])
+            noise = [randn_tensor(noise_shape, each, targets.device, torch.float32) for each in generators[rows]]
+            log_weights = []
+            for eps in torch.stack(noise, dim=1).split(max(1, decode_batch_size // len(targets))):
+                z = posterior.sample(eps)  # (samples, images, latent_dim)
+                means = self._decode_batch(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+                squared_error = (targets - means).square().flatten(2).sum(2).cpu().double()
+                # log N(x | mean(z), gamma I), the data term of Eq. (3) with its constants
+                num_dims = targets[0].numel()
+                log_p_x = -0.5 * (squared_error / log_gamma.exp() + num_dims * (log_gamma + math.log(2 * math.pi)))
+                # log N(z | 0, I) - log q(z | x) with z = mean + sigma eps: the 2 pi's cancel
+                log_ratio = 0.5 * (eps.square() + posterior.logvar - z.square()).sum(2)
+                log_weights.append(log_p_x + log_ratio.cpu())
+            all_log_weights.append(torch.cat(log_weights))
+        self.maybe_free_model_hooks()
+        return torch.cat(all_log_weights, dim=1)
+
+    def compile(self, **options) -> None:
+        """Compile what the methods call: `encode`, `decode` and `sample` of the components (`torch.compile(pipe.vae)`
+        would compile a `forward` that inference never calls). The first call of each takes seconds to minutes.
+
+        Args:
+            options: of `torch.compile`, such as `mode="max-autotune"`.
+        """
+        methods = {"autoencoder": ("encode", "decode"), "vae": ("encode", "decode"), "second_stage": ("sample",)}
+        for name, component in self.components.items():
+            for method in methods[name] if component is not None else ():
+                setattr(component, method, torch.compile(getattr(component, method), **options))
+
+    def _batches(self, num_images: int, name: str, batch_size: int) -> Iterable[slice]:
+        batch_size = _check_count(name, batch_size)
+        batches = [slice(first, first + batch_size) for first in range(0, num_images, batch_size)]
+        return batches if len(batches) == 1 else self.progress_bar(batches)
+
+    def _check_sharpness(self, sharpness: float) -> float:
+        sharpness = _check_factor("sharpness", sharpness)
+        if sharpness and not (self.autoencoder is not None and self.autoencoder.config.matched_spectrum):
+            raise ValueError(
+                f"sharpness={sharpness:g} needs an autoencoder whose match_spectrum was called after training: use 0."
+            )
+        return sharpness
+
+    def _finished(self, decoded: Iterable[torch.Tensor], num_images: int, sharpness: float) -> torch.Tensor:
+        """Batches of decoder means as they are returned: sharpened if asked for, in [0, 1], on the CPU."""
+        # Filled in place: no image is in memory twice.
+        images, first = torch.empty(num_images, *self.image_shape, dtype=torch.float32, device="cpu"), 0
+        for batch in decoded:
+            if sharpness:
+                with _weights_in_place(self.autoencoder):
+                    batch = self.autoencoder.sharpen(batch, sharpness)
+            if batch.isnan().any():
+                raise ValueError(
+                    "these latents are too far out, the decoder gives NaN: use smaller ones or less temperature."
+                )
+            images[first : first + len(batch)] = batch.clamp_(0, 1)
+            first += len(batch)
+        return images
+
+    def _to_float(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 pixels in [0, 1] on the execution device, of a batch from `_to_tensor`."""
+        pixels = images.to(self._execution_device).float()
+        return pixels / 255 if images.dtype == torch.uint8 else pixels
+
+    def _encode_batch(self, images: torch.Tensor) -> Posterior:
+        inputs = self._to_float(images)
+        if self.autoencoder is not None:
+            with _weights_in_place(self.autoencoder):
+                inputs = self.autoencoder.encode(inputs)
+        with _weights_in_place(self.vae):
+            return self.vae.encode(inputs)
+
+    def _decode_batch(self, z: torch.Tensor) -> torch.Tensor:
+        """Decoder means in float32, not clipped: the mean of the likelihood."""
+        with _weights_in_place(self.vae):
+            decoded = self.vae.decode(z.to(self._execution_device))
+        if self.autoencoder is not None:
+            with _weights_in_place(self.autoencoder):
+                decoded = self.autoencoder.decode(decoded)
+        return decoded.float()
+
+
+@contextmanager
+def _weights_in_place(component: PreTrainedModel) -> Iterator[None]:
+    """Accelerate's offloading hooks fire around `forward` alone: fire them around `encode` and `decode`."""
+    hook = getattr(component, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(component)
+    try:
+        yield
+    finally:
+        hook.post_forward(component, None)
+
+
+def _upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _log_gamma(vae: PreTrainedModel) -> torch.Tensor:
+    """Log of the decoder variance, as training used it."""
+    with _weights_in_place(vae):
+        return vae.decoder_log_variance.float()
+
+
+def _spherical_path(start: torch.Tensor, end: torch.Tensor, steps: int) -> torch.Tensor:
+    """`(n, steps, dim)` from `start` to `end`, both `(n, dim)` (Shoemake 1985), the length changing linearly."""
+    t = torch.linspace(0, 1, steps, dtype=torch.float64)[:, None]  # (steps, 1)
+    a, b = start.double()[:, None], end.double()[:, None]  # (n, 1, dim)
+    length_a, length_b = a.norm(dim=2, keepdim=True), b.norm(dim=2, keepdim=True)
+    cosine = (a * b).sum(2, keepdim=True) / (length_a * length_b)
+    angle = cosine.clamp(-1, 1).acos()
+    direction = (((1 - t) * angle).sin() * a / length_a + (t * angle).sin() * b / length_b) / angle.sin()
+    spherical = direction * ((1 - t) * length_a + t * length_b)
+    # No plane without an angle; a length of 0 makes the angle NaN, and NaN > 1e-4 is false as well.
+    path = torch.where(angle.sin() > 1e-4, spherical, (1 - t) * a + t * b).float()
+    path[:, 0], path[:, -1] = start, end  # exactly
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- images in and out
+
+
+def _to_tensor(images: Images, image_shape: tuple[int, int, int]) -> torch.Tensor:
+    """uint8 in [0, 255] or floats in [0, 1], of shape `(n, channels, height, width)`: checked, not converted yet."""
+    channels, height, width = image_shape
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, list | tuple):
+        images = _stack_pil(images, image_shape)
+    if isinstance(images, np.ndarray):
+        images = images[None] if images.ndim == 3 else images
+        layout, expected = "numpy images (n, height, width, channels)", (height, width, channels)
+    elif isinstance(images, torch.Tensor):
+        images = images[None] if images.ndim == 3 else images
+        layout, expected = "torch images (n, channels, height, width)", image_shape
+    else:
+        raise TypeError(
+            f"images must be PIL images, a numpy array or a torch tensor, got {type(images).__name__}: convert them."
+        )
+    if images.shape[1:] != expected or len(images) == 0:
+        raise ValueError(
+            f"{layout} must have shape (n, {', '.join(map(str, expected))}) with n of at least 1, got"
+            f" {tuple(images.shape)}: resize and crop them first, for example with PIL."
+        )
+    if isinstance(images, np.ndarray):
+        images = torch.tensor(images).permute(0, 3, 1, 2)
+    if images.is_floating_point():
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"float images must lie in [0, 1] without NaN, got {low:.4g} to {high:.4g}: rescale.")
+    elif images.dtype != torch.uint8:
+        raise ValueError(f"images must be floats in [0, 1] or uint8 in [0, 255], got {images.dtype}: convert them.")
+    return images
+
+
+def _stack_pil(images: list[Image.Image] | tuple[Image.Image, ...], image_shape: tuple[int, int, int]) -> np.ndarray:
+    channels, height, width = image_shape
+    mode = "L" if channels == 1 else "RGB"
+    if not images:
+        raise ValueError(f"images is an empty {type(images).__name__}: pass at least one image.")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"a list of images must hold PIL images, got {type(image).__name__}: stack arrays first.")
+        if image.mode != mode or image.size != (width, height):
+            raise ValueError(
+                f"PIL images must have mode {mode!r} and size {(width, height)}, got {image.mode!r} and {image.size}:"
+                f" use image.convert({mode!r}).resize(({width}, {height}))."
+            )
+    return np.stack([np.asarray(image).reshape(height, width, channels) for image in images])
+
+
+def _to_output(images: torch.Tensor, output_type: str) -> ImagesOut:
+    """The form `output_type` of float32 images `(n, channels, height, width)` in [0, 1]."""
+    if output_type == "pt":
+        return images
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    if output_type == "np":
+        return arrays
+    return DiffusionPipeline.numpy_to_pil(arrays)
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def _check_dimensions(vae, autoencoder, second_stage):
+    """Whether the configs of the components fit together (`None` for a component that is absent)."""
+    if autoencoder is not None and vae.input_shape != (autoencoder.latent_dim,):
+        raise ValueError(
+            f"the vae has input_shape={vae.input_shape} but the autoencoder's codes have {autoencoder.latent_dim}"
+            " numbers: use the vae that was trained on these codes."
+        )
+    if autoencoder is None and vae.gamma_is_of_images:
+        raise ValueError(
+            f"a vae with reconstruction_space={vae.reconstruction_space!r} was trained for an autoencoder: pass that"
+            " one."
+        )
+    if autoencoder is None and not (
+        len(vae.input_shape) == 3 and vae.input_shape[0] in (1, 3) and vae.input_shape[1] == vae.input_shape[2]
+    ):
+        raise ValueError(
+            f"without an autoencoder the vae's input_shape must be (channels, size, size) with 1 or 3 channels, got"
+            f" {vae.input_shape}: pass the autoencoder, or a vae of pixels."
+        )
+    if second_stage is None:
+        return
+    if second_stage.input_shape != (vae.latent_dim,):
+        raise ValueError(
+            f"the second_stage has input_shape={second_stage.input_shape} but the vae has {vae.latent_dim} latent"
+            " dimensions: use the second stage that was trained on these latents."
+        )
+    if second_stage.reconstruction_space != "input":
+        raise ValueError(
+            f"the second_stage must have reconstruction_space='input', got {second_stage.reconstruction_space!r}: its"
+            " gamma must be a variance of z."
+        )
+
+
+def _check_count(name: str, value: int, at_least: int = 1) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:  # numpy's integers as well
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
+    return int(value)
+
+
+def _check_factor(name: str, value: float) -> float:
+    if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+    return float(value)
+
+
+def _check_output_type(output_type: str):
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}.")
+
+
+def _check_latents(latents: torch.Tensor, latent_dim: int):
+    if not isinstance(latents, torch.Tensor):
+        raise TypeError(f"latents must be a torch tensor, got {type(latents).__name__}.")
+    if latents.shape[1:] != (latent_dim,) or len(latents) == 0 or not latents.is_floating_point():
+        raise ValueError(
+            f"latents must be floats of shape (n, {latent_dim}) with n of at least 1, got {latents.dtype} of shape"
+            f" {tuple(latents.shape)}."
+        )
+    if not latents.isfinite().all():
+        raise ValueError("latents must be finite, got NaN or infinity.")
+
+
+def _check_generators(generator: Generators, num_images: int) -> torch.Generator | list[torch.Generator] | None:
+    generator = list(generator) if isinstance(generator, tuple) else generator
+    if isinstance(generator, list) and len(generator) != num_images:
+        raise ValueError(f"a list of generators needs one per image, got {len(generator)} for {num_images} images.")
+    for each in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(each, torch.Generator) and (each is not None or isinstance(generator, list)):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(each).__name__}.")
+    return generator
+
+
+__all__ = ["VAEPlusPipeline"]
