@@ -1,6 +1,7 @@
 """The models of model_cards/: each loads from a clone, draws its card's picture, and has the numbers of results/."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,13 @@ def test_its_code_is_that_of_the_package_and_it_is_small(model):
     }.items():
         assert (model / exported).read_bytes() == (ROOT / "hf_vaeplus" / source).read_bytes()
     assert sum(path.stat().st_size for path in model.rglob("*") if path.is_file()) < 40e6
+
+
+def test_push_publishes_it_byte_for_byte(model, hub):
+    (repo_id,) = set(re.findall(r'VAEPlusPipeline.from_pretrained\("([^"]+)"', (model / "README.md").read_text()))
+    assert run("push", str(model), repo_id)[0] == 0
+    files = {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    assert hub[repo_id].files() == {name: content for name, content in files.items() if "__pycache__" not in name}
 
 
 def test_the_demo_opens_the_faces_without_being_told(monkeypatch, tmp_path):
