@@ -191,9 +191,9 @@ def test_nan_in_one_process_stops_both_and_the_run_can_go_on(workplace):
     output_dir = straight.with_name("diverged")
     arguments = workplace.arguments("vae", output_dir)
     with launched(workplace.folder, 2, disturbed_example, output_dir, "nan", 17, arguments) as (run, output):
-        codes = run.exit_codes(300)
+        codes, errors = run.exit_codes(300), output.read()
     assert codes == [3, 3]
-    told = re.findall(r"vaeplus: error: (step 18 gave values that are not finite \(.*?\))", output.read())
+    told = re.findall(r"vaeplus: error: (step 18 gave values that are not finite \(.*?\))", errors)
     assert told == ["step 18 gave values that are not finite (loss, nll, kl, squared_error)"] * 2
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-17"]
     finish(workplace.folder, 2, example, [*arguments, "--resume_from_checkpoint", "latest"])
