@@ -400,6 +400,12 @@ def test_an_exported_folder_is_uploaded_byte_for_byte(hub, with_card, tmp_path, 
     )
 
 
+def test_an_exported_folder_without_a_card_gets_a_short_one(hub, pipe, tmp_path):
+    export(pipe, tmp_path / "bare")
+    assert main(["push", str(tmp_path / "bare"), REPO]) == 0
+    assert REPO in hub[REPO].files()["README.md"].decode()
+
+
 def test_bf16_weights_are_the_rounded_ones_and_compute_in_float32(with_card, pipe, tmp_path):
     loaded = VAEPlusPipeline.from_pretrained(with_card)
     export_with_card(loaded, tmp_path / "repository", weights="bf16")

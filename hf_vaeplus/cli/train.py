@@ -34,9 +34,10 @@ def add_quickstart(commands):
 def _run_quickstart(args):
     overrides = {"num_factors": args.num_factors, "seed": args.seed, "cache_dir": args.cache_dir}
     found = _train("quickstart", Path(args.output_dir), overrides)
-    faces = Path("model_cards/vaeplus-celeba128")
-    place = "" if faces.is_dir() else ", in a clone of the project"
-    print(f"next, trained faces at 128 x 128{place}: vaeplus sample {faces} --num_images 16 --output faces.png")
+    if found is not None:  # of the main process
+        faces = Path("model_cards/vaeplus-celeba128")
+        place = "" if faces.is_dir() else ", in a clone of the project"
+        print(f"next, trained faces at 128 x 128{place}: vaeplus sample {faces} --num_images 16 --output faces.png")
     return found
 
 

@@ -99,8 +99,8 @@ def export_with_card(pipe: "VAEPlusPipeline", folder: str | Path, weights: str =
 
 
 def is_repository(folder: str | Path) -> bool:
-    """Whether a folder is one that [`export`] wrote."""
-    return Path(folder, "pipeline.py").is_file()
+    """Whether a folder is one that [`export_with_card`] wrote: code and card lie beside the weights."""
+    return all(Path(folder, name).is_file() for name in ("pipeline.py", "README.md"))
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -186,7 +186,7 @@ def push_repository(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a folder that [`export`] wrote, in one commit and byte for byte.
+    """Upload a folder that [`export_with_card`] wrote, in one commit and byte for byte.
 
     Arguments, result and errors are those of [`push`].
     """
