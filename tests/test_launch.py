@@ -196,6 +196,7 @@ def test_nothing_that_the_loop_does_is_done_twice(tmp_path, monkeypatch, referen
     """Accelerate would divide the loss again, and compile again."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.compile", lambda *_, **settings: pytest.fail("compiled"))
     fit(tmp_path, checkpoints_total_limit=10)
     assert contents(tmp_path) == contents(reference)
 

@@ -330,7 +330,7 @@ class _Run:
         scalars = {name: value.detach() for name, value in output.items() if _is_scalar(value)}
         values = torch.stack([value.double() for value in scalars.values()])
         if options.global_batch_size:  # the run may go on with another number of passes: its window counts steps
-            pass
+            values = values / passes
         state.window = values if state.window is None else state.window + values
         state.window_passes += not options.global_batch_size or number == 0
         return list(scalars)
