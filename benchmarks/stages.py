@@ -72,7 +72,7 @@ def measure(args) -> dict:
         nll, kl = goals.get(stage, (None, None))
         medians = {key: median([each[key] for each in runs]) for key in runs[0]}
         rows.append({"stage": stage, "seeds": len(runs), "steps": stages[stage].max_train_steps,
-                     "batch": stages[stage].train_batch_size, "nll_goal": nll, "kl_goal": kl, **medians})  # fmt: skip
+                     "batch": stages[stage].global_batch_size, "nll_goal": nll, "kl_goal": kl, **medians})  # fmt: skip
     return {"stages": rows}
 
 

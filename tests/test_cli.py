@@ -185,6 +185,7 @@ ROUND_TRIPS = {
     "floats": "--stage vae --learning_rate 1e-5 --adam_epsilon 1e-12 --autoencoder a/b --no-streaming",
     "a preset": "--stage second_stage --config quickstart --vae v --autoencoder a --model hidden_dim=3",
     "nothing but the stage": "--stage autoencoder",
+    "a batch of the whole run": "--stage vae --global_batch_size 12 --output_dir here",
     "text that looks like YAML": "--stage vae --split no --train_data_files *.parquet --hub_model_id 1e3",
 }
 

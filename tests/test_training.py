@@ -525,8 +525,14 @@ def test_a_run_goes_on_with_a_lower_learning_rate(tmp_path, steps):
         assert (after[0] - before[0]).abs() <= 5 * 1.5 * used
 
 
-def test_resume_from_a_named_checkpoint(interrupted, reference):
-    fit(interrupted, resume_from_checkpoint=str(interrupted / "checkpoint-3"), checkpoints_total_limit=10)
+@pytest.mark.parametrize("name", ["{folder}/checkpoint-3", "checkpoint-3", "checkpoint-6/", "./checkpoint-3"])
+def test_resume_from_a_named_checkpoint(interrupted, reference, monkeypatch, name):
+    """A name means the checkpoint in the folder of the run, whatever is in the working folder."""
+    elsewhere = interrupted.with_name("elsewhere")
+    fit(elsewhere, make_vae(seed=1), checkpoints_total_limit=10)
+    monkeypatch.chdir(elsewhere)
+    named = name.format(folder=interrupted)
+    fit(interrupted, resume_from_checkpoint=named, checkpoints_total_limit=10)
     assert contents(interrupted) == contents(reference)
 
 

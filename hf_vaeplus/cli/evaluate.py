@@ -58,7 +58,7 @@ def _evaluate(args):
     from ..evaluation.features import open_extractor
     from ..evaluation.tables import results_table
     from ..provenance import provenance, redacted
-    from ..training.codes import process_state
+    from ..training.launch import process_state
     from ..training.stages import open_images
 
     output = Path(args.output)

@@ -191,7 +191,10 @@ def parse_stage_options(description: str, argv: list[str] | None = None):
         raise ValueError("--stage is missing: choose autoencoder, vae or second_stage.")
     options = stage_options(given.pop("stage"), load_preset(args.config) if args.config else None, **given)
     if args.dry_run:
-        section = {n: value for n, value in dataclasses.asdict(options).items() if n not in ("stage", "hub_token")}
+        left_out = {"stage", "hub_token", "train_batch_size" if options.global_batch_size else "global_batch_size"}
+        if options.output_dir == type(options).output_dir:  # `vaeplus train` has another default
+            left_out.add("output_dir")
+        section = {name: value for name, value in dataclasses.asdict(options).items() if name not in left_out}
         print(yaml.safe_dump({options.stage: section}, sort_keys=False), end="")
         return None
     calm_libraries()

@@ -33,7 +33,7 @@ def add_quickstart(commands):
 
 def _run_quickstart(args):
     overrides = {"num_factors": args.num_factors, "seed": args.seed, "cache_dir": args.cache_dir}
-    found = _train("quickstart", Path(args.output_dir), overrides)
+    found = _train("quickstart", args.output_dir, overrides)
     if found is not None:  # of the main process
         faces = Path("model_cards/vaeplus-celeba128")
         place = "" if faces.is_dir() else ", in a clone of the project"
@@ -67,23 +67,26 @@ def add_train(commands):
         parser,
         leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir", "hub_subfolder"),
     )
-    parser.add_argument("--output_dir", default="runs/vaeplus", help="where everything goes (default: %(default)s)")
+    told = "where everything goes (default: output_dir in `common` of the preset, or runs/vaeplus)"
+    parser.add_argument("--output_dir", default=None, help=told)
     add_json(parser)
     parser.set_defaults(run=_run_train, interrupted=_INTERRUPTED)
 
 
 def _run_train(args):
     overrides = {name: value for name, value in given_options(args).items() if name != "output_dir"}
-    return _train(args.config, Path(args.output_dir), overrides, args.set, args.evaluation_split)
+    return _train(args.config, args.output_dir, overrides, args.set, args.evaluation_split)
 
 
-def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), evaluation_split: str | None = None):
+def _train(preset_name: str, folder: str | None, overrides: dict, settings=(), evaluation_split: str | None = None):
     from ..files import sole_run
-    from ..training.codes import process_state
-    from ..training.options import load_preset
+    from ..training.launch import process_state
+    from ..training.options import TrainingOptions, load_preset
     from ..training.stages import all_stage_options, open_stage_images, train_stages
 
     preset = _with_settings(load_preset(preset_name), settings)
+    common = TrainingOptions(output_dir=preset.get("common", {}).get("output_dir", "runs/vaeplus"))
+    output_dir = Path(folder or common.output_dir)
     options = all_stage_options(preset, output_dir, **overrides)
     for each in options.values():
         check_resolution(each)
@@ -105,6 +108,8 @@ def _train(preset_name: str, output_dir: Path, overrides: dict, settings=(), eva
 
 def _with_settings(preset: dict, settings) -> dict:
     """A preset, changed in place by what `--set` gives."""
+    from ..training.options import put_over
+
     for name, value in settings:
         stage, _, option = name.partition(".")
         if not option:
@@ -112,7 +117,7 @@ def _with_settings(preset: dict, settings) -> dict:
         section = preset.setdefault(stage, {})
         if option.startswith("model."):
             section, option = section.setdefault("model", {}), option.removeprefix("model.")
-        section[option] = value
+        put_over(section, {option: value})
     return preset
 
 

@@ -49,7 +49,8 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, strict: bool = F
 
     Args:
         output_dir: folder of the run.
-        wanted (`str`, *optional*): `"latest"`, or the folder of a checkpoint; nothing for a new run.
+        wanted (`str`, *optional*): `"latest"`, the name of a checkpoint in `output_dir`, or the folder of one; nothing
+            for a new run.
         strict (`bool`): refuse a newest checkpoint that is damaged, instead of taking the newest good one.
 
     Returns:
@@ -69,11 +70,12 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, strict: bool = F
             )
         return None
     if wanted != "latest":
-        if not (Path(wanted) / "progress.json").is_file():
-            names = [path.name for path in existing] or "none"
-            raise FileNotFoundError(f"{wanted} is not a checkpoint of this project; {output_dir} has {names}.")
-        check(Path(wanted))
-        return Path(wanted)
+        for path in (Path(output_dir) / wanted, Path(wanted)):
+            if (path / "progress.json").is_file():
+                check(path)
+                return path
+        names = [path.name for path in existing] or "none"
+        raise FileNotFoundError(f"{wanted} is not a checkpoint of this project; {output_dir} has {names}.")
     for path in reversed(existing):
         try:
             check(path)

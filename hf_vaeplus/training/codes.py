@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,11 +13,7 @@ from ..data.pixels import to_unit_range
 from ..files import build_once
 from ..modeling_vaeplus import VAEPlusPreTrainedModel
 from ..progress import tqdm
-
-
-def process_state() -> PartialState:
-    """This process's rank and device. A bare `PartialState()` would overlook that CPUs alone were asked for."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+from .launch import process_state
 
 
 def load_frozen(model_class: type, path: str) -> VAEPlusPreTrainedModel:

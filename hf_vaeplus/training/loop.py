@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from PIL import Image
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -39,8 +39,9 @@ from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
 from .checkpoints import TrainingState, drop_oldest, find_checkpoint, list_checkpoints, save_model
+from .launch import compile_settings, refuse_what_cannot_run
 from .logs import HealthWatch, drop_lines_after, postfix
-from .options import LOCAL_OPTIONS, TrainingOptions, recorded_options, refuse_fp16_on_cpu, refuse_other_options
+from .options import LOCAL_OPTIONS, TrainingOptions, recorded_options, refuse_other_options, with_own_batch
 from .randomness import BatchNoise, GlobalBatchSampler
 
 logger = logging.getLogger(__name__)
@@ -158,18 +159,22 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
         FileExistsError: `output_dir` holds a run already and nothing says to resume it, or another process is
             training there.
         ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist, is damaged or does not fit.
-        ValueError: fp16 on a CPU.
+        ValueError: what cannot run here, see [`~hf_vaeplus.training.launch.refuse_what_cannot_run`].
     """
     # A stage may differ from the one before in its precision, and a bare `PartialState()` before this (unlike
     # `Accelerator`) ignores ACCELERATE_USE_CPU: two CPU processes would each train alone.
     AcceleratorState._reset_state(reset_partial_state=True)
+    refuse_what_cannot_run(options)
     output_dir = Path(options.output_dir)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         log_with=None if options.report_to == "none" else options.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
+        # The loop does both by itself. Without these, variables of the launcher would have them done a second time.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    refuse_fp16_on_cpu(options, accelerator.device)
+    options = with_own_batch(options, accelerator.num_processes)
     alone = sole_run(output_dir) if accelerator.is_main_process else contextlib.nullcontext()
     with alone, _StopSignals() as signals:
         run = _Run(stage, options, accelerator)
@@ -209,7 +214,7 @@ class _Run:
             self.state.load(checkpoint)
             logger.info("resumed %s", checkpoint)
         if options.torch_compile:
-            model.compile()
+            model.compile(**compile_settings())
         self.wrapped = accelerator.prepare(model)
         self.trained = model if average is None else average
         # Walks through the modules of a small model take as long as a tenth of its steps: once is enough.
@@ -237,7 +242,8 @@ class _Run:
         options = self.options
         checkpoint = find_checkpoint(self.output_dir, options.resume_from_checkpoint, options.strict_resume)
         if checkpoint is not None:
-            refuse_other_options(checkpoint.parent / "training_options.json", self.record)
+            passes_count = getattr(self.stage.model.config, "gamma", None) == "analytic"
+            refuse_other_options(checkpoint.parent / "training_options.json", self.record, passes_count)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -313,22 +319,20 @@ class _Run:
         state, options, accelerator = self.state, self.options, self.accelerator
         passes = options.gradient_accumulation_steps
         batch = {name: each.to(accelerator.device, non_blocking=True) for name, each in next(self.batches).items()}
-        noise = BatchNoise(
-            options.seed,
-            state.step * passes + number,
-            options.train_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.device,
-        )
+        draw, part, parts = state.step * passes + number, accelerator.process_index, accelerator.num_processes
+        if options.global_batch_size:  # one draw for all passes of a step, of which this pass takes its rows
+            draw, part, parts = state.step, number * parts + part, passes * parts
+        noise = BatchNoise(options.seed, draw, options.train_batch_size, part, parts, accelerator.device)
         with contextlib.nullcontext() if number == passes - 1 else accelerator.no_sync(self.wrapped):
             output = self.wrapped(**self.stage.prepare(batch, noise, state.step))
             one = 1 + 0 * output.loss.detach()  # NaN if the loss is not finite: then no gradient is, anywhere
             accelerator.backward(one * output.loss / passes)
         scalars = {name: value.detach() for name, value in output.items() if _is_scalar(value)}
         values = torch.stack([value.double() for value in scalars.values()])
+        if options.global_batch_size:  # the run may go on with another number of passes: its window counts steps
+            values = values / passes
         state.window = values if state.window is None else state.window + values
-        state.window_passes += 1
+        state.window_passes += not options.global_batch_size or number == 0
         return list(scalars)
 
     def log(self, names: list[str], grad_norm: torch.Tensor):

@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, field, fields
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, get_args
@@ -60,6 +61,12 @@ class TrainingOptions:
         0, "seed of everything random", not_negative, must("be below 2**63", lambda value: value < 2**63)
     )
     max_train_steps: int = option(10_000, "optimizer steps", positive, group="optimisation")
+    global_batch_size: int | None = option(
+        None,
+        "samples per optimizer step, shared out among processes and forward passes: the run does not depend on the"
+        " number of processes (in place of train_batch_size)",
+        positive,
+    )
     train_batch_size: int = option(64, "samples per process in one forward pass", positive)
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", positive)
     learning_rate: float | int = option(1e-3, "peak learning rate of AdamW", positive, finite)
@@ -80,7 +87,9 @@ class TrainingOptions:
         1_000, "save a resumable checkpoint every so many steps", positive, group="checkpoints"
     )
     checkpoints_total_limit: int = option(2, "how many checkpoints to keep", positive)
-    resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint")
+    resume_from_checkpoint: str | None = option(
+        None, "'latest', the name of a checkpoint in output_dir, or the folder of one"
+    )
     strict_resume: bool = option(False, "refuse a damaged newest checkpoint instead of taking the one before it")
     logging_steps: int = option(50, "steps between two lines of stats.jsonl", positive, group="logging")
     sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only", not_negative)
@@ -130,18 +139,53 @@ LOCAL_OPTIONS = frozenset(
 )
 
 
-def refuse_other_options(written: Path, options: dict):
-    """A run that is resumed with another seed, model or data set would be neither the old run nor the new one."""
+def refuse_other_options(written: Path, options: dict, passes_count: bool = False):
+    """A run that is resumed with another seed, model or data set would be neither the old run nor the new one.
+
+    With a `global_batch_size` it does not matter who computes which part of the batch, unless `passes_count`: then
+    every forward pass changes the model, and their number per step must stay.
+    """
     if not written.exists():
         return
     old, new = json.loads(written.read_text()), json.loads(json.dumps(options))
-    changed = [name for name in new if name in old and old[name] != new[name] and name not in _FREE_OPTIONS]
+    free = set(_FREE_OPTIONS)
+    if new.get("global_batch_size"):
+        if not old.get("global_batch_size"):
+            is_one_pass = old["gradient_accumulation_steps"] == 1  # otherwise its noise was drawn for each pass
+            old["global_batch_size"] = old["train_batch_size"] * old["num_processes"] if is_one_pass else None
+        free |= {"train_batch_size", "num_processes"} | (set() if passes_count else {"gradient_accumulation_steps"})
+    changed = [name for name in new if name in old and old[name] != new[name] and name not in free]
     if changed:
         changes = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
         raise ValueError(
             f"{written.parent} holds a run with other options ({changes}): choose another --output_dir, or the options"
             f" in {written.name}."
         )
+
+
+def with_own_batch(options: TrainingOptions, num_processes: int) -> TrainingOptions:
+    """The options, with `train_batch_size` as the part of `global_batch_size` for one process and forward pass.
+
+    Raises:
+        ValueError: the batch cannot be split evenly, or the loss is not a mean over its rows.
+    """
+    whole, passes = options.global_batch_size, options.gradient_accumulation_steps
+    if whole is None:
+        return options
+    parts = num_processes * passes
+    if whole % parts:
+        near = sorted({whole // parts * parts, -(-whole // parts) * parts} - {0})
+        raise ValueError(
+            f"global_batch_size {whole} cannot be split evenly over {parts} parts (processes: {num_processes}, forward"
+            f" passes per step: {passes}): choose {' or '.join(map(str, near))}, or another number of processes."
+        )
+    if parts > 1 and getattr(options, "mmd_weight", 0):
+        raise ValueError(
+            f"mmd_weight compares all samples of a batch with each other, so a global_batch_size cannot be split for"
+            f" it, and here it is split into {parts} parts: use one process without gradient accumulation, or"
+            " --train_batch_size."
+        )
+    return replace(options, train_batch_size=whole // parts)
 
 
 def refuse_fp16_on_cpu(options: TrainingOptions, device: "torch.device"):
@@ -246,16 +290,53 @@ def check_preset(preset, name):
             raise ValueError(f"{name} must map fields of the config to values in {section}.model, got {model!r}.")
 
 
+def launcher_options() -> dict:
+    """The options that `accelerate launch` or `accelerate config` give by the environment."""
+    meanings = {
+        "mixed_precision": ("ACCELERATE_MIXED_PRECISION", str.lower),
+        "gradient_accumulation_steps": (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            lambda text: int(text) if text.isdecimal() else text,
+        ),
+        "torch_compile": ("ACCELERATE_DYNAMO_BACKEND", lambda text: text.lower() != "no"),
+    }
+    return {
+        name: meaning(os.environ[variable])
+        for name, (variable, meaning) in meanings.items()
+        if os.environ.get(variable)
+    }
+
+
+def put_over(options: dict, others: dict):
+    """Change `options` in place by `others`. A batch size of one kind takes the place of one of the other kind.
+
+    Raises:
+        ValueError: `others` holds both kinds.
+    """
+    batches = {"global_batch_size", "train_batch_size"}
+    given = {name for name in batches if others.get(name) is not None}
+    if given == batches:
+        raise ValueError(
+            f"global_batch_size {others['global_batch_size']} and train_batch_size {others['train_batch_size']} are"
+            " both given: choose one of them."
+        )
+    if given:
+        for name in batches - given:
+            options.pop(name, None)
+    options |= others
+
+
 def stage_options(stage: str, preset: dict | None = None, **overrides) -> StageOptions:
-    """The options of one stage: defaults, then the preset's `common`, then its section, then `overrides`.
+    """The options of one stage: defaults, then what `accelerate launch` says, the preset's `common`, its section, and
+    `overrides`.
 
     Pictures that the overrides name take the place of the preset's data set.
     """
     preset = preset or {}
-    layers = [preset.get("common", {}), preset.get(stage, {}), overrides]
+    layers = [launcher_options(), preset.get("common", {}), preset.get(stage, {}), overrides]
     merged, model = {}, {}
     for layer in layers:
-        merged |= layer
+        put_over(merged, layer)
         model |= layer.get("model", {})
     own_pictures = overrides.get("train_data_dir") or overrides.get("train_data_files")
     if own_pictures and "dataset_name" not in overrides and merged.get("dataset_name") not in NAMED_DATA_SETS:

@@ -33,9 +33,10 @@ from ..modeling_vaeplus import (
 )
 from ..pictures import image_grid
 from ..progress import tqdm
-from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen, process_state
+from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen
+from .launch import process_state, refuse_what_cannot_run
 from .loop import Stage, train
-from .options import STAGES, StageOptions, check_preset, refuse_fp16_on_cpu, stage_options
+from .options import STAGES, StageOptions, check_preset, stage_options
 from .randomness import derived_seed
 
 
@@ -46,7 +47,7 @@ def run_stage(options: StageOptions, images=None) -> VAEPlusPreTrainedModel:
         options: of the stage.
         images (*optional*): what `open_images(options)` returned, to open the source once for several stages.
     """
-    refuse_fp16_on_cpu(options, process_state().device)  # before the data is read
+    refuse_what_cannot_run(options)  # before the data is read
     return train(build_stage(options, images), options)
 
 
@@ -59,7 +60,9 @@ def build_stage(options: StageOptions, images=None) -> Stage:
 
 
 def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
-    """Train the three stages one after the other, each in its own folder of `output_dir`, and save the pipeline.
+    """Train the three stages one after the other and save the pipeline.
+
+    Each stage has its own folder: the `output_dir` of its section of the preset, or else a folder in `output_dir`.
 
     Stages that are trained already are not trained again; one that was interrupted goes on.
 
@@ -99,13 +102,15 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
 def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, StageOptions]:
     """The options with which `train_all` trains each stage; arguments and errors as there."""
     check_preset(preset, "the preset")
-    folders = {stage: str(output_dir / stage) for stage in STAGES}
+    folders = {stage: preset.get(stage, {}).get("output_dir", str(output_dir / stage)) for stage in STAGES}
     options = {}
     for position, stage in enumerate(STAGES):
         earlier = {before: folders[before] for before in STAGES[:position]}
         fixed = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
         options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **fixed})
-        refuse_fp16_on_cpu(options[stage], process_state().device)
+        refuse_what_cannot_run(options[stage])
+    if len(set(folders.values())) < len(STAGES):
+        raise ValueError(f"each stage needs an output_dir of its own, got {', '.join(folders.values())}.")
     return options
 
 

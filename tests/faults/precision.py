@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.provenance import provenance
-from hf_vaeplus.training import loop
+from hf_vaeplus.training import launch, loop
 from hf_vaeplus.training.loop import train
 from hf_vaeplus.training.options import STAGES, stage_options
 from hf_vaeplus.training.stages import build_pipeline, build_stage, open_images
@@ -55,7 +55,7 @@ def fp16_on_cpu(init_scale: float = _HalfOnCPU.init_scale):
     with (
         mock.patch.object(_HalfOnCPU, "init_scale", init_scale),
         mock.patch.object(loop, "Accelerator", _HalfOnCPU),
-        mock.patch.object(loop, "refuse_fp16_on_cpu", lambda *_: None),
+        mock.patch.object(launch, "refuse_fp16_on_cpu", lambda *_: None),
     ):
         yield
 
