@@ -118,7 +118,7 @@ def save_model(model: PreTrainedModel, folder: Path):
 
 
 def finished_steps(folder: Path) -> int:
-    """Steps of the training that made the model in `folder`; 0 if there is none, or one that is not as it was saved."""
+    """Steps of the training that made the model in `folder`; 0 if it is not there as it was saved."""
     record = read_record(folder)
     saved = record.get("weights")
     return record["max_train_steps"] if saved is not None and saved == folder_fingerprint(folder) else 0
