@@ -1,5 +1,6 @@
-"""What a result says of its making, without secrets."""
+"""What a result says of its making, without secrets; and what weights are, by their content."""
 
+import hashlib
 import logging
 import os
 import platform
@@ -7,10 +8,16 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import get_token
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:  # help and refusals do without it
+    import torch
 
 _SECRETS = re.compile(
     r"(?<=://)[^\s/@\"']+(?=@)"  # user:password of an address
@@ -64,3 +71,32 @@ def provenance() -> dict:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, diffusers)},
     }
+
+
+def hash_weights(digest, tensors: Mapping[str, "torch.Tensor"]):
+    """Feed the names and the values of a model's `state_dict` to a hash of `hashlib`."""
+    import torch
+
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+
+
+def weights_fingerprint(tensors: Mapping[str, "torch.Tensor"]) -> str:
+    """What identifies a model's `state_dict`, wherever and in whichever files it is stored: 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    hash_weights(digest, tensors)
+    return digest.hexdigest()[:32]
+
+
+def folder_fingerprint(folder: str | Path) -> str | None:
+    """[`weights_fingerprint`] of the model that is saved in `folder`; `None` if there is none, or a damaged one."""
+    from safetensors.torch import load_file
+
+    whole = Path(folder, "model.safetensors")
+    files = [whole] if whole.is_file() else sorted(Path(folder).glob("model-*-of-*.safetensors"))
+    try:
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError):
+        return None
+    return weights_fingerprint(tensors) if tensors else None

@@ -79,7 +79,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, whole, gamma):
 def test_one_process_with_the_whole_batch_is_the_same_run_bit_for_bit(tmp_path, whole):
     options = WHOLE | dict(global_batch_size=None, train_batch_size=8)
     fit(tmp_path, make_vae(gamma="learned"), **options)
-    assert contents(tmp_path) == contents(whole["learned"])
+    runs = [contents(folder) for folder in (tmp_path, whole["learned"])]
+    for files in runs:  # the checksums cover the options, which name the batch in two ways
+        for name in [name for name in files if name.endswith("checksums.json")]:
+            del files[name]
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("passes", [2, 4])

@@ -4,13 +4,16 @@ The class has the name of the one in `pipeline_vaeplus.py`, which it extends: wh
 exported repository carries that file alone.
 """
 
+import contextlib
 import os
+from pathlib import Path
 
 import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub.errors import HTTPError
 
 from .. import pipeline_vaeplus
+from ..files import one_form_of_weights
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..modeling_vaeplus import VAEPlusEncoderConfig
 from .client import explain
@@ -100,14 +103,25 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
                 )
         return index
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *args,
+        **kwargs,
+    ) -> None:
         """`DiffusionPipeline.save_pretrained`; what it writes is also a feature extractor for `transformers`.
 
         `transformers.pipeline("image-feature-extraction", save_directory)` reads the `config.json` of a
         [`VAEPlusEncoderModel`], which takes its weights from the folders of the stages, and the
-        `preprocessor_config.json` of the image processor.
+        `preprocessor_config.json` of the image processor. Weights that are saved over older ones replace them, be
+        they in one file or in shards.
         """
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with contextlib.ExitStack() as saving:
+            for name in self.components:
+                saving.enter_context(one_form_of_weights(Path(save_directory, name), variant))
+            super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
         stages = ["vae"] if self.autoencoder is None else ["autoencoder", "vae"]
         VAEPlusEncoderConfig(stages=stages).save_pretrained(save_directory)
         self.image_processor.save_pretrained(save_directory)

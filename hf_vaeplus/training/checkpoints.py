@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..files import flush_to_disk, room_for, sha256, write_json
+from ..files import flush_to_disk, one_form_of_weights, room_for, sha256, write_json
+from ..provenance import folder_fingerprint
+from .options import RECORD, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +113,38 @@ def save_model(model: PreTrainedModel, folder: Path):
     with room_for(folder, partial):
         model.save_pretrained(partial)
         flush_to_disk(partial)
-        for path in sorted(partial.iterdir()):
-            os.replace(path, folder / path.name)
+        with one_form_of_weights(folder):
+            for path in sorted(partial.iterdir()):  # the index of shards after its shards
+                os.replace(path, folder / path.name)
         partial.rmdir()
+
+
+def finished_steps(folder: Path) -> int:
+    """Steps of the training that made the model in `folder`; 0 if it is not there as it was saved."""
+    record = read_record(folder)
+    saved = record.get("weights")
+    return record["max_train_steps"] if saved is not None and saved == folder_fingerprint(folder) else 0
+
+
+def drop_run(output_dir: Path):
+    """Remove checkpoints, model and samples of a run. What is killed in mid-way leaves a part of the same old run."""
+    for old in list_checkpoints(output_dir):
+        _drop(old)
+    for path in (*output_dir.glob("model*.safetensors*"), output_dir / "config.json"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "samples", ignore_errors=True)
 
 
 def drop_oldest(output_dir: Path, total_limit: int):
     """Keep so many checkpoints, the newest. What is killed in mid-way leaves a whole one, or none by that name."""
     for old in list_checkpoints(output_dir)[:-total_limit]:
-        going = output_dir / f".{old.name}.partial"
-        os.replace(old, going)
-        shutil.rmtree(going)
+        _drop(old)
+
+
+def _drop(checkpoint: Path):
+    going = checkpoint.with_name(f".{checkpoint.name}.partial")
+    os.replace(checkpoint, going)
+    shutil.rmtree(going)
 
 
 @dataclass
@@ -136,6 +159,7 @@ class TrainingState:
     window: torch.Tensor | None = None  # sums of the logged scalars since the last line of stats.jsonl
     window_passes: int = 0
     step: int = 0
+    identity: dict = field(default_factory=dict)  # what a run that goes on from here must share with this one
 
     def _progress(self) -> dict:
         progress = {"step": self.step, "window_passes": self.window_passes, "scheduler": self.scheduler.state_dict()}
@@ -182,6 +206,7 @@ class TrainingState:
             tensors["window"] = self.window
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "optimizer.safetensors")
         write_json(partial / "progress.json", self._progress())
+        write_json(partial / RECORD, self.identity)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         write_json(partial / CHECKSUMS, {path.relative_to(partial).as_posix(): sha256(path) for path in files})
         flush_to_disk(partial)

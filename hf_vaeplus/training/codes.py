@@ -13,6 +13,7 @@ from ..data.pixels import to_unit_range
 from ..files import build_once
 from ..modeling_vaeplus import VAEPlusPreTrainedModel
 from ..progress import tqdm
+from ..provenance import hash_weights
 from .launch import process_state
 
 
@@ -39,8 +40,7 @@ def encode_dataset(images, model: VAEPlusPreTrainedModel, encode: Callable) -> t
         float32 `torch.Tensor` of shape `(len(images), dim)` on the CPU.
     """
     state, key = process_state(), hashlib.sha256(f"{images.fingerprint} {len(images)}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    hash_weights(key, model.state_dict())
     path = Path(images.path).parent.parent / "encoded" / f"{key.hexdigest()[:32]}.safetensors"
 
     def build(path: Path):

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,29 @@ from ..data.cache import keep_batch
 from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
-from .checkpoints import TrainingState, drop_oldest, find_checkpoint, list_checkpoints, save_model
+from ..provenance import weights_fingerprint
+from .checkpoints import (
+    TrainingState,
+    drop_oldest,
+    drop_run,
+    find_checkpoint,
+    finished_steps,
+    list_checkpoints,
+    save_model,
+)
 from .launch import compile_settings, refuse_what_cannot_run
 from .logs import HealthWatch, drop_lines_after, postfix
-from .options import LOCAL_OPTIONS, TrainingOptions, recorded_options, refuse_other_options, with_own_batch
+from .options import (
+    LOCAL_OPTIONS,
+    RECORD,
+    TrainingOptions,
+    goes_on,
+    read_record,
+    recorded_options,
+    run_identity,
+    run_record,
+    with_own_batch,
+)
 from .randomness import BatchNoise, GlobalBatchSampler
 
 logger = logging.getLogger(__name__)
@@ -59,6 +78,7 @@ class Stage:
         prepare: `(batch on the device, noise, step) -> keyword arguments of forward`.
         preview: draws a picture of what the model does, for `samples/`.
         finish: changes the trained model in place, once, before it is drawn and saved; the same in every process.
+        made_from: fingerprints of what the stage is trained on: `images`, and the weights of the stages before it.
     """
 
     model: PreTrainedModel
@@ -66,6 +86,7 @@ class Stage:
     prepare: Callable[[dict, BatchNoise, int], dict]
     preview: Callable[[PreTrainedModel], Image.Image] | None = None
     finish: Callable[[PreTrainedModel], None] | None = None
+    made_from: dict[str, str] = field(default_factory=dict)
 
 
 class TrainingDiverged(RuntimeError):
@@ -158,7 +179,8 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
         TrainingInterrupted: SIGTERM or Ctrl-C; the state is the newest checkpoint.
         FileExistsError: `output_dir` holds a run already and nothing says to resume it, or another process is
             training there.
-        ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist, is damaged or does not fit.
+        ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist, is damaged or does not fit,
+            or its images or the stages before it have changed and `retrain` is not set.
         ValueError: what cannot run here, see [`~hf_vaeplus.training.launch.refuse_what_cannot_run`].
     """
     # A stage may differ from the one before in its precision, and a bare `PartialState()` before this (unlike
@@ -202,14 +224,14 @@ class _Run:
     def __init__(self, stage: Stage, options: TrainingOptions, accelerator: Accelerator):
         self.stage, self.options, self.accelerator = stage, options, accelerator
         self.output_dir = Path(options.output_dir)
-        # What training_options.json holds.
-        self.record = {**recorded_options(options), "num_processes": accelerator.num_processes}
+        self.record = run_record(options, accelerator.num_processes, stage.made_from)
         checkpoint = self._take_over_folder()
         model = stage.model.to(accelerator.device, memory_format=torch.channels_last)
         optimizer = _optimizer(model, options)
         scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, options.max_train_steps)
         average = copy.deepcopy(model) if options.use_ema else None
         self.state = TrainingState(model, optimizer, scheduler, accelerator.scaler, average)
+        self.state.identity = run_identity(self.record)
         if checkpoint is not None:
             self.state.load(checkpoint)
             logger.info("resumed %s", checkpoint)
@@ -224,6 +246,7 @@ class _Run:
         passes = options.gradient_accumulation_steps
         first, last = self.step * passes, options.max_train_steps * passes
         self.batches = iter(_loader(stage.dataset, options, accelerator, first, last))
+        self._claim_folder(checkpoint)
         self._start_logs()
         self.wrapped.train()
         self.logged_at, self.logged_step = time.perf_counter(), self.step
@@ -238,19 +261,39 @@ class _Run:
         return self.step % every == 0 or self.step == self.options.max_train_steps
 
     def _take_over_folder(self) -> Path | None:
-        """Find the checkpoint to go on from, and write down the options in the folder of the run."""
+        """Find the checkpoint to go on from; none for a run that starts, or starts anew. Nothing is written yet."""
         options = self.options
         checkpoint = find_checkpoint(self.output_dir, options.resume_from_checkpoint, options.strict_resume)
-        if checkpoint is not None:
-            passes_count = getattr(self.stage.model.config, "gamma", None) == "analytic"
-            refuse_other_options(checkpoint.parent / "training_options.json", self.record, passes_count)
+        passes_count = getattr(self.stage.model.config, "gamma", None) == "analytic"
+        self.starts_anew = checkpoint is not None and not goes_on(
+            checkpoint.parent, read_record(checkpoint), self.record, options.retrain, passes_count
+        )
+        if self.starts_anew:
+            logger.warning("%s is trained anew: what it was made from has changed", self.output_dir)
+        return None if self.starts_anew else checkpoint
+
+    def _claim_folder(self, checkpoint: Path | None):
+        """Now that nothing can be refused: prepare the folder, and find out whether its model is what is wanted.
+
+        The record beside a model tells how that model was made, so a run that trains on leaves it alone until its end.
+        """
+        there, trains = read_record(self.output_dir), self.step < self.options.max_train_steps
+        self.is_finished = (
+            not trains
+            and checkpoint.parent.resolve() == self.output_dir.resolve()
+            and finished_steps(self.output_dir) >= self.options.max_train_steps
+        )
+        if not trains:  # what is asked for now has made nothing
+            last = there["max_train_steps"] if self.is_finished else self.step
+            self.record = {**self.record, **there, "max_train_steps": last, "made_from": self.stage.made_from}
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             for leftover in self.output_dir.glob(".checkpoint-*.partial"):
                 shutil.rmtree(leftover)
-            write_json(self.output_dir / "training_options.json", self.record)
-        return checkpoint
+            if self.starts_anew:
+                drop_run(self.output_dir)
+            if trains and not any(self.output_dir.glob("model*.safetensors")):
+                write_json(self.output_dir / RECORD, self.record)
 
     def _start_logs(self):
         """Trackers, uploads, the log files, advice, and the progress bar."""
@@ -391,7 +434,7 @@ class _Run:
         """What is pushed: the model as it would be saved now, and how it was made."""
         self.trained.save_pretrained(folder)
         shared = {name: value for name, value in self.record.items() if name not in LOCAL_OPTIONS}
-        write_json(folder / "training_options.json", shared)
+        write_json(folder / RECORD, shared)
         shutil.copy(self.output_dir / "stats.jsonl", folder)
 
     def stop_if_asked(self, signals: _StopSignals):
@@ -454,15 +497,22 @@ class _Run:
                 tracker.log_images({"samples": pixels}, step=self.step, dataformats="NHWC")
 
     def finish(self) -> PreTrainedModel:
-        """Finish, save, draw and upload the trained model."""
+        """Finish, save, draw and upload the trained model; one that is finished already is only drawn and uploaded."""
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # takes autocast off the model: only now
+        if self.is_finished:  # what is measured once more may differ in its last bits, on another machine
+            device = self.trained.device
+            self.trained = type(self.trained).from_pretrained(self.output_dir).requires_grad_(False)
+            self.trained.to(device, memory_format=torch.channels_last)
         self.trained.eval()
-        if self.stage.finish is not None:
+        if self.stage.finish is not None and not self.is_finished:
             self.stage.finish(self.trained)
+        self.record["weights"] = weights_fingerprint(self.trained.state_dict())
         if self.accelerator.is_main_process:
             # A save that was killed at its end did not do this.
             drop_oldest(self.output_dir, self.options.checkpoints_total_limit)
-            save_model(self.trained, self.output_dir)
+            if not self.is_finished:
+                save_model(self.trained, self.output_dir)
+                write_json(self.output_dir / RECORD, self.record)  # last: it says that the model is complete
         self.draw_preview()
         if self.uploads is not None:
             message = f"{self.output_dir.name}: {self.options.max_train_steps} steps, the end"

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
@@ -20,6 +21,8 @@ from ..provenance import redacted
 
 if TYPE_CHECKING:  # a command line is parsed without it
     import torch
+
+logger = logging.getLogger(__name__)
 
 # Those of `transformers.get_scheduler` that need no metric and no setting of their own.
 Schedule = Literal[
@@ -91,6 +94,9 @@ class TrainingOptions:
         None, "'latest', the name of a checkpoint in output_dir, or the folder of one"
     )
     strict_resume: bool = option(False, "refuse a damaged newest checkpoint instead of taking the one before it")
+    retrain: bool = option(
+        False, "train a stage anew, from its start, if its images or the stages before it have changed since"
+    )
     logging_steps: int = option(50, "steps between two lines of stats.jsonl", positive, group="logging")
     sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only", not_negative)
     report_to: Tracker = option("none", "tracker of Accelerate that gets the numbers too")
@@ -115,6 +121,34 @@ class TrainingOptions:
             raise ValueError("push_to_hub needs hub_model_id: name the repository, such as 'your-name/vaeplus-faces'.")
 
 
+RECORD = "training_options.json"  # beside the weights: how they were made, and from what
+
+
+def run_record(options: TrainingOptions, num_processes: int, made_from: dict[str, str]) -> dict:
+    """What `RECORD` says of a run: its options, and the fingerprints of its images and of the stages before it."""
+    return {**recorded_options(options), "num_processes": num_processes, "made_from": made_from}
+
+
+def read_record(folder: Path) -> dict:
+    """What `RECORD` in `folder` says, nothing if there is none; of a checkpoint of an earlier version, its run's.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / RECORD
+    if not path.exists() and folder.name.startswith("checkpoint-"):
+        path = folder.parent / RECORD
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not isinstance(record.get("made_from", {}), dict):
+            raise ValueError("expected a mapping of options")
+    except FileNotFoundError:
+        return {}
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --output_dir.") from error
+    return record
+
+
 def recorded_options(options: TrainingOptions) -> dict:
     """The options as they may be written down: without the token, or another secret in an address."""
     return {
@@ -127,7 +161,7 @@ def recorded_options(options: TrainingOptions) -> dict:
 # Options that may change between the parts of a run without making it another run.
 _FREE_OPTIONS = frozenset(
     "output_dir cache_dir max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
-    " strict_resume"
+    " strict_resume retrain"
     " logging_steps sample_steps report_to dataloader_num_workers torch_compile push_to_hub hub_model_id"
     " hub_subfolder hub_private_repo learning_rate max_grad_norm".split()
 )
@@ -139,17 +173,36 @@ LOCAL_OPTIONS = frozenset(
 )
 
 
-def refuse_other_options(written: Path, options: dict, passes_count: bool = False):
-    """A run that is resumed with another seed, model or data set would be neither the old run nor the new one.
+# Options that name what `made_from` knows by its content: another spelling, or another place, is the same run.
+_NAMES_OF_CONTENT = frozenset("train_data_dir train_data_files dataset_revision autoencoder vae made_from".split())
 
-    With a `global_batch_size` it does not matter who computes which part of the batch, unless `passes_count`: then
-    every forward pass changes the model, and their number per step must stay.
+
+def run_identity(record: dict) -> dict:
+    """What two parts of one run have in common, wherever its folders lie."""
+    return {name: value for name, value in record.items() if name not in _FREE_OPTIONS | LOCAL_OPTIONS}
+
+
+def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: bool = False) -> bool:
+    """Whether a run in `folder` goes on, or is to be trained anew because what it was made from has changed.
+
+    Args:
+        folder: of the run, for the message.
+        old, new: what is recorded of it, and what would be recorded of its continuation.
+        retrain: whether it may be trained anew.
+        passes_count: whether every forward pass changes the model, so that their number per step must stay. Otherwise
+            it does not matter, with a `global_batch_size`, who computes which part of the batch.
+
+    Raises:
+        ValueError: a run that is resumed with another seed, model or data set would be neither the old run nor the
+            new one.
     """
-    if not written.exists():
-        return
-    old, new = json.loads(written.read_text()), json.loads(json.dumps(options))
-    free = set(_FREE_OPTIONS)
-    if new.get("global_batch_size"):
+    old, new = dict(old), json.loads(json.dumps(new))
+    known, given = old.get("made_from"), new["made_from"]
+    stale = [] if known is None else [name for name in given if known.get(name) != given[name]]
+    if stale and retrain:
+        return False
+    free = set(_FREE_OPTIONS) | (set() if known is None else _NAMES_OF_CONTENT)
+    if old and new.get("global_batch_size"):
         if not old.get("global_batch_size"):
             is_one_pass = old["gradient_accumulation_steps"] == 1  # otherwise its noise was drawn for each pass
             old["global_batch_size"] = old["train_batch_size"] * old["num_processes"] if is_one_pass else None
@@ -158,9 +211,20 @@ def refuse_other_options(written: Path, options: dict, passes_count: bool = Fals
     if changed:
         changes = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
         raise ValueError(
-            f"{written.parent} holds a run with other options ({changes}): choose another --output_dir, or the options"
-            f" in {written.name}."
+            f"{folder} holds a run with other options ({changes}): choose another --output_dir, or the options in"
+            f" {RECORD}."
         )
+    if stale:
+        others = {"images": "other images", "autoencoder": "another autoencoder", "vae": "another first VAE"}
+        raise ValueError(
+            f"{folder} was trained on {' and '.join(others[name] for name in stale)} than what is there now: add"
+            " --retrain to train it anew from its start, or choose another --output_dir."
+        )
+    if known is None and old and given:
+        logger.warning(
+            "%s does not say what it was made from: it is taken to be the images and stages that are there now", folder
+        )
+    return True
 
 
 def with_own_batch(options: TrainingOptions, num_processes: int) -> TrainingOptions:

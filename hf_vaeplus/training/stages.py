@@ -33,10 +33,12 @@ from ..modeling_vaeplus import (
 )
 from ..pictures import image_grid
 from ..progress import tqdm
+from ..provenance import folder_fingerprint, weights_fingerprint
+from .checkpoints import checkpoint_step, list_checkpoints
 from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen
 from .launch import process_state, refuse_what_cannot_run
 from .loop import Stage, train
-from .options import STAGES, StageOptions, check_preset, stage_options
+from .options import STAGES, StageOptions, check_preset, goes_on, read_record, run_record, stage_options
 from .randomness import derived_seed
 
 
@@ -59,12 +61,19 @@ def build_stage(options: StageOptions, images=None) -> Stage:
     return build(options, images)
 
 
+def _made_from(images, **earlier: VAEPlusPreTrainedModel | None) -> dict[str, str]:
+    """What identifies the images and the stages that a stage is trained on, wherever they lie."""
+    stages = {stage: weights_fingerprint(model.state_dict()) for stage, model in earlier.items() if model is not None}
+    return {"images": images.fingerprint, **stages}
+
+
 def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
     """Train the three stages one after the other and save the pipeline.
 
     Each stage has its own folder: the `output_dir` of its section of the preset, or else a folder in `output_dir`.
 
-    Stages that are trained already are not trained again; one that was interrupted goes on.
+    Stages that are trained already are not trained again; one that was interrupted goes on. One whose images or
+    earlier stages have changed since is refused, or trained anew if `retrain` is set.
 
     Args:
         preset: see `load_preset`.
@@ -84,19 +93,70 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
     """The work of `train_all`: from the options and the images of each stage to the saved pipeline, which it returns.
 
     Raises:
-        ValueError: unknown model fields, checked for all stages before the first one trains.
+        ValueError: unknown model fields, other options than those of a stage that is there, or a stage whose images
+            or earlier stages have changed or are to be trained on: checked before the first one trains.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
     autoencoder = _autoencoder_config(options["autoencoder"], images["autoencoder"])
-    _second_stage_config(options["second_stage"], _vae_config(options["vae"], autoencoder))
+    vae = _vae_config(options["vae"], autoencoder)
+    configs = [autoencoder, vae, _second_stage_config(options["second_stage"], vae)]
+    _look_ahead(options, images, dict(zip(STAGES, configs, strict=True)))
+    output_dir.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         model = run_stage(options[stage], images[stage])
+    _check_that_stages_fit(options)
     pipe = build_pipeline(options["second_stage"], model)
     if process_state().is_main_process:
         channels, size, _ = pipe.image_shape
         pipe.image_processor = VAEPlusImageProcessor(size, channels, options["autoencoder"].source_crop)
         pipe.save_pretrained(output_dir / "pipeline")
     return pipe
+
+
+def _look_ahead(options: dict[str, StageOptions], images: dict, configs: dict):
+    """Raises ValueError now for what a later stage would be refused for after the earlier ones have trained."""
+    to_come = {}  # stage -> what training will do to its weights
+    for stage, each in options.items():
+        folder, checkpoints = Path(each.output_dir), list_checkpoints(each.output_dir)
+        if not checkpoints:
+            to_come[stage] = "from its start"
+            continue
+        earlier = [name for name in STAGES[: STAGES.index(stage)] if getattr(each, name)]
+        if changing := [name for name in earlier if name in to_come]:
+            if not each.retrain:
+                raise ValueError(
+                    f"{changing[0]} is to be trained {to_come[changing[0]]}, and {folder} was trained on it as it was:"
+                    f" add --retrain to train {stage} anew after it, or choose another --output_dir."
+                )
+            to_come[stage] = "anew"
+            continue
+        made_from = {name: read_record(Path(getattr(each, name))).get("weights") for name in earlier}
+        record = run_record(each, process_state().num_processes, {"images": images[stage].fingerprint, **made_from})
+        passes_count = getattr(configs[stage], "gamma", None) == "analytic"
+        if not goes_on(folder, read_record(checkpoints[-1]), record, each.retrain, passes_count):
+            to_come[stage] = "anew"
+        elif _steps_done(folder, checkpoints) < each.max_train_steps:
+            to_come[stage] = f"to {each.max_train_steps:,} steps"
+
+
+def _steps_done(folder: Path, checkpoints: list[Path]) -> int:
+    """Steps behind the model in `folder`; 0 if there is none."""
+    record = read_record(folder)
+    if "weights" in record:
+        return record["max_train_steps"]
+    return checkpoint_step(checkpoints[-1]) if (folder / "model.safetensors").exists() else 0  # an earlier version's
+
+
+def _check_that_stages_fit(options: dict[str, StageOptions]):
+    """Raises ValueError unless each stage was trained on the earlier ones as they are now."""
+    folders = {stage: Path(each.output_dir) for stage, each in options.items()}
+    weights = {stage: folder_fingerprint(folder) for stage, folder in folders.items()}
+    for stage, folder in folders.items():
+        for name, known in read_record(folder)["made_from"].items():
+            if name in weights and known != weights[name]:
+                raise ValueError(
+                    f"{folders[name]} has changed while {stage} was trained on it, so they are no pipeline: add"
+                    f" --retrain to train {stage} anew."
+                )
 
 
 def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, StageOptions]:
@@ -164,7 +224,8 @@ def _autoencoder_stage(options: StageOptions, images) -> Stage:
     def finish(trained):
         trained.match_spectrum(_some_images(images, trained.device))
 
-    return Stage(model, images, prepare, _previewer(options, images), finish if options.match_spectrum else None)
+    finishing = finish if options.match_spectrum else None
+    return Stage(model, images, prepare, _previewer(options, images), finishing, _made_from(images))
 
 
 def _vae_stage(options: StageOptions, images) -> Stage:
@@ -181,7 +242,7 @@ def _vae_stage(options: StageOptions, images) -> Stage:
                 return {**inputs, "mmd_weight": options.mmd_weight}
             return {**inputs, "kl_weight": _kl_weight(options, step)}
 
-        return Stage(model, images, prepare, _previewer(options, images))
+        return Stage(model, images, prepare, _previewer(options, images), made_from=_made_from(images))
 
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder)
     config = _vae_config(options, autoencoder.config)
@@ -207,7 +268,8 @@ def _vae_stage(options: StageOptions, images) -> Stage:
             inputs.update(targets=pixels, target_decoder=autoencoder.decode)
         return {**inputs, "noise": noise(config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
-    return Stage(model, dataset, prepare, _previewer(options, images))
+    made_from = _made_from(images, autoencoder=autoencoder)
+    return Stage(model, dataset, prepare, _previewer(options, images), made_from=made_from)
 
 
 @torch.no_grad()
@@ -265,7 +327,11 @@ def _second_stage(options: StageOptions, images) -> Stage:
         z = mean + (0.5 * logvar).exp() * noise(latent_dim)
         return {"inputs": z, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
-    return Stage(model, dataset, prepare, _previewer(options, images), finish if options.match_moments else None)
+    made_from, finishing = (
+        _made_from(images, autoencoder=autoencoder, vae=vae),
+        finish if options.match_moments else None,
+    )
+    return Stage(model, dataset, prepare, _previewer(options, images), finishing, made_from)
 
 
 def _some_images(images, device, count: int = 5_000) -> Iterator[torch.Tensor]:
