@@ -312,8 +312,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   arguments.return_generator(generator);
 }
 
-// `random_like(tensor)` and `randn(..., generator)` reach the fallback through `normal_` and the like, which look for
-// the generator's device themselves. Convolutions have a slot of their own for devices that PyTorch does not know.
+// Convolutions have a slot of their own for devices that PyTorch does not know.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
                    bool transposed, c10::SymIntArrayRef output_padding, c10::SymInt groups) {
@@ -365,6 +364,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("unfold", &at::native::unfold);
   library.impl("set_.source_Storage", &at::native::set_);
   library.impl("set_.source_Storage_storage_offset", static_cast<SetStorage>(&at::native::set_storage_cpu_));
+  // PyTorch would take these apart; CUDA has one kernel for a whole list.
+  for (const char* name : {"_foreach_add_.List", "_foreach_add_.Scalar", "_foreach_copy_", "_foreach_lerp_.Scalar",
+                           "_foreach_mul_.Scalar", "_foreach_mul_.Tensor", "_foreach_norm.Scalar", "_foreach_sub_.List"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   library.impl("convolution_overrideable", &convolution);
   library.impl("convolution_backward_overrideable", &convolution_backward);
 }
