@@ -6,7 +6,9 @@
 import contextlib
 import json
 import math
+import os
 import statistics
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from unittest import mock
 
 import simgpu
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hf_vaeplus import VAEPlusPipeline
@@ -76,10 +79,11 @@ class Scenarios:
 
     Args:
         folder: for all that is written.
+        home (*optional*): the folder in which `stages` has run already.
     """
 
-    def __init__(self, folder: Path):
-        self.home, self.folder, self.number = folder, folder, 0
+    def __init__(self, folder: Path, home: Path | None = None):
+        self.folder, self.home, self.number = folder, home or folder, 0
 
     def options(self, stage: str, **changes):
         earlier = {name: str(self.home / "trained" / name) for name in STAGES[: STAGES.index(stage)]}
@@ -101,12 +105,17 @@ class Scenarios:
     def stages(self):
         """The command `train`, all three stages: its pipeline is there, and every stage has learned something."""
         preset = self.folder / "preset.json"
-        preset.write_text(json.dumps({"common": COMMON | {"sample_steps": 4}} | {s: {"model": MODELS[s]} for s in STAGES}))
+        preset.write_text(
+            json.dumps({"common": COMMON | {"sample_steps": 4}} | {s: {"model": MODELS[s]} for s in STAGES})
+        )
         with Watch() as watch:
-            assert main(["train", "--config", str(preset), "--output_dir", str(self.home / "trained")]) == 0
+            places = ["--output_dir", str(self.folder / "trained"), "--cache_dir", str(self.folder / "cache")]
+            assert main(["train", "--config", str(preset), *places]) == 0
         watch.check()
         for stage in STAGES:
-            first, last = (load_file(self.home / "trained" / stage / f"checkpoint-{n}/model.safetensors") for n in (3, 6))
+            first, last = (
+                load_file(self.folder / "trained" / stage / f"checkpoint-{n}/model.safetensors") for n in (3, 6)
+            )
             still = [name for name in first if torch.equal(first[name], last[name]) and "weight" in name]
             assert not still, f"{stage}: {still} have not moved"
 
@@ -162,8 +171,8 @@ class Scenarios:
 
             return replace(stage, prepare=prepare)
 
-        straight, _ = self.train("second_stage", checkpointing_steps=4)
-        options = self.options("second_stage", checkpointing_steps=4)
+        straight, _ = self.train("vae", checkpointing_steps=4)
+        options = self.options("vae", checkpointing_steps=4)
         try:
             loop.train(spoiling(stages.build_stage(options)), replace(options, checkpointing_steps=5))
         except loop.TrainingDiverged as error:
@@ -198,7 +207,9 @@ class Scenarios:
             "log_likelihood": lambda pipe: pipe.log_likelihood(pixels, 4, torch.Generator().manual_seed(1)),
         }.items():
             on_cpu, on_device = map(call, pipes)
-            torch.testing.assert_close(on_device, on_cpu, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                on_device, on_cpu, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
         own = torch.Generator(DEVICE).manual_seed(1)
         assert pipes[1](2, own, output_type="pt").images.isfinite().all()
 
@@ -209,3 +220,51 @@ class Scenarios:
         handlers.sample(0, 2, 1.0)
         z, *values = handlers.start_from_sample(0)[:1]
         handlers.explore(z, *[0.0] * len(handlers.directions))
+
+    def two_processes(self):
+        """A mean gamma, an unused gamma, and a stage that goes on, in two processes: both come to the same model."""
+        folder = self.folder / f"two-{self.number}"
+        settings = dict(max_train_steps=3, checkpointing_steps=2, logging_steps=1)
+        for stage in ("vae", "second_stage"):
+            options = self.options(stage, output_dir=str(folder / stage), **settings)
+            model = stages.run_stage(options)
+            accelerator = Accelerator()
+            for name, tensor in model.state_dict().items():
+                parts = accelerator.gather(tensor.float().reshape(1, -1))
+                assert torch.equal(parts[0], parts[1]), f"{name} of stage {stage} differs between the processes"
+        resumed = replace(options, max_train_steps=4, resume_from_checkpoint="latest")
+        stages.run_stage(resumed)
+        small = dict(latent_dim=4, network="conv", hidden_channels=[4], gamma="learned")
+        own = dict(output_dir=str(folder / "wae"), autoencoder=None, mmd_weight=10.0, model=small)
+        stages.run_stage(self.options("vae", **own, **settings))
+
+
+def single(folder: Path, home: Path | None, names: list[str], mistakes: list[str], result: Path):
+    """Run scenarios and then plant mistakes, in this process; write what was found as JSON."""
+    import mistakes as planted
+
+    simgpu.set_float64("refuse")
+    found = {"scenarios": {}, "mistakes": {}, "seconds": {}}
+    scenarios = Scenarios(folder, home)
+
+    def failure(scenarios, name) -> str | None:
+        start = time.perf_counter()
+        try:
+            getattr(scenarios, name)()
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        finally:
+            found["seconds"][name] = round(time.perf_counter() - start, 2)
+
+    for name in names:
+        found["scenarios"][name] = failure(scenarios, name)
+    for number, name in enumerate(mistakes):
+        other = Scenarios(folder / f"mistake-{number}", home or folder)
+        other.folder.mkdir(exist_ok=True)
+        mistake = planted.MISTAKES[name]
+        with mistake.plant():
+            found["mistakes"][name] = next(filter(None, (failure(other, each) for each in mistake.scenarios)), None)
+    if "second_stage" in names:
+        found["steps"] = {stage: scenarios.train(stage, max_train_steps=12)[1].counts() for stage in STAGES}
+    if int(os.environ.get("RANK", 0)) == 0:
+        result.write_text(json.dumps(found))

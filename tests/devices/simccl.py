@@ -38,17 +38,17 @@ class SimCCL(dist.ProcessGroup):
         done.set_result(tensors)
         return torch._C._distributed_c10d._create_work_from_future(done)
 
-    def allreduce(self, tensors, options=None):
+    def allreduce(self, tensors, opts=None):
         return self._run(
-            "allreduce", tensors, lambda host: self._gloo.allreduce(host, options or dist.AllreduceOptions())
+            "allreduce", tensors, lambda host: self._gloo.allreduce(host, opts or dist.AllreduceOptions())
         )
 
-    def broadcast(self, tensors, options=None):
+    def broadcast(self, tensors, opts=None):
         return self._run(
-            "broadcast", tensors, lambda host: self._gloo.broadcast(host, options or dist.BroadcastOptions())
+            "broadcast", tensors, lambda host: self._gloo.broadcast(host, opts or dist.BroadcastOptions())
         )
 
-    def allgather(self, outputs, inputs, options=None):
+    def allgather(self, outputs, inputs, opts=None):
         size = len(outputs[0])
 
         def call(host):
@@ -56,7 +56,7 @@ class SimCCL(dist.ProcessGroup):
 
         return self._run("allgather", [*outputs[0], *inputs], call)
 
-    def barrier(self, options=None):
+    def barrier(self, opts=None):
         return self._run("barrier", [], lambda host: self._gloo.barrier())
 
 

@@ -7,10 +7,10 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import types
 from collections import Counter
 from pathlib import Path
@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from hf_vaeplus.data.sources import cache_folder
-
 SOURCE = Path(__file__).with_name("simgpu.cpp")
 
 
 def build() -> Path:
-    """The compiled extension, kept beside the cache of images; the first call takes half a minute."""
+    """The compiled extension; the first call on a machine takes half a minute."""
     paths = sysconfig.get_paths()
     home = Path(torch.__file__).parent
     made_of = SOURCE.read_bytes() + f"{torch.__version__} {home} {sys.version}".encode()
-    folder = cache_folder(os.environ.get("VAEPLUS_SIMGPU_CACHE")) / "simgpu"
+    folder = (
+        Path(tempfile.gettempdir()) / f"vaeplus-simgpu-{os.getuid()}"
+    )  # not the cache: tests have one of their own
     name = "simgpu_kernels" + sysconfig.get_config_var("EXT_SUFFIX")
     library = folder / hashlib.sha256(made_of).hexdigest()[:16] / name
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -42,11 +42,6 @@ def build() -> Path:
             subprocess.run(["g++", *flags.split(), *places, *libraries], check=True, capture_output=True, text=True)
             os.replace(partial, library)
     return library
-
-
-def why_not() -> str | None:
-    """Why the device cannot be built here, or `None`."""
-    return None if shutil.which("g++") else "the simulated device needs g++"
 
 
 def _load():
