@@ -160,9 +160,8 @@ def test_the_second_stages_z_follow_the_posterior(options, home):
         autoencoder = VAEPlusAutoencoderModel.from_pretrained(home / "autoencoder").eval()
         pixels = to_unit_range(open_images(options("vae")).__getitems__(INDICES)["pixel_values"])
         q = VAEPlusVAEModel.from_pretrained(home / "vae").eval().encode(autoencoder.encode(pixels))
-    torch.testing.assert_close(
-        batch["posterior"], torch.cat([q.mean, (0.5 * q.logvar).exp()], 1), rtol=1e-4, atol=1e-5
-    )
+    std = (0.5 * q.logvar).exp()
+    torch.testing.assert_close(batch["posterior"], torch.cat([q.mean, std], 1), rtol=1e-4, atol=1e-5)
     z = torch.stack([prepare(batch, noise_of(step), step)["inputs"] for step in range(200)])
     assert kstest(((z - q.mean) / std).flatten().numpy(), "norm").pvalue > 0.01
 

@@ -102,9 +102,10 @@ def encoding_on_cpu():
 
 @mistake("place", "a constant of the loss is made on the CPU", "second_stage")
 def constant_on_cpu():
-    return after(
-        VAEPlusVAEModel, "encode", lambda q, *_: GaussianPosterior(q.mean + torch.zeros(q.mean.shape), q.logvar)
-    )
+    def changed(posterior, *_):
+        return GaussianPosterior(posterior.mean + torch.zeros(posterior.mean.shape), posterior.logvar)
+
+    return after(VAEPlusVAEModel, "encode", changed)
 
 
 @mistake("place", "a parameter is used that was copied before the move", "second_stage")
@@ -305,9 +306,8 @@ TWO = "two_processes"
 @mistake("message", "scalars of the CPU are gathered", TWO)
 def gathers_of_the_cpu():
     def mean(run, values):
-        return (
-            run.accelerator.gather(values.view(torch.int32).cpu()).view(torch.float64).reshape(-1, len(values)).mean(0)
-        )
+        gathered = run.accelerator.gather(values.view(torch.int32).cpu())
+        return gathered.view(torch.float64).reshape(-1, len(values)).mean(0)
 
     return instead(loop._Run, "_mean_over_processes", mean)
 

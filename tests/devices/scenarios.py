@@ -129,7 +129,8 @@ class Scenarios:
 
     def streaming(self):
         for stage in STAGES:
-            options = self.options(stage, streaming=True, max_train_steps=3)
+            once = dict(match_spectrum=False, match_moments=False)  # of thousands of images, which `stages` does too
+            options = self.options(stage, streaming=True, max_train_steps=3, **once)
             stages.run_stage(options)
 
     def wasserstein(self):
@@ -166,8 +167,9 @@ class Scenarios:
 
         def spoiling(stage):
             def prepare(batch, noise, step):
-                arguments = stage.prepare(batch, noise, step)
-                return {**arguments, "inputs": arguments["inputs"] * (math.nan if step == 4 else 1)}
+                if step == 4:  # the gradient alone: an analytic gamma has moved by then
+                    stage.model.affine_skip.bias.register_hook(lambda gradient: gradient * math.nan)
+                return stage.prepare(batch, noise, step)
 
             return replace(stage, prepare=prepare)
 
@@ -239,7 +241,7 @@ class Scenarios:
         stages.run_stage(self.options("vae", **own, **settings))
 
 
-def single(folder: Path, home: Path | None, names: list[str], mistakes: list[str], result: Path):
+def run(folder: Path, home: Path | None, names: list[str], mistakes: list[str], result: Path):
     """Run scenarios and then plant mistakes, in this process; write what was found as JSON."""
     import mistakes as planted
 
