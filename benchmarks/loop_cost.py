@@ -24,14 +24,8 @@ from hf_vaeplus.training.randomness import Noise
 
 # How often they come in the preset celeba64-cpu, in steps.
 LOG_EVERY, SAVE_EVERY = 50, 500
-LOOP = (
-    "train",
-    "take_step",
-    "_accumulate_gradient",
-    "_update",
-    "look",
-    "_accept",
-)  # the functions of loop.py that every step is made of
+# The functions of loop.py that every step is made of.
+LOOP = ("train", "take_step", "_accumulate_gradient", "_update", "look", "_accept")
 # What they call, by the name of the function and part of its file's path.
 PIECES = {
     "data": [("next", ""), ("__next__", "")],

@@ -318,6 +318,38 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(tmp_path):
     assert clipped < 0.02
 
 
+def flags() -> dict:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return {
+        "tf32": (matmul.allow_tf32, cudnn.allow_tf32),
+        "benchmark": cudnn.benchmark,
+        "deterministic": (cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
+    }
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, {"tf32": (False, False), "benchmark": True, "deterministic": (False, False)}),
+        ({"allow_tf32": True}, {"tf32": (True, True), "benchmark": True, "deterministic": (False, False)}),
+        ({"cudnn_benchmark": False}, {"tf32": (False, False), "benchmark": False, "deterministic": (False, False)}),
+        ({"deterministic": True}, {"tf32": (False, False), "benchmark": False, "deterministic": (True, True)}),
+    ],
+)
+def test_a_gpu_computes_as_the_options_say_while_it_trains(tmp_path, monkeypatch, options, expected):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before, seen = flags(), []
+
+    def prepare(batch, noise, step):
+        seen.append(flags())
+        return prepare_rows(batch, noise, step)
+
+    fit(tmp_path, prepare=prepare, **options)
+    assert seen == [expected] * 8
+    assert flags() == before
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's own
+
+
 # ------------------------------------------------------------------------------------------------------ divergence
 
 
