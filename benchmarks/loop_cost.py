@@ -32,7 +32,7 @@ PIECES = {
     "arguments: pixels to floats, noise": [("prepare", ""), ("__init__", "randomness.py")],
     "forward": [("_wrapped_call_impl", ""), ("__call__", "module.py")],
     "backward": [("backward", "")],
-    "gradient norm and clipping": [("_no_grad_wrapper", "clip_grad")],
+    "gradient norm and clipping": [("_clip_gradients", "loop.py")],
     "optimizer": [("wrapper", "optim"), ("zero_grad", "")],
     "learning rate": [("step", "lr_scheduler"), ("get_last_lr", "")],
     "moving average": [("_update_average", "")],

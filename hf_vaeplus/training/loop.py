@@ -32,7 +32,6 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, get_scheduler
 
@@ -125,6 +124,14 @@ def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: 
     if isinstance(dataset, TensorRows):
         return resident_batches(dataset, sampler, accelerator.device)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=keep_batch, **loading)
+
+
+def _clip_gradients(gradients: list[torch.Tensor], options: TrainingOptions) -> torch.Tensor:
+    """Clip to `max_grad_norm` and return the norm before, as `torch.nn.utils.clip_grad_norm_`, for one device alone."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if options.max_grad_norm:
+        torch._foreach_mul_(gradients, (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def _update_average(average: list[torch.Tensor], parameters: list[nn.Parameter], steps: int, decay: float):
@@ -355,9 +362,7 @@ class _Run:
         passes = [self._accumulate_gradient(number) for number in range(options.gradient_accumulation_steps)]
         if state.scaler is not None:
             state.scaler.unscale_(state.optimizer)
-        grad_norm = get_total_norm([each.grad for each in self.parameters if each.grad is not None])
-        if options.max_grad_norm:
-            clip_grads_with_norm_(self.parameters, options.max_grad_norm, grad_norm)
+        grad_norm = _clip_gradients([each.grad for each in self.parameters if each.grad is not None], options)
         scalars = [value for each in passes for value in each.values()]
         values, arrived = _to_host(torch.stack([*scalars, grad_norm]))
         step = _UnseenStep(list(passes[0]), values, arrived, buffers)

@@ -216,7 +216,7 @@ def item_of_the_loss():
 
 @mistake("wait", "the norm of the gradient decides on the host whether to clip", "second_stage")
 def norm_decides():
-    return after(loop, "get_total_norm", lambda norm, *_: (bool(norm > 1.0), norm)[1])
+    return after(loop, "_clip_gradients", lambda norm, *_: (bool(norm > 1.0), norm)[1])
 
 
 @mistake("wait", "the values of a step are copied to the host at once", "second_stage")
