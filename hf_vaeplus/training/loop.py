@@ -127,7 +127,7 @@ def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: 
 
 
 def _clip_gradients(gradients: list[torch.Tensor], options: TrainingOptions) -> torch.Tensor:
-    """Clip to `max_grad_norm` and return the norm before, as `torch.nn.utils.clip_grad_norm_`, for one device alone."""
+    """Clip to `max_grad_norm` and return the norm before; as `torch.nn.utils.clip_grad_norm_`, for one device."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if options.max_grad_norm:
         torch._foreach_mul_(gradients, (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import launching
 import pytest
+import torch
 from mistakes import MISTAKES, TWO
+from packaging.version import Version
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the simulated accelerator needs the compiler g++")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the simulated accelerator needs the compiler g++"),
+    pytest.mark.skipif(
+        Version(torch.__version__) < Version("2.13"), reason="the simulated accelerator is written for PyTorch 2.13"
+    ),
+]
 HAS_DEMO = importlib.util.find_spec("gradio") is not None
 
 
