@@ -17,7 +17,7 @@ from common import benchmark, in_turn, seconds_of, synthetic_images
 from train_throughput import ADAMW, CASES, build
 
 from hf_vaeplus.data.pixels import to_unit_range
-from hf_vaeplus.training.randomness import BatchNoise, GlobalBatchSampler
+from hf_vaeplus.training.randomness import GlobalBatchSampler, Noise
 
 USED = "used: bf16 autocast, channels last"
 
@@ -36,10 +36,11 @@ def step_of(case, batch_size, autocast=True, channels_last=True, inside="none", 
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (batch_size, channels, size, size), dtype=torch.uint8, generator=generator)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
+    noise = Noise(0, batch_size, torch.device("cpu"))
 
     def step(number: int):
         torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = inside
-        arguments = prepare({"pixel_values": pixels}, BatchNoise(0, number, batch_size, 0, 1, "cpu"), number)
+        arguments = prepare({"pixel_values": pixels}, noise.at(number, slice(batch_size)), number)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = forward(**arguments).loss
         loss.backward()

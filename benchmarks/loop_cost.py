@@ -20,18 +20,19 @@ from train_throughput import ADAMW, CASES, build
 
 from hf_vaeplus.training.loop import Stage, train
 from hf_vaeplus.training.options import TrainingOptions
-from hf_vaeplus.training.randomness import BatchNoise
+from hf_vaeplus.training.randomness import Noise
 
 # How often they come in the preset celeba64-cpu, in steps.
 LOG_EVERY, SAVE_EVERY = 50, 500
-LOOP = ("train", "take_step", "_accumulate_gradient")  # the functions of loop.py that every step is made of
+# The functions of loop.py that every step is made of.
+LOOP = ("train", "take_step", "_accumulate_gradient", "_update", "look", "_accept")
 # What they call, by the name of the function and part of its file's path.
 PIECES = {
     "data": [("next", ""), ("__next__", "")],
     "arguments: pixels to floats, noise": [("prepare", ""), ("__init__", "randomness.py")],
     "forward": [("_wrapped_call_impl", ""), ("__call__", "module.py")],
     "backward": [("backward", "")],
-    "gradient norm and clipping": [("_no_grad_wrapper", "clip_grad")],
+    "gradient norm and clipping": [("_clip_gradients", "loop.py")],
     "optimizer": [("wrapper", "optim"), ("zero_grad", "")],
     "learning rate": [("step", "lr_scheduler"), ("get_last_lr", "")],
     "moving average": [("_update_average", "")],
@@ -107,11 +108,11 @@ def measure(args) -> dict:
             num_steps = Clock.warmup + 1 + (args.pick(2, 8, 20) if case != "mlp" else args.pick(2, 100, 500))
             model, prepare = build(case)
             images = synthetic_images(Path(folder) / case, 20 * batch_size, size, 1 if case == "mlp" else 3)
-            arguments = []
+            arguments, noise = [], Noise(0, batch_size, torch.device("cpu"))
             for step in range(num_steps):
                 start = step % 20 * batch_size
                 batch = images.batch(range(start, start + batch_size))
-                arguments.append(prepare(batch, BatchNoise(0, step, batch_size, 0, 1, "cpu"), step))
+                arguments.append(prepare(batch, noise.at(step, slice(batch_size)), step))
 
             def whole(case=case, num_steps=num_steps, batch_size=batch_size, images=images, prepare=prepare, **more):
                 options = options_of(folder, args.precision, num_steps, batch_size, **more)

@@ -37,6 +37,23 @@ def sole_run(output_dir: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def sole_use(cache_dir: Path, purpose: str) -> Iterator[None]:
+    """Hold a lock in a cache, of which processes with this purpose know, and wait for it as long as it takes.
+
+    Raises:
+        OSError: the cache cannot be made.
+    """
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache {cache_dir} cannot be made ({error.strerror}); name another folder as cache_dir"
+        ) from error
+    with FileLock(cache_dir / f"{hashlib.sha256(purpose.encode()).hexdigest()[:32]}.lock"):
+        yield
+
+
 def write_whole(path: Path, write: Callable[[Path], object]):
     """Replace a file by what `write(partial)` writes, whole or not at all: `partial` has the suffix of `path`."""
     partial = path.with_name(f".partial.{os.getpid()}.{path.name}")

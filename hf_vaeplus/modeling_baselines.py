@@ -295,6 +295,7 @@ class WAEMMDModel(VAEPlusVAEModel):
         super().__init__(config)
         with torch.no_grad():
             self.encoder[-1].bias[config.latent_dim :] = -30.0
+        self.log_gamma.requires_grad_(False)  # a learned one: DistributedDataParallel would wait for its gradient
 
     def forward(
         self,

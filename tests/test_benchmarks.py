@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_loop_cost(run):
     pieces = {row["piece"]: row["ms"] for row in found["pieces"]}
     for piece in ("data", "forward", "backward", "optimizer", "moving average", "checkpoint"):
         assert pieces[piece] > 0, piece  # a renamed function of the loop would leave its piece empty
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the simulated accelerator needs the compiler g++")
+def test_devices(run):
+    found = run("devices")
+    assert [row["waits"] for row in found["steps"]] == [0, 0, 0]
+    assert all(row["found_by"] for row in found["mistakes"])
+    assert {row["candidate"] for row in found["host_time"]} == {"bare", "train()"}
 
 
 def test_data_routes(run):

@@ -100,11 +100,7 @@ def test_forward_passes_share_the_rows_and_the_noise_of_a_step(tmp_path, whole, 
         ({"global_batch_size": 8}, {"global_batch_size": 16}, "global_batch_size 8 -> 16"),
         ({"global_batch_size": 8}, {"train_batch_size": 8}, "global_batch_size 8 -> None"),
         ({"train_batch_size": 4}, {"global_batch_size": 8}, "global_batch_size 4 -> 8"),
-        (
-            {"train_batch_size": 4, "gradient_accumulation_steps": 2},
-            {"global_batch_size": 8},
-            "global_batch_size None -> 8",
-        ),
+        ({"train_batch_size": 4, "gradient_accumulation_steps": 2}, {"global_batch_size": 8}, "accumulation_steps 2"),
     ],
 )
 def test_what_a_run_may_go_on_with(tmp_path, before, after, told):

@@ -17,10 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from helpers import LAUNCH_TWO, Launched, contents
 from safetensors.torch import load_file
 
-from hf_vaeplus.training import checkpoints, stages
+from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel
+from hf_vaeplus.evaluation import evaluate
+from hf_vaeplus.training import checkpoints, shared_folder, stages
+from hf_vaeplus.training.codes import encode_dataset
 from hf_vaeplus.training.options import stage_options
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_stage.py"
@@ -77,6 +82,46 @@ def train_stages(stages_and_options: dict):
     """Every stage for three steps, from the stages that are there already."""
     for stage, options in stages_and_options.items():
         stages.run_stage(stage_options(stage, **options))
+
+
+def without_barriers(folder: Path):
+    """Opens images, encodes them and fits bins in two processes, with barriers forbidden: who waits for rank 0 at one
+    does so no longer than the process group's timeout, and decoding can take hours."""
+    options = stage_options("vae", dataset_name="digits", resolution=32, num_channels=1, cache_dir=str(folder / "new"))
+    stages.process_state()
+
+    def forbidden(*_, **__):
+        raise AssertionError("a process waits at a barrier")
+
+    torch.distributed.barrier = forbidden
+    images = stages.open_images(options)
+    config = VAEPlusAutoencoderConfig(image_size=32, num_channels=1, latent_dim=4, hidden_channels=(4,))
+    torch.manual_seed(0)
+    autoencoder = VAEPlusAutoencoderModel(config)
+    assert len(encode_dataset(images, autoencoder, autoencoder.encode)) == len(images)
+    assert len(evaluate._fitted_bins(images, 40, 4).centres) == 4
+
+
+def two_machines(folder: Path):
+    """What two processes with their own or a common folder are told; and a stage with a gamma that no loss uses."""
+    accelerator, rank = Accelerator(), int(os.environ["RANK"])
+    own = folder / f"machine-{rank}"
+    for place in (own, folder):
+        place.mkdir(exist_ok=True)
+    shared_folder._PATIENCE = 0.1
+    for place, step, told in (
+        (own, 0, r"processes \[1\] do not see the folder"),
+        (folder, rank, r"different checkpoints in .*steps \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            shared_folder.refuse_other_folders(accelerator, place, step)
+    shared_folder.refuse_other_folders(accelerator, folder, 7)
+    accelerator.wait_for_everyone()
+    assert not list(folder.rglob(".seen-by-all-*"))
+    model = {"latent_dim": 4, "network": "conv", "hidden_channels": [4], "gamma": "learned"}
+    images = dict(dataset_name="digits", resolution=32, num_channels=1, max_train_samples=40, train_batch_size=4)
+    options = dict(mmd_weight=10.0, model=model, max_train_steps=3, output_dir=str(folder / "wae"))
+    stages.run_stage(stage_options("vae", **images, **options))
 
 
 @contextlib.contextmanager
@@ -198,6 +243,11 @@ def test_nan_in_one_process_stops_both_and_the_run_can_go_on(workplace):
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-17"]
     finish(workplace.folder, 2, example, [*arguments, "--resume_from_checkpoint", "latest"])
     assert contents(output_dir) == contents(straight)
+
+
+@pytest.mark.parametrize("target", [without_barriers, two_machines])
+def test_several_processes(workplace, tmp_path, target):
+    finish(workplace.folder, 2, target, tmp_path)
 
 
 def test_two_processes_take_the_steps_of_one_with_their_batches_together(workplace):

@@ -28,7 +28,7 @@ from hf_vaeplus.evaluation.summaries import summarize
 from hf_vaeplus.training import stages
 from hf_vaeplus.training.codes import encode_dataset, load_frozen
 from hf_vaeplus.training.options import STAGES, StageOptions, load_preset, stage_options
-from hf_vaeplus.training.randomness import BatchNoise
+from hf_vaeplus.training.randomness import BatchNoise, Noise
 from hf_vaeplus.training.stages import open_images, open_stage_images, run_stage, train_all
 
 CODE_DIM, Z_DIM, BATCH = 6, 4, 5
@@ -69,7 +69,7 @@ def build(options: StageOptions):
 
 
 def noise_of(step: int, seed: int = 0) -> BatchNoise:
-    return BatchNoise(seed, step, BATCH, 0, 1, torch.device("cpu"))
+    return Noise(seed, BATCH, torch.device("cpu")).at(step, slice(BATCH))
 
 
 INDICES = [3, 0, 5, 39, 1]
@@ -145,8 +145,8 @@ def test_the_second_stage_draws_z_afresh_at_each_step_and_only_from_seed_and_ste
     batch = dataset.__getitems__(INDICES)
     arguments = prepare(batch, noise_of(2), 2)
     eps, own = (draw := noise_of(2))(Z_DIM), draw(Z_DIM)
-    mean, logvar = batch["posterior"].chunk(2, dim=1)
-    torch.testing.assert_close(arguments["inputs"], mean + logvar.exp().sqrt() * eps)
+    mean, std = batch["posterior"].chunk(2, dim=1)
+    torch.testing.assert_close(arguments["inputs"], mean + std * eps)
     assert torch.equal(arguments["noise"], own)  # the second VAE's own noise is not that of z
     assert torch.equal(prepare(batch, noise_of(2), 2)["inputs"], arguments["inputs"])
     assert not torch.isclose(prepare(batch, noise_of(3), 3)["inputs"], arguments["inputs"]).any()
@@ -160,9 +160,10 @@ def test_the_second_stages_z_follow_the_posterior(options, home):
         autoencoder = VAEPlusAutoencoderModel.from_pretrained(home / "autoencoder").eval()
         pixels = to_unit_range(open_images(options("vae")).__getitems__(INDICES)["pixel_values"])
         q = VAEPlusVAEModel.from_pretrained(home / "vae").eval().encode(autoencoder.encode(pixels))
-    torch.testing.assert_close(batch["posterior"], torch.cat([q.mean, q.logvar], 1), rtol=1e-4, atol=1e-5)
+    std = (0.5 * q.logvar).exp()
+    torch.testing.assert_close(batch["posterior"], torch.cat([q.mean, std], 1), rtol=1e-4, atol=1e-5)
     z = torch.stack([prepare(batch, noise_of(step), step)["inputs"] for step in range(200)])
-    assert kstest(((z - q.mean) / (0.5 * q.logvar).exp()).flatten().numpy(), "norm").pvalue > 0.01
+    assert kstest(((z - q.mean) / std).flatten().numpy(), "norm").pvalue > 0.01
 
 
 def test_the_second_stage_starts_below_the_variance_of_what_it_models(options):

@@ -45,7 +45,7 @@ from hf_vaeplus.training.codes import TensorRows
 from hf_vaeplus.training.logs import HealthWatch
 from hf_vaeplus.training.loop import Stage, TrainingDiverged, train
 from hf_vaeplus.training.options import Schedule, StageOptions, Tracker, TrainingOptions
-from hf_vaeplus.training.randomness import BatchNoise, GlobalBatchSampler, derived_seed
+from hf_vaeplus.training.randomness import GlobalBatchSampler, Noise, derived_seed
 
 
 def make_autoencoder() -> VAEPlusAutoencoderModel:
@@ -121,10 +121,22 @@ def test_epochs_and_seeds_have_different_orders():
     assert len({tuple(order) for order in orders}) == 6
 
 
-def global_noise(seed, forward_pass, world_size, global_batch=12, dims=(5, 3)):
-    size = global_batch // world_size
-    ranks = [BatchNoise(seed, forward_pass, size, rank, world_size, "cpu") for rank in range(world_size)]
-    return [torch.cat([noise(dim) for noise in ranks]) for dim in dims]  # two draws each, as the second stage makes
+def global_noise(seed, step, num_parts, num_rows=12, dims=(5, 3)):
+    """The noise of a step in parts, each drawn as its own process would draw it."""
+    size, cpu = num_rows // num_parts, torch.device("cpu")
+    parts = [Noise(seed, num_rows, cpu).at(step, slice(first, first + size)) for first in range(0, num_rows, size)]
+    return [torch.cat([noise(dim) for noise in parts]) for dim in dims]  # two draws each, as the second stage makes
+
+
+@pytest.mark.parametrize("num_rows, dim", [(12, 5), (2**9, 2**9), (2**11, 2**10)])  # blocks of 64, 4 and 1 steps
+def test_noise_does_not_depend_on_where_a_run_starts(num_rows, dim):
+    """In the middle of a block, at its end, or after others."""
+    rows = slice(1, 3)
+    running = Noise(3, num_rows, torch.device("cpu"))
+    from_the_start = [running.at(step, rows)(dim) for step in range(70)]
+    for step in (0, 5, 63, 64, 69):
+        assert torch.equal(Noise(3, num_rows, torch.device("cpu")).at(step, rows)(dim), from_the_start[step])
+    assert len(torch.cat(from_the_start).unique(dim=0)) == 2 * 70
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 12])
@@ -140,7 +152,8 @@ def test_noise_is_new_in_every_row_draw_pass_and_seed():
 
 
 def test_noise_is_standard_normal_with_independent_rows():
-    draws = torch.stack([BatchNoise(0, forward_pass, 3, 0, 1, "cpu")(2).flatten() for forward_pass in range(4000)])
+    noise = Noise(0, 3, torch.device("cpu"))
+    draws = torch.stack([noise.at(step, slice(3))(2).flatten() for step in range(4000)])
     assert draws.mean(0).abs().max() < 4 * 4000**-0.5
     assert (torch.cov(draws.T) - torch.eye(6)).abs().max() < 6 * 4000**-0.5
 
@@ -195,8 +208,9 @@ def trained_plainly(model, dataset, prepare, max_grad_norm, learning_rate, adam_
     settings = dict(lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, eps=adam_epsilon)
     optimizer = torch.optim.AdamW(groups, **settings, foreach=False, fused=False)
     learned, average = dict(model.named_parameters()), {}
+    source = Noise(0, batch_size, torch.device("cpu"))
     for step, indices in enumerate(GlobalBatchSampler(len(dataset), batch_size, 0, 0, 1, 0, steps)):
-        noise = BatchNoise(0, step, batch_size, 0, 1, torch.device("cpu"))
+        noise = source.at(step, slice(batch_size))
         optimizer.zero_grad(set_to_none=False)
         model(**prepare(dataset.__getitems__(indices), noise, step)).loss.backward()
         if max_grad_norm:
@@ -304,6 +318,38 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(tmp_path):
     assert clipped < 0.02
 
 
+def flags() -> dict:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return {
+        "tf32": (matmul.allow_tf32, cudnn.allow_tf32),
+        "benchmark": cudnn.benchmark,
+        "deterministic": (cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
+    }
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, {"tf32": (False, False), "benchmark": True, "deterministic": (False, False)}),
+        ({"allow_tf32": True}, {"tf32": (True, True), "benchmark": True, "deterministic": (False, False)}),
+        ({"cudnn_benchmark": False}, {"tf32": (False, False), "benchmark": False, "deterministic": (False, False)}),
+        ({"deterministic": True}, {"tf32": (False, False), "benchmark": False, "deterministic": (True, True)}),
+    ],
+)
+def test_a_gpu_computes_as_the_options_say_while_it_trains(tmp_path, monkeypatch, options, expected):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before, seen = flags(), []
+
+    def prepare(batch, noise, step):
+        seen.append(flags())
+        return prepare_rows(batch, noise, step)
+
+    fit(tmp_path, prepare=prepare, **options)
+    assert seen == [expected] * 8
+    assert flags() == before
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's own
+
+
 # ------------------------------------------------------------------------------------------------------ divergence
 
 
@@ -407,7 +453,7 @@ def test_fp16_is_refused_on_a_cpu_where_nothing_would_be_half(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kill_step", [1, 2, 3, 5])  # steps 1 and 3 are skipped: the scale starts too high
+@pytest.mark.parametrize("kill_step", [1, 2, 3, 5])  # steps 1 and 2 are skipped: the scale starts too high
 def test_fp16_goes_on_bit_for_bit(tmp_path, kill_step):
     options = dict(mixed_precision="fp16", logging_steps=1, checkpointing_steps=1, checkpoints_total_limit=10)
     with fp16_on_cpu():
@@ -420,7 +466,7 @@ def test_fp16_goes_on_bit_for_bit(tmp_path, kill_step):
     scales = [2.0**16] + [json.loads((path / "progress.json").read_text())["scaler"]["scale"] for path in saved]
     weights = [load_file(path / "model.safetensors")["affine_skip.weight"] for path in saved]
     skipped = [line["grad_norm"] is None for line in stats_of(tmp_path / "straight")]  # JSON has no infinity
-    assert skipped == [True, False, True] + [False] * 5
+    assert skipped == [True, True] + [False] * 6
     assert skipped == [after == before / 2 for before, after in pairwise(scales)]
     assert skipped[1:] == [torch.equal(before, after) for before, after in pairwise(weights)]
 

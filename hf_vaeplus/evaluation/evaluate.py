@@ -257,7 +257,7 @@ def evaluate(
 
     bins = []
     for k in tqdm(num_bins, desc="k-means", disable=not (num_bins and shares.accelerator.is_main_process)):
-        bins.append(_fitted_bins(training_images, num_training, k, shares))
+        bins.append(_fitted_bins(training_images, num_training, k))
     judges = [
         Judge(extractor, real("reference"), bins if position == 0 else (), shares.gather)
         for position, extractor in enumerate(extractors)
@@ -358,7 +358,7 @@ def _check(
         )
 
 
-def _fitted_bins(images, count: int, num_bins: int, shares: _Shares) -> NDB:
+def _fitted_bins(images, count: int, num_bins: int) -> NDB:
     """Bins of the first `count` images, fitted once and kept beside the image cache."""
     key = hashlib.sha256(f"NDB 1 {images.fingerprint} {count} {num_bins}".encode()).hexdigest()[:32]
     path = Path(images.path).parent.parent / "bins" / f"{key}.safetensors"
@@ -366,8 +366,7 @@ def _fitted_bins(images, count: int, num_bins: int, shares: _Shares) -> NDB:
     def build(path: Path):
         NDB.fit(_uint8(images, range(count)), num_bins).save(path)
 
-    with shares.accelerator.main_process_first():
-        return build_once(path, build, NDB.load)
+    return build_once(path, build, NDB.load)
 
 
 def _other_images(images, training_images, count: int) -> tuple | None:

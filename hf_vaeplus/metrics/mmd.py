@@ -1,5 +1,6 @@
 """Maximum mean discrepancy between two sets of latents, with the kernels of "Wasserstein Auto-Encoders"."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def imq_mmd(
         scales (sequence of `float`): s, positive.
 
     Returns:
-        `torch.Tensor` of shape `()`: float64, on the device of `x`.
+        `torch.Tensor` of shape `()`: float64 (float32 where the device has no other), on the device of `x`.
 
     Raises:
         ValueError: wrong shapes, or a variance or scale that is not positive.
@@ -43,7 +44,8 @@ def imq_mmd(
             f"prior_variance and all scales must be positive, got prior_variance={prior_variance}, scales={scales}."
         )
     widths = [scale * 2 * x.shape[1] * prior_variance for scale in scales]
-    x, y = x.double(), y.double()
+    widest = _widest_float(x.device)
+    x, y = x.to(widest), y.to(widest)
     # The kernel sees differences alone; a common offset would cost the precision of |a|^2 + |b|^2 - 2 ab.
     origin = y.detach().mean(0)
     x, y = x - origin, y - origin
@@ -51,6 +53,14 @@ def imq_mmd(
     within_x = (_sum_of_kernels(x, None, widths) - len(x) * diagonal) / (len(x) * (len(x) - 1))
     within_y = (_sum_of_kernels(y, None, widths) - len(y) * diagonal) / (len(y) * (len(y) - 1))
     return within_x + within_y - 2 * _sum_of_kernels(x, y, widths) / (len(x) * len(y))
+
+
+@functools.cache
+def _widest_float(device: torch.device) -> torch.dtype:
+    try:
+        return torch.empty(0, dtype=torch.float64, device=device).dtype
+    except TypeError:  # Apple's MPS
+        return torch.float32
 
 
 def _sum_of_kernels(x: torch.Tensor, y: torch.Tensor | None, widths: Sequence[float]) -> torch.Tensor:

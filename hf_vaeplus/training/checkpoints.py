@@ -157,12 +157,12 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None
     ema: PreTrainedModel | None
     window: torch.Tensor | None = None  # sums of the logged scalars since the last line of stats.jsonl
-    window_passes: int = 0
+    window_steps: int = 0
     step: int = 0
     identity: dict = field(default_factory=dict)  # what a run that goes on from here must share with this one
 
     def _progress(self) -> dict:
-        progress = {"step": self.step, "window_passes": self.window_passes, "scheduler": self.scheduler.state_dict()}
+        progress = {"step": self.step, "window_steps": self.window_steps, "scheduler": self.scheduler.state_dict()}
         return progress if self.scaler is None else {**progress, "scaler": self.scaler.state_dict()}
 
     def _read_progress(self, path: Path) -> dict:
@@ -227,7 +227,7 @@ class TrainingState:
         _load_weights(self.model, checkpoint / "model.safetensors")
         if self.ema is not None:
             _load_weights(self.ema, checkpoint / "ema" / "model.safetensors")
-        self.step, self.window_passes = progress["step"], progress["window_passes"]
+        self.step, self.window_steps = progress["step"], progress["window_steps"]
         tensors = _tensors(checkpoint / "optimizer.safetensors")
         window = tensors.pop("window", None)
         self.window = None if window is None else window.to(self.model.device)

@@ -1,7 +1,8 @@
 """Codes and posteriors of a whole data set: computed once by a frozen stage and kept beside the image cache."""
 
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def encode_dataset(images, model: VAEPlusPreTrainedModel, encode: Callable) -> t
     def build(path: Path):
         loader = DataLoader(images, batch_size=256, collate_fn=keep_batch)
         parts = []
-        for batch in tqdm(loader, desc="encoding", disable=not state.is_main_process):
+        for batch in tqdm(loader, desc="encoding"):
             pixels = to_unit_range(batch["pixel_values"].to(state.device))
             parts.append(encode(pixels).float().cpu())
         save_file({"rows": torch.cat(parts)}, path)
@@ -57,8 +58,7 @@ def encode_dataset(images, model: VAEPlusPreTrainedModel, encode: Callable) -> t
             raise ValueError(f"expected one row for each of {len(images)} images")
         return rows
 
-    with state.main_process_first():
-        return build_once(path, build, load)
+    return build_once(path, build, load)  # the others wait for its lock: for a barrier they could wait too long
 
 
 class TensorRows(Dataset):
@@ -75,6 +75,26 @@ class TensorRows(Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict:
         return self[torch.as_tensor(indices)]
+
+
+def resident_batches(rows: TensorRows, batches: Iterable[list[int]], device: torch.device) -> Iterator[dict]:
+    """The batches of those indices, taken on the device from rows that lie there whole.
+
+    Indices go there for many batches in one copy, which the host does not wait for.
+    """
+    tensors = {name: tensor.to(device) for name, tensor in rows.tensors.items()}
+    batches = iter(batches)
+    while block := list(itertools.islice(batches, 64)):
+        indices = torch.tensor(block)
+        if has_pinned_memory(device):
+            indices = indices.pin_memory()
+        for part in indices.to(device, non_blocking=True):
+            yield {name: tensor[part] for name, tensor in tensors.items()}
+
+
+def has_pinned_memory(device: torch.device) -> bool:
+    """Whether copies between the host and this device can go on while the host does."""
+    return device.type not in ("cpu", "mps")
 
 
 class EncodedImages(Dataset):

@@ -19,8 +19,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from PIL import Image
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, get_scheduler
 
@@ -39,8 +40,10 @@ from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
 from ..provenance import weights_fingerprint
+from .arithmetic import arithmetic_of
 from .checkpoints import (
     TrainingState,
+    checkpoint_step,
     drop_oldest,
     drop_run,
     find_checkpoint,
@@ -48,6 +51,7 @@ from .checkpoints import (
     list_checkpoints,
     save_model,
 )
+from .codes import TensorRows, has_pinned_memory, resident_batches
 from .launch import compile_settings, refuse_what_cannot_run
 from .logs import HealthWatch, drop_lines_after, postfix
 from .options import (
@@ -61,7 +65,8 @@ from .options import (
     run_record,
     with_own_batch,
 )
-from .randomness import BatchNoise, GlobalBatchSampler
+from .randomness import BatchNoise, GlobalBatchSampler, Noise
+from .shared_folder import refuse_other_folders
 
 logger = logging.getLogger(__name__)
 
@@ -118,16 +123,38 @@ def _optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.optim.
     )
 
 
-def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: int, last: int) -> DataLoader:
+def _in_step(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """The model, whose gradients are means over all processes, if there are several.
+
+    `accelerator.prepare` would also copy every output, to make it float32; ours are float32 where it matters.
+    """
+    if accelerator.num_processes == 1:
+        return model
+    on_cpu = accelerator.device.type == "cpu"
+    # All processes come to the same buffers by themselves: an analytic gamma is a mean over all of them.
+    return DistributedDataParallel(model, device_ids=None if on_cpu else [accelerator.device], broadcast_buffers=False)
+
+
+def _loader(dataset, options: TrainingOptions, accelerator: Accelerator, first: int, last: int) -> Iterable[dict]:
     place = dict(rank=accelerator.process_index, world_size=accelerator.num_processes)
-    loading = dict(num_workers=options.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda")
+    loading = dict(num_workers=options.dataloader_num_workers, pin_memory=has_pinned_memory(accelerator.device))
     if isinstance(dataset, IterableDataset):
         dataset.set_position(first, options.train_batch_size, **place)
         return DataLoader(dataset, batch_size=None, **loading)
     if len(dataset) == 0:
         raise ValueError("the data set is empty.")
     sampler = GlobalBatchSampler(len(dataset), options.train_batch_size, options.seed, **place, first=first, last=last)
+    if isinstance(dataset, TensorRows):
+        return resident_batches(dataset, sampler, accelerator.device)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=keep_batch, **loading)
+
+
+def _clip_gradients(gradients: list[torch.Tensor], options: TrainingOptions) -> torch.Tensor:
+    """Clip to `max_grad_norm` and return the norm before; as `torch.nn.utils.clip_grad_norm_`, for one device."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if options.max_grad_norm:
+        torch._foreach_mul_(gradients, (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def _update_average(average: list[torch.Tensor], parameters: list[nn.Parameter], steps: int, decay: float):
@@ -137,6 +164,15 @@ def _update_average(average: list[torch.Tensor], parameters: list[nn.Parameter],
             torch._foreach_copy_(average, parameters)
         else:
             torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + steps) / (10 + steps)))
+
+
+def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.Event | None]:
+    """The values on the host, once the event has happened, if there is one."""
+    if not has_pinned_memory(values.device):
+        return values.cpu(), None
+    copied, arrived = values.to("cpu", non_blocking=True), torch.Event(device=values.device.type)
+    arrived.record()
+    return copied, arrived
 
 
 def _is_scalar(value) -> bool:
@@ -198,13 +234,13 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
     )
     options = with_own_batch(options, accelerator.num_processes)
     alone = sole_run(output_dir) if accelerator.is_main_process else contextlib.nullcontext()
-    with alone, _StopSignals() as signals:
+    with alone, _StopSignals() as signals, arithmetic_of(options):
         run = _Run(stage, options, accelerator)
         with run.progress:  # the bar is closed before anything is said of an error
             while run.step < options.max_train_steps:
-                names, grad_norm = run.take_step()
+                run.take_step()
                 if run.is_due(options.logging_steps):
-                    run.log(names, grad_norm)
+                    run.log()
                 if run.is_due(options.checkpointing_steps):
                     run.save()
                     run.push()
@@ -218,14 +254,49 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
 _MIN_LOSS_SCALE = 1e-4  # as in fairseq: from the 65536 at the start, 30 steps that overflow in a row
 
 
+@dataclass
+class _UnseenStep:
+    """A step that is on its way through the device. If it went wrong, it has changed nothing but `buffers`.
+
+    Attributes:
+        names: of the logged scalars.
+        values: those of each pass, one after the other, and the norm of the gradient; on the host after `arrived`.
+        buffers: of the model before the step.
+    """
+
+    names: list[str]
+    values: torch.Tensor
+    arrived: torch.Event | None
+    buffers: list[torch.Tensor]
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """The scalars, float64 of shape `(passes, names)`."""
+        return self.values[:-1].double().reshape(-1, len(self.names))
+
+    @cached_property
+    def grad_norm(self) -> float:
+        """Of the gradient, before it was clipped."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return float(self.values[-1])
+
+
 class _Run:
-    """A run of the loop: what is set up once, one step, and what is done between steps."""
+    """A run of the loop: what is set up once, one step, and what is done between steps.
+
+    The host does not wait for a step: while the device works on it, the host prepares the next one, and then looks at
+    the numbers of the step before. `state` is what has been looked at. A step whose gradient is not finite leaves
+    weights and moments as they are, on the device itself, so nothing has to be undone when the host learns of it.
+    """
 
     def __init__(self, stage: Stage, options: TrainingOptions, accelerator: Accelerator):
         self.stage, self.options, self.accelerator = stage, options, accelerator
         self.output_dir = Path(options.output_dir)
         self.record = run_record(options, accelerator.num_processes, stage.made_from)
         checkpoint = self._take_over_folder()
+        refuse_other_folders(accelerator, self.output_dir, checkpoint_step(checkpoint) if checkpoint else 0)
+        # Before the optimizer is made: on some devices this makes new parameters.
         model = stage.model.to(accelerator.device, memory_format=torch.channels_last)
         optimizer = _optimizer(model, options)
         scheduler = get_scheduler(options.lr_scheduler, optimizer, options.lr_warmup_steps, options.max_train_steps)
@@ -237,13 +308,22 @@ class _Run:
             logger.info("resumed %s", checkpoint)
         if options.torch_compile:
             model.compile(**compile_settings())
-        self.wrapped = accelerator.prepare(model)
+        self.wrapped = _in_step(model, accelerator)
         self.trained = model if average is None else average
         # Walks through the modules of a small model take as long as a tenth of its steps: once is enough.
         self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
         self.averages = [] if average is None else [parameter.detach() for parameter in average.parameters()]
         self.average_buffers = [] if average is None else list(average.buffers())
+        self.buffers_before, self.buffer_versions = [None] * len(self.buffers), [-1] * len(self.buffers)
         passes = options.gradient_accumulation_steps
+        self.unseen, self.grad_norm = None, math.nan
+        # fp16 goes on with another scale after a step that was not finite, and Apple's MPS has no copies in the
+        # background: there the host waits for each step.
+        self.looks_at_once = accelerator.scaler is not None or accelerator.device.type == "mps"
+        self.share_of_pass = torch.tensor(1 / passes, device=accelerator.device)
+        self.noise = Noise(
+            options.seed, options.train_batch_size * accelerator.num_processes * passes, accelerator.device
+        )
         first, last = self.step * passes, options.max_train_steps * passes
         self.batches = iter(_loader(stage.dataset, options, accelerator, first, last))
         self._claim_folder(checkpoint)
@@ -253,8 +333,8 @@ class _Run:
 
     @property
     def step(self) -> int:
-        """Steps that are done."""
-        return self.state.step
+        """Steps that are done, seen or not."""
+        return self.state.step + (self.unseen is not None)
 
     def is_due(self, every: int) -> bool:
         """Whether the step that is done is the last, or one of every so many."""
@@ -321,70 +401,112 @@ class _Run:
             disable=not accelerator.is_main_process,
         )
 
-    def take_step(self) -> tuple[list[str], torch.Tensor]:
-        """One step of the optimizer.
-
-        Returns:
-            The names of the logged scalars, whose sums are in `state.window`, and the norm of the gradient.
+    def take_step(self):
+        """One step of the optimizer, and a look at the step before it.
 
         Raises:
-            TrainingDiverged: the gradient was not finite.
+            TrainingDiverged: the gradient of the step before was not finite.
         """
         state, options = self.state, self.options
-        before = state.window, state.window_passes, [buffer.clone() for buffer in self.buffers]
-        for number in range(options.gradient_accumulation_steps):
-            names = self._accumulate_gradient(number)
+        buffers = self._buffers_now()
+        passes = [self._accumulate_gradient(number) for number in range(options.gradient_accumulation_steps)]
         if state.scaler is not None:
             state.scaler.unscale_(state.optimizer)
-        grad_norm = get_total_norm([each.grad for each in self.parameters if each.grad is not None])
-        # The gradient holds every process's loss, so all processes come to the same decision.
-        if not math.isfinite(grad_norm):
-            self._stop_if_diverged(before, names)
-        elif 0 < options.max_grad_norm < grad_norm:
-            clip_grads_with_norm_(self.parameters, options.max_grad_norm, grad_norm)
-        if state.scaler is None:
-            state.optimizer.step()
-        else:  # leaves the step out if a gradient is not finite
+        grad_norm = _clip_gradients([each.grad for each in self.parameters if each.grad is not None], options)
+        scalars = [value for each in passes for value in each.values()]
+        values, arrived = _to_host(torch.stack([*scalars, grad_norm]))
+        step = _UnseenStep(list(passes[0]), values, arrived, buffers)
+        if self.looks_at_once:
+            self._stop_if_diverged(step)
+            self._update(grad_norm)
+            self._accept(step)
+        else:
+            self.look()  # at the step before this one
+            self._update(grad_norm)
+            self.unseen = step
+        for parameter in self.parameters:  # as `zero_grad`, which takes ten times as long
+            parameter.grad = None
+        self.progress.update()
+
+    def _accumulate_gradient(self, number: int) -> dict[str, torch.Tensor]:
+        """Forward and backward pass `number` of a step; returns the scalars of the model's output."""
+        state, options, accelerator = self.state, self.options, self.accelerator
+        batch = {name: each.to(accelerator.device, non_blocking=True) for name, each in next(self.batches).items()}
+        first = (number * accelerator.num_processes + accelerator.process_index) * options.train_batch_size
+        noise = self.noise.at(self.step, slice(first, first + options.train_batch_size))
+        arguments = self.stage.prepare(batch, noise, self.step)
+        is_last = number == options.gradient_accumulation_steps - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(self.wrapped):
+            with accelerator.autocast():
+                output = self.wrapped(**arguments)
+            # NaN if the loss is not finite: then no gradient is, anywhere.
+            share = torch.add(self.share_of_pass, output.loss.detach(), alpha=0)
+            loss = output.loss if state.scaler is None else state.scaler.scale(output.loss)
+            loss.backward(share)
+        return {name: value.detach() for name, value in output.items() if _is_scalar(value)}
+
+    def _update(self, grad_norm: torch.Tensor):
+        """Change the weights, unless the gradient is not finite."""
+        state = self.state
+        if state.scaler is not None:
             state.scaler.step(state.optimizer)
             state.scaler.update()
+            return
+        if not self.looks_at_once:  # the fused AdamW looks at this on the device
+            state.optimizer.found_inf = (0 * grad_norm).nan_to_num_(nan=1.0)
+        state.optimizer.step()
+
+    def look(self):
+        """Look at the step that is on its way, if one is, and take it into `state`.
+
+        Raises:
+            TrainingDiverged: its gradient was not finite.
+        """
+        if self.unseen is not None:
+            step, self.unseen = self.unseen, None
+            self._stop_if_diverged(step)
+            self._accept(step)
+
+    def _accept(self, step: _UnseenStep):
+        state = self.state
+        mean = step.rows.mean(0)
+        state.window = mean if state.window is None else state.window + mean
+        state.window_steps += 1
+        self.names, self.grad_norm = step.names, step.grad_norm
         state.scheduler.step()
-        state.optimizer.zero_grad()
         if state.ema is not None:
-            _update_average(self.averages, self.parameters, state.step, options.ema_decay)
-            for average, buffer in zip(self.average_buffers, self.buffers, strict=True):
-                average.copy_(buffer)
+            _update_average(self.averages, self.parameters, state.step, self.options.ema_decay)
         state.step += 1
-        self.progress.update()
-        return names, grad_norm
 
-    def _accumulate_gradient(self, number: int) -> list[str]:
-        """Forward and backward pass `number` of a step; the names of the scalars that it adds to `state.window`."""
-        state, options, accelerator = self.state, self.options, self.accelerator
-        passes = options.gradient_accumulation_steps
-        batch = {name: each.to(accelerator.device, non_blocking=True) for name, each in next(self.batches).items()}
-        draw, part, parts = state.step * passes + number, accelerator.process_index, accelerator.num_processes
-        if options.global_batch_size:  # one draw for all passes of a step, of which this pass takes its rows
-            draw, part, parts = state.step, number * parts + part, passes * parts
-        noise = BatchNoise(options.seed, draw, options.train_batch_size, part, parts, accelerator.device)
-        with contextlib.nullcontext() if number == passes - 1 else accelerator.no_sync(self.wrapped):
-            output = self.wrapped(**self.stage.prepare(batch, noise, state.step))
-            one = 1 + 0 * output.loss.detach()  # NaN if the loss is not finite: then no gradient is, anywhere
-            accelerator.backward(one * output.loss / passes)
-        scalars = {name: value.detach() for name, value in output.items() if _is_scalar(value)}
-        values = torch.stack([value.double() for value in scalars.values()])
-        if options.global_batch_size:  # the run may go on with another number of passes: its window counts steps
-            values = values / passes
-        state.window = values if state.window is None else state.window + values
-        state.window_passes += not options.global_batch_size or number == 0
-        return list(scalars)
+    def _settle(self):
+        """Make `state` what it is after the last step."""
+        self.look()
+        for average, buffer in zip(self.average_buffers, self.buffers, strict=bool(self.average_buffers)):
+            average.copy_(buffer)
 
-    def log(self, names: list[str], grad_norm: torch.Tensor):
+    def _buffers_now(self) -> list[torch.Tensor]:
+        """Copies of the model's buffers; a buffer that no step has changed is copied once."""
+        for place, buffer in enumerate(self.buffers):
+            if buffer._version != self.buffer_versions[place]:
+                self.buffer_versions[place] = buffer._version
+                self.buffers_before[place] = buffer.clone()
+        return list(self.buffers_before)
+
+    def _mean_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of float64 values on the host; they travel as integers, since some devices have no float64."""
+        if self.accelerator.num_processes == 1:
+            return values
+        sent = values.view(torch.int32).to(self.accelerator.device)
+        return self.accelerator.gather(sent).cpu().view(torch.float64).reshape(-1, len(values)).mean(0)
+
+    def log(self):
         """A line of stats.jsonl, and the same for trackers and for the progress bar; advice, if there is any."""
+        self.look()
         state, options, accelerator = self.state, self.options, self.accelerator
-        means = accelerator.reduce(state.window / state.window_passes, "mean").tolist()
-        state.window, state.window_passes = None, 0
-        stats = {"step": state.step, **dict(zip(names, means, strict=True))}
-        stats["grad_norm"] = float(grad_norm) if math.isfinite(grad_norm) else None  # a step that fp16 skipped
+        means = self._mean_over_processes(state.window / state.window_steps).tolist()
+        state.window, state.window_steps = None, 0
+        stats = {"step": state.step, **dict(zip(self.names, means, strict=True))}
+        stats["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None  # a step that fp16 skipped
         stats["learning_rate"] = state.scheduler.get_last_lr()[0]
         now, per_step = time.perf_counter(), options.train_batch_size * options.gradient_accumulation_steps
         samples = (state.step - self.logged_step) * per_step * accelerator.num_processes
@@ -396,7 +518,7 @@ class _Run:
             self.progress.set_postfix(postfix(stats, speed))
             for sentence in self.health(stats):
                 self.progress.write(sentence, file=sys.stderr)
-        trackers = {**stats, "grad_norm": float(grad_norm), "samples_per_second": speed}  # they know no null
+        trackers = {**stats, "grad_norm": self.grad_norm, "samples_per_second": speed}  # they know no null
         accelerator.log(trackers, step=state.step)
 
     def save(self, beside: int = 0):
@@ -405,6 +527,7 @@ class _Run:
         Raises:
             TrainingDiverged: weights are not finite.
         """
+        self._settle()
         state, options = self.state, self.options
         spoilt = [name for name, tensor in state.model.state_dict().items() if not tensor.isfinite().all()]
         if spoilt:
@@ -418,7 +541,7 @@ class _Run:
                 f" {'Resume' if good else 'Start anew'} with a lower learning_rate."
             )
         if state.window is not None:  # one process writes, so all must hold the same sums
-            state.window = self.accelerator.reduce(state.window, "mean")
+            state.window = self._mean_over_processes(state.window)
         if self.accelerator.is_main_process:
             state.save(self.output_dir, options.checkpoints_total_limit + beside)
         self.accelerator.wait_for_everyone()
@@ -442,39 +565,42 @@ class _Run:
 
         Several processes agree on where to stop: now and then, for it costs a message.
         """
-        state, options, accelerator = self.state, self.options, self.accelerator
+        options, accelerator = self.options, self.accelerator
         number = signals.number
         if accelerator.num_processes > 1:
-            if state.step % options.logging_steps:
+            if self.step % options.logging_steps:
                 return
             number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
-        if not number or state.step == options.max_train_steps:
+        if not number or self.step == options.max_train_steps:
             return
-        if state.step % options.checkpointing_steps:  # else it has just been saved
+        if self.step % options.checkpointing_steps:  # else it has just been saved
             self.save()
         raise TrainingInterrupted(
-            f"stopped by {signal.Signals(number).name} after step {state.step}, which is saved as"
-            f" checkpoint-{state.step}",
+            f"stopped by {signal.Signals(number).name} after step {self.step}, which is saved as"
+            f" checkpoint-{self.step}",
             number,
         )
 
-    def _stop_if_diverged(self, before: tuple, names: list[str]):
-        """Save the state before the step that went wrong, and say which term was not finite, in whichever process.
+    def _stop_if_diverged(self, step: _UnseenStep):
+        """If a step went wrong, save the state before it and say which term was not finite, in whichever process.
+
+        The gradient holds every process's loss, so all processes come to the same decision.
 
         In fp16 a gradient that is not finite, of a loss that is, only means that the scale of the loss is too large:
         the scaler skips such a step and halves the scale. It goes wrong when that does not help.
         """
         state = self.state
-        finite = self.accelerator.reduce(state.window).isfinite().tolist()
-        spoilt = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+        if math.isfinite(step.grad_norm):
+            return
+        finite = self._mean_over_processes(step.rows.sum(0)).isfinite().tolist()
+        spoilt = [name for name, is_finite in zip(step.names, finite, strict=True) if not is_finite]
         advice = "Resume with a lower learning_rate or with max_grad_norm"
         if not spoilt and state.scaler is not None:
             if state.scaler.get_scale() > _MIN_LOSS_SCALE:
                 return
             spoilt = ["the gradient, however small the loss is scaled"]
             advice = "The model is out of fp16's range: start anew with mixed_precision bf16"
-        state.window, state.window_passes, buffers = before
-        for buffer, value in zip(self.buffers, buffers, strict=True):  # an analytic gamma has moved
+        for buffer, value in zip(self.buffers, step.buffers, strict=True):  # an analytic gamma has moved
             buffer.copy_(value)
         self.save(beside=1)
         raise TrainingDiverged(
@@ -485,6 +611,7 @@ class _Run:
     @torch.no_grad()
     def draw_preview(self):
         """A picture of what the model does, in `samples/` and for TensorBoard."""
+        self._settle()
         if self.stage.preview is None or not self.accelerator.is_main_process:
             return
         was_training = self.trained.training
@@ -498,7 +625,7 @@ class _Run:
 
     def finish(self) -> PreTrainedModel:
         """Finish, save, draw and upload the trained model; one that is finished already is only drawn and uploaded."""
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # takes autocast off the model: only now
+        self._settle()
         if self.is_finished:  # what is measured once more may differ in its last bits, on another machine
             device = self.trained.device
             self.trained = type(self.trained).from_pretrained(self.output_dir).requires_grad_(False)

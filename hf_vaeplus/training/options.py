@@ -102,6 +102,11 @@ class TrainingOptions:
     report_to: Tracker = option("none", "tracker of Accelerate that gets the numbers too")
     dataloader_num_workers: int = option(0, "worker processes that read data", not_negative, group="speed")
     torch_compile: bool = option(False, "compile the model: pays back on long runs only")
+    allow_tf32: bool = option(False, "on NVIDIA GPUs, products of float32 numbers in TF32: faster, with 10 bits")
+    cudnn_benchmark: bool = option(True, "on NVIDIA GPUs, try which convolution is the fastest at the start")
+    deterministic: bool = option(
+        False, "on GPUs, use slower kernels whose results are the same, bit for bit, in every run"
+    )
     push_to_hub: bool = option(
         False, "upload to the Hub at each checkpoint and at the end; a failure loses nothing", group="Hub"
     )
@@ -162,7 +167,8 @@ def recorded_options(options: TrainingOptions) -> dict:
 _FREE_OPTIONS = frozenset(
     "output_dir cache_dir max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint"
     " strict_resume retrain"
-    " logging_steps sample_steps report_to dataloader_num_workers torch_compile push_to_hub hub_model_id"
+    " logging_steps sample_steps report_to dataloader_num_workers torch_compile cudnn_benchmark deterministic"
+    " push_to_hub hub_model_id"
     " hub_subfolder hub_private_repo learning_rate max_grad_norm".split()
 )
 
@@ -204,8 +210,8 @@ def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: boo
     free = set(_FREE_OPTIONS) | (set() if known is None else _NAMES_OF_CONTENT)
     if old and new.get("global_batch_size"):
         if not old.get("global_batch_size"):
-            is_one_pass = old["gradient_accumulation_steps"] == 1  # otherwise its noise was drawn for each pass
-            old["global_batch_size"] = old["train_batch_size"] * old["num_processes"] if is_one_pass else None
+            parts = old["num_processes"] * old["gradient_accumulation_steps"]
+            old["global_batch_size"] = old["train_batch_size"] * parts
         free |= {"train_batch_size", "num_processes"} | (set() if passes_count else {"gradient_accumulation_steps"})
     changed = [name for name in new if name in old and old[name] != new[name] and name not in free]
     if changed:

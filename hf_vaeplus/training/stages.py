@@ -9,6 +9,7 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch.utils.data import IterableDataset
 from ..data.cache import open_cache
 from ..data.options import ImageOptions
 from ..data.pixels import to_unit_range
+from ..data.sources import cache_folder
 from ..data.stream import open_stream
+from ..files import sole_use
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
@@ -34,6 +37,7 @@ from ..modeling_vaeplus import (
 from ..pictures import image_grid
 from ..progress import tqdm
 from ..provenance import folder_fingerprint, weights_fingerprint
+from .arithmetic import arithmetic_of
 from .checkpoints import checkpoint_step, list_checkpoints
 from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen
 from .launch import process_state, refuse_what_cannot_run
@@ -50,7 +54,8 @@ def run_stage(options: StageOptions, images=None) -> VAEPlusPreTrainedModel:
         images (*optional*): what `open_images(options)` returned, to open the source once for several stages.
     """
     refuse_what_cannot_run(options)  # before the data is read
-    return train(build_stage(options, images), options)
+    with arithmetic_of(options):  # codes and posteriors as well
+        return train(build_stage(options, images), options)
 
 
 def build_stage(options: StageOptions, images=None) -> Stage:
@@ -190,11 +195,14 @@ def open_images(options: StageOptions, split: str | None = None):
     """The images that `options` name, cached or streamed; of another split if given (never mirrored then)."""
     if split is not None:
         options = replace(options, split=split, max_train_samples=None, random_flip=False, streaming=False)
-    state = process_state()
-    with state.main_process_first():
+    wanted = repr([getattr(options, entry.name) for entry in fields(ImageOptions)])
+    # One process after the other: the first decodes, hashes and downloads. The others wait for its lock however long
+    # that takes; at a barrier they could wait no longer than the process group's timeout.
+    several = process_state().num_processes > 1
+    with sole_use(cache_folder(options.cache_dir), wanted) if several else nullcontext():
         if options.streaming:
             return open_stream(options, options.cache_dir, options.seed)
-        return open_cache(options, options.cache_dir, progress=state.is_main_process)
+        return open_cache(options, options.cache_dir)
 
 
 def _autoencoder_config(options: StageOptions, images) -> VAEPlusAutoencoderConfig:
@@ -296,6 +304,10 @@ def _second_stage(options: StageOptions, images) -> Stage:
         posterior = vae.encode(inputs)
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
+    def with_std(statistics):
+        mean, logvar = statistics.chunk(2, dim=1)
+        return torch.cat([mean, (0.5 * logvar).exp()], dim=1)
+
     dataset, rows = images, None
     if not isinstance(images, IterableDataset):
         if autoencoder is None:
@@ -304,7 +316,7 @@ def _second_stage(options: StageOptions, images) -> Stage:
             codes = encode_dataset(images, autoencoder, autoencoder.encode)
             with torch.no_grad():
                 rows = torch.cat([statistics(part.to(vae.device)).cpu() for part in codes.split(4096)])
-        dataset = TensorRows({"posterior": rows})
+        dataset = TensorRows({"posterior": with_std(rows)})
 
     @torch.no_grad()
     def finish(trained):
@@ -322,9 +334,9 @@ def _second_stage(options: StageOptions, images) -> Stage:
     def prepare(batch, noise, step):
         if "posterior" not in batch:
             pixels = to_unit_range(batch["pixel_values"])
-            batch = {"posterior": statistics(pixels if autoencoder is None else autoencoder.encode(pixels))}
-        mean, logvar = batch["posterior"].chunk(2, dim=1)
-        z = mean + (0.5 * logvar).exp() * noise(latent_dim)
+            batch = {"posterior": with_std(statistics(pixels if autoencoder is None else autoencoder.encode(pixels)))}
+        mean, std = batch["posterior"].chunk(2, dim=1)
+        z = torch.addcmul(mean, std, noise(latent_dim))
         return {"inputs": z, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
     made_from, finishing = (

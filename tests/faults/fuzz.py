@@ -450,7 +450,7 @@ class Target:
 _OPTIONS = [*(entry.name for entry in fields(StageOptions)), "common", *STAGES, "quickstart", "digits"]
 _PARTS = """autoencoder vae second_stage _class_name _diffusers_version hf_vaeplus modeling_vaeplus VAEPlusVAEModel os
     VAEPlusAutoencoderModel VAEPlusPipeline pipeline diffusers transformers VAEPlusVAEConfig AutoModel""".split()
-_STATE = """model.safetensors optimizer.safetensors progress.json ../.. /dev/null step _last_lr window_passes scheduler
+_STATE = """model.safetensors optimizer.safetensors progress.json ../.. /dev/null step _last_lr window_steps scheduler
     scaler last_epoch lr_lambdas base_lrs _step_count""".split()
 TARGETS = {
     "config": Target(config, _configs, 80, lambda: json_mutator(_fields())),
