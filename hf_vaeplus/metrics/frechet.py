@@ -33,6 +33,17 @@ def frechet_distance(a: RunningMoments, b: RunningMoments) -> float:
     return max(0.0, float(distance))  # rounding can leave -1e-16 of the traces
 
 
+def frechet_rounding(reference: RunningMoments) -> float:
+    """The distance from a reference below which there may be none: what rounding alone makes of two equal sets.
+
+    Features are float32: they differ by about 1e-7 of their size, and the distance by its square.
+
+    Returns:
+        `float`: 1e-9 of the mean square of the features.
+    """
+    return 1e-9 * float(reference.covariance.trace() + reference.mean.square().sum())
+
+
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
     """F of shape `(dim, rank)` with covariance = F F^T. Eigenvalues within rounding of 0 are dropped.
 
