@@ -61,8 +61,8 @@ class LeftOut(dict):
         """Count and name all of it in one line of the log."""
         names = [name for each in self.values() for name in each]
         if names:
-            kinds = "files and folders" if any(name.endswith("/") for name in names) else "files"
-            kinds = kinds if len(names) > 1 else "folder" if names[0].endswith("/") else "file"
+            kinds = {"folder" if name.endswith("/") else "file" for name in names}
+            kinds = "files and folders" if len(kinds) == 2 else kinds.pop() + "s" * (len(names) > 1)
             reasons = "; ".join(f"{reason}: {named(sorted(each))}" for reason, each in self.items())
             logger.warning("%s: left out %s %s (%s)", folder_name, f"{len(names):,}", kinds, reasons)
 

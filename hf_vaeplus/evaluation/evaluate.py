@@ -235,11 +235,12 @@ def evaluate(
 
     Returns:
         `dict`, ready for JSON. `protocol`: what has to be equal for two results to be compared. The keys of
-        [`summarize`], with `psnr` and `autoencoder_psnr` (dB, means over images, `None` where one has no error) and `vae.mmd`, that of q(z) and
-        N(0, I) by [`~hf_vaeplus.metrics.mmd.imq_mmd`]. `likelihood`, where it was asked for: `elbo` and `nll`, the
-        importance-weighted one, in nats per image. `sets`: name -> `distances` (extractor -> `distance`, `frechet`,
-        `frechet_over_downsample`, `None` where downsampling moves no feature, `kernel`) and `ndb` (K -> `ndb_over_k`, `js`), of `real` (images that are not the
-        reference, where there are enough), `downsample`, `autoencoder`, `reconstruction` and each sampler.
+        [`summarize`], with `psnr` and `autoencoder_psnr` (dB, means over images, `None` where one has no error) and
+        `vae.mmd`, that of q(z) and N(0, I) by [`~hf_vaeplus.metrics.mmd.imq_mmd`]. `likelihood`, where it was asked
+        for: `elbo` and `nll`, the importance-weighted one, in nats per image. `sets`: name -> `distances` (extractor
+        -> `distance`, `frechet`, `frechet_over_downsample` (`None` where downsampling changes no feature), `kernel`)
+        and `ndb` (K -> `ndb_over_k`, `js`), of `real` (images that are not the reference, where there are enough),
+        `downsample`, `autoencoder`, `reconstruction` and each sampler.
 
     Raises:
         ValueError: images of another size, an unknown sampler, a number out of range, or something asked for that the
