@@ -293,22 +293,22 @@ def test_the_floor_is_measured_on_images_that_are_not_the_reference(
     assert ("needs as many more" in results_table(results)) == (expected == "none")
 
 
-SMOOTH = torch.linspace(0, 9, 16)[:, None].expand(16, 16)
+SMOOTH = torch.linspace(0, 50, 64)[:, None].expand(64, 64)
 COLOURS = torch.arange(0, 200, 5.0)[:, None, None, None]
 
 
 @pytest.mark.parametrize(
     "pictures",
-    [torch.zeros(40, 1, 16, 16), COLOURS.expand(40, 1, 16, 16), COLOURS + SMOOTH],
+    [torch.zeros(40, 1, 64, 64), COLOURS.expand(40, 1, 64, 64), COLOURS + SMOOTH],
     ids=["black", "one colour each", "smooth"],
 )
 def test_no_ratio_is_made_of_rounding(pictures, tmp_path):
     for number, (picture,) in enumerate(pictures.to(torch.uint8)):
         Image.fromarray(picture.numpy()).save(tmp_path / f"{number:02}.png")
     images = load_images(
-        train_data_dir=tmp_path, resolution=16, num_channels=1, cache_dir=tmp_path / "cache", progress=False
+        train_data_dir=tmp_path, resolution=64, num_channels=1, cache_dir=tmp_path / "cache", progress=False
     )
-    pipe = VAEPlusPipeline(VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(1, 16, 16), network="conv", latent_dim=2)))
+    pipe = VAEPlusPipeline(VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(1, 64, 64), network="conv", latent_dim=2)))
     results = evaluate(pipe, images, [open_extractor("pixels:16")], num_images=20)
     for each in results["sets"].values():
         assert each["distances"]["pixels:16"]["frechet_over_downsample"] is None
