@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Launched, perturbed
+from PIL import Image
 from torch.distributions import LowRankMultivariateNormal
 from torch.nn.functional import avg_pool2d
 
@@ -290,6 +291,36 @@ def test_the_floor_is_measured_on_images_that_are_not_the_reference(
     assert results["protocol"]["real"] == expected
     assert ("real" in results["sets"]) == (expected != "none")
     assert ("needs as many more" in results_table(results)) == (expected == "none")
+
+
+SMOOTH = torch.linspace(0, 50, 64)[:, None].expand(64, 64)
+COLOURS = torch.arange(0, 200, 5.0)[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [torch.zeros(40, 1, 64, 64), COLOURS.expand(40, 1, 64, 64), COLOURS + SMOOTH],
+    ids=["black", "one colour each", "smooth"],
+)
+def test_no_ratio_is_made_of_rounding(pictures, tmp_path):
+    for number, (picture,) in enumerate(pictures.to(torch.uint8)):
+        Image.fromarray(picture.numpy()).save(tmp_path / f"{number:02}.png")
+    images = load_images(
+        train_data_dir=tmp_path, resolution=64, num_channels=1, cache_dir=tmp_path / "cache", progress=False
+    )
+    pipe = VAEPlusPipeline(VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(1, 64, 64), network="conv", latent_dim=2)))
+    results = evaluate(pipe, images, [open_extractor("pixels:16")], num_images=20)
+    for each in results["sets"].values():
+        assert each["distances"]["pixels:16"]["frechet_over_downsample"] is None
+    rows = [line.split() for line in results_table(results).split("\n\n")[1].splitlines()]
+    assert rows[0][-3:] == ["/", "downsample", "kernel"] and all(row[-2:] == ["-", "-"] for row in rows[1:])
+
+
+def test_a_perfect_reconstruction_has_no_decibels(pca, digits, monkeypatch):
+    monkeypatch.setattr("hf_vaeplus.evaluation.summaries.squared_error", lambda a, b: torch.zeros(len(a)))
+    results = evaluate(pca[0], digits("train[:20]"), [open_extractor("pixels:4")], num_images=10)
+    json.dumps(results, allow_nan=False)
+    assert results["psnr"] is None and "no PSNR" in results_table(results)
 
 
 def test_bins_are_fitted_once(pca, digits, cache_dir, monkeypatch):

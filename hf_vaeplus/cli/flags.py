@@ -258,10 +258,10 @@ def add_overwrite(parser):
 
 def output_picture(args) -> Path:
     """A picture that can be written at `--output`, found out before the work."""
-    from ..data.sources import PICTURE_SUFFIXES
+    from ..data.folders import picture_suffixes
 
     path = Path(args.output)
-    if path.suffix.lower() not in PICTURE_SUFFIXES or path.is_dir():
+    if path.suffix.lower() not in picture_suffixes() or path.is_dir():
         raise ValueError(f"--output must name a picture such as samples.png, got {path}.")
     return output_file(args)
 
@@ -342,15 +342,15 @@ def load_pipeline(args):
 
 def pictures_in(names: list[str]) -> list[Path]:
     """Pictures, and in the place of a folder those in it and below, in the order of their paths."""
-    from ..data.sources import PICTURE_SUFFIXES
+    from ..data.folders import pictures_below
 
     paths = []
     for path in map(Path, names):
         if os.path.isdir(path):  # False for a name that no file can have
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+            found = pictures_below(path)
             if not found:
-                raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}).")
-            paths += found
+                raise ValueError(f"the folder {path} holds no pictures: name another.")
+            paths += found.values()
         else:
             paths.append(path)
     return paths

@@ -21,19 +21,25 @@ class FileHashes:
         self.folder = cache_dir / "file_hashes"
 
     def of_all(self, files: dict[str, Path]) -> str:
-        """SHA-256 over the names and the content of `files`, from name to path, in their order."""
+        """SHA-256 over the names and the content of `files`, from name to path, in their order.
+
+        A file that cannot be read has a digest of its own: it is refused or left out when it is decoded.
+        """
         paths = {name: os.path.abspath(path) for name, path in files.items()}
         common = os.path.commonpath(paths.values())
         index = self.folder / f"{hashlib.sha256(os.fsencode(common)).hexdigest()[:32]}.json"
         known = _read(index)
         now, total = {}, hashlib.sha256()
         for name, path in paths.items():
-            stat = os.stat(path)  # before the file is read: a change while it is read gives it another time
-            entry = known.get(path)
-            if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-                entry = [stat.st_size, stat.st_mtime_ns, sha256(path)]
-            now[path] = entry
-            total.update(f"{name}\n{entry[2]}\n".encode())
+            try:
+                stat = os.stat(path)  # before the file is read: a change while it is read gives it another time
+                entry = known.get(path)
+                if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
+                    entry = [stat.st_size, stat.st_mtime_ns, sha256(path)]
+                now[path], digest = entry, entry[2]
+            except OSError:
+                digest = "not readable"
+            total.update(f"{name}\n{digest}\n".encode("utf-8", "surrogateescape"))
         if any(known.get(path) != entry for path, entry in now.items()):
             with contextlib.suppress(OSError):  # a full or read-only disk
                 index.parent.mkdir(parents=True, exist_ok=True)

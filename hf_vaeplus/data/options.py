@@ -20,10 +20,12 @@ class ImageOptions:
         dataset_name (`str`, *optional*): `"digits"` (1,797 real digits), `"rendered-faces"` (drawings from
             `num_factors` factors), `"celeba"`, `"mnist"`, or a Hub id. The name `"celeba"` or `"mnist"`
             beside a local source only sets the crop and the number of channels.
-        train_data_dir (`str`, *optional*): folder of pictures, searched recursively and taken in the order of their
-            paths, of parquet files whose names begin with `split`, or of MNIST's idx files (`"train"`, `"test"`).
-        train_data_files (`str` or list of `str`, *optional*): paths or glob patterns of parquet files.
-        split (`str`): split of a Hub data set or of a folder of parquet files. Of any source a slice can be taken, as
+        train_data_dir (`str`, *optional*): folder of pictures or parquet files, searched recursively and taken in the
+            order of their paths, of `Dataset.save_to_disk`, or of MNIST's idx files (`"train"`, `"test"`).
+        train_data_files (`str` or list of `str`, *optional*): paths or glob patterns of parquet files. What exists is
+            a path. A file counts once. Of a pattern's matches in several splits the training files are taken.
+        split (`str`): split of a Hub data set, or of a folder, whose files are split by their paths as `datasets` does
+            ([`~hf_vaeplus.data.folders.split_names`]). Of any source a slice can be taken, as
             in `datasets`: `"train[20000:]"`, `"train[:20000]"`, `"train[-500:]"`. All slices share one cache.
         dataset_revision (`str`, *optional*): branch, tag or commit of a Hub data set; with a full commit hash
             a cached set opens offline.
@@ -47,7 +49,7 @@ class ImageOptions:
         None, "rendered-faces | digits | celeba | mnist | a data set on the Hub", group="data"
     )
     train_data_dir: str | os.PathLike | None = option(
-        None, "folder of pictures, parquet files named by split, or MNIST's files"
+        None, "folder of pictures or parquet files, of save_to_disk, or of MNIST's files"
     )
     train_data_files: str | os.PathLike | list | tuple | None = option(None, "parquet files, as a glob pattern")
     split: str = option("train", "split to train on")

@@ -1,4 +1,4 @@
-"""Where images come from: embedded sets, folders of pictures, parquet files, MNIST's files, data sets on the Hub.
+"""Where images come from: embedded sets, folders of pictures, tables, MNIST's files, data sets on the Hub.
 
 A source has an `identity` that goes into the cache key, a `count` of its rows if that is known without reading them,
 `rows()` that yields (label, content) pairs, and `decode`, which turns a list of them into uint8 of shape (n, H, W, C)
@@ -17,20 +17,30 @@ import struct
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from ..image_processing_vaeplus import decode_image
 from .catalogue import EMBEDDED, NAMED_DATA_SETS
+from .folders import (
+    BadImage,
+    LeftOut,
+    archive_kind,
+    files_of_patterns,
+    list_files,
+    named,
+    of_split,
+    pictures_of,
+    printable,
+    split_names,
+    without_copies,
+)
 from .hashes import FileHashes
 from .options import ImageOptions
 from .rendered_faces import FACTOR_NAMES, factors_of, render_faces
-
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
 
 CACHE_VERSION = 1  # part of every cache key: raise it when the same options give other pixels
 
@@ -38,17 +48,13 @@ CACHE_VERSION = 1  # part of every cache key: raise it when the same options giv
 MAX_UNPACKED = 2**30  # bytes of a gzipped idx file: a bomb unpacks to a thousand times its size
 
 
+_IDX = re.compile(r"(train|t10k)-images[-.]idx3-ubyte")
+
+
 _BLOCK = 32  # rows decoded by one task of the thread pool, for the cache
 
 
-_NAMED = 5  # pictures named in a warning that counts them
-
-
 logger = logging.getLogger(__name__)
-
-
-class BadImage(ValueError):
-    """A picture that cannot be used: unreadable, missing, too small, or with more than 8 bits a channel."""
 
 
 class _Source:
@@ -109,14 +115,13 @@ class _RenderedFaces(_Source):
 
 
 class _Pictures(_Source):
-    def __init__(self, *args, folder, files, hashes):
+    def __init__(self, *args, files, hashes):
         super().__init__(*args)
-        self.files = {file.relative_to(folder).as_posix(): file for file in files}
-        self.identity = {"files": hashes.of_all(self.files)}
-        self.count = len(files)
+        self.files, self.count = files, len(files)
+        self.identity = {"files": hashes.of_all(files)}
 
     def rows(self):
-        return iter(self.files.items())
+        return ((printable(name), file) for name, file in self.files.items())
 
 
 class _Idx(_Source):
@@ -144,7 +149,7 @@ class _Idx(_Source):
 
 
 class _Table(_Source):
-    """Rows of parquet files (`files`) or of a Hub data set (`hub_id` at the commit `sha`), read as a stream."""
+    """Rows of parquet or Arrow files (`files`) or of a Hub data set (`hub_id` at the commit `sha`), as a stream."""
 
     def __init__(self, *args, split, image_column, files=None, hub_id=None, sha=None, hashes=None):
         super().__init__(*args)
@@ -152,7 +157,7 @@ class _Table(_Source):
         if files:
             content = hashes.of_all({f"{i} {file.name}": file for i, file in enumerate(files)})
             self.identity = {"parquet": content, "image_column": image_column}
-            self.count = sum(parquet.metadata.num_rows for parquet in map(_open_parquet, files))
+            self.count = sum(table.metadata.num_rows for table in map(_open_table, files))
         else:
             self.identity = {"hub": hub_id, "sha": sha, "split": split, "image_column": image_column}
 
@@ -168,10 +173,10 @@ class _Table(_Source):
 
     def _values_of_files(self):
         for file in self.files:
-            parquet = _open_parquet(file)
-            self._check_column(parquet.schema_arrow.names)
+            table = _open_table(file)
+            self._check_column(table.schema_arrow.names)
             try:
-                for batch in parquet.iter_batches(_BLOCK, columns=[self.image_column]):
+                for batch in table.iter_batches(_BLOCK, columns=[self.image_column]):
                     yield from batch.column(0).to_pylist()
             except Exception as error:  # damaged files make Arrow raise nearly anything
                 raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
@@ -228,13 +233,39 @@ def _named(hub_id):
         raise ValueError(f"{hub_id} cannot be read as a data set ({error}); look at its page on the Hub") from error
 
 
-def _open_parquet(file):
+class _ArrowFile:
+    """What a [`_Table`] uses of `ParquetFile`, for the files that `Dataset.save_to_disk` writes."""
+
+    def __init__(self, file):
+        self._file = file
+        with self._opened() as batches:
+            self.schema_arrow = batches.schema
+            self.metadata = SimpleNamespace(num_rows=sum(map(len, batches)))
+
+    def _opened(self):
+        import pyarrow
+
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(os.fsencode(self._file)))
+
+    def iter_batches(self, size, columns):
+        with self._opened() as batches:
+            for batch in batches:
+                for start in range(0, len(batch), size):
+                    yield batch.select(columns).slice(start, size)
+
+
+def _open_table(file):
     import pyarrow.parquet
 
+    is_arrow = file.suffix == ".arrow"
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        # Bytes, because Arrow takes no text of a name that is no UTF-8.
+        return _ArrowFile(file) if is_arrow else pyarrow.parquet.ParquetFile(pyarrow.OSFile(os.fsencode(file)))
     except Exception as error:  # as above
-        raise ValueError(f"{file} is no readable parquet file ({error}); fetch it again") from error
+        if kind := archive_kind(file):
+            raise ValueError(f"{file} is a {kind} archive, expected a parquet file; unpack it") from error
+        kind = "Arrow" if is_arrow else "parquet"
+        raise ValueError(f"{file} is no readable {kind} file ({error}); fetch it again") from error
 
 
 def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
@@ -265,14 +296,19 @@ def open_source(options: ImageOptions, cache_dir: Path) -> tuple[_Source, str]:
             f"only a Hub data set has a revision, got {options.dataset_revision!r} for {given[0]}; leave it out"
         )
 
-    shape = (name or Path(folder or "parquet").name, options.resolution, options.source_crop, options.source_channels)
+    shown = printable(Path(os.path.abspath(folder)).name) if folder else "parquet"
+    shape = (name or shown, options.resolution, options.source_crop, options.source_channels)
     hashes = FileHashes(cache_dir)
     if options.train_data_files:
         patterns = options.train_data_files
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        files = [Path(file) for pattern in patterns for file in sorted(glob(pattern, recursive=True))]
+        left_out = LeftOut()
+        files = files_of_patterns(patterns, left_out)
         if not files:
             raise FileNotFoundError(f"no file matches train_data_files={options.train_data_files!r}; check the path")
+        if folders := [str(file) for file in files if file.is_dir()]:
+            raise ValueError(f"train_data_files names the folder {folders[0]!r}; name it with train_data_dir")
+        left_out.warn("parquet")
         source = _Table(*shape, split=split, image_column=options.image_column, files=files, hashes=hashes)
     elif folder:
         source = _open_folder(Path(folder), shape, options, hashes)
@@ -296,31 +332,75 @@ def open_source(options: ImageOptions, cache_dir: Path) -> tuple[_Source, str]:
 
 
 def _open_folder(folder: Path, shape: tuple, options: ImageOptions, hashes: FileHashes):
-    """A folder of pictures, of parquet files named after their split, or of MNIST's four idx files."""
-    split = options.split
+    """A folder of pictures or parquet files, of MNIST's four idx files, or one that `save_to_disk` has written."""
+    split, where = options.split, f"train_data_dir={printable(folder)!r}"
     if not folder.is_dir():
-        raise FileNotFoundError(f"train_data_dir={str(folder)!r} is not a folder; check the path")
-    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
-    idx = {match[1]: file for file in files if (match := re.match(r"(train|t10k)-images[-.]idx3-ubyte", file.name))}
+        if folder.is_file() and (kind := archive_kind(folder)):
+            raise ValueError(f"{where} is a {kind} archive, expected a folder; unpack it and name the folder")
+        if folder.suffix.lower() in (".parquet", ".arrow") and folder.is_file():
+            raise ValueError(f"{where} is a file of a table, expected a folder; name it with train_data_files")
+        raise FileNotFoundError(f"{where} is not a folder; check the path")
+    table = dict(split=split, image_column=options.image_column, hashes=hashes)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _Table(*shape, files=_saved_files(folder, split, where), **table)
+    files, left_out = list_files(folder, options.on_bad_image == "skip")
+    idx = {match[1]: file for file in files.values() if (match := _IDX.match(file.name))}
     if idx:
         file = idx.get({"train": "train", "test": "t10k"}.get(split))
         if file is None:
-            raise ValueError(f"no split {split!r} in train_data_dir={str(folder)!r}; choose train or test")
+            raise ValueError(f"no split {split!r} in {where}; choose train or test")
         return _Idx(*shape, file=file, hashes=hashes)
-    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
-    tables = [file for file in files if file.suffix == ".parquet"]
-    if bool(pictures) == bool(tables):
-        found = "both; name the parquet files with train_data_files" if tables else "neither; check the path"
-        raise ValueError(f"train_data_dir={str(folder)!r} must hold pictures or parquet files, got {found}")
+    pictures = pictures_of(files, left_out)
+    tables = {name: file for name, file in files.items() if file.suffix.lower() == ".parquet"}
+    if pictures:  # beside which `datasets` reads captions from such a table
+        tables = {name: file for name, file in tables.items() if file.name != "metadata.parquet"}
+    if pictures and tables:
+        raise ValueError(
+            f"{where} must hold pictures or parquet files, got both; name the parquet files with train_data_files"
+        )
+    if not pictures and not tables:
+        for name, file in files.items():
+            if kind := archive_kind(file):
+                raise ValueError(
+                    f"{where} must hold pictures or parquet files, got the {kind} archive {printable(name)!r}; unpack"
+                    " it and name its folder"
+                )
+        left_out.warn(shape[0])
+        raise ValueError(f"{where} must hold pictures or parquet files, got neither; check the path")
     if pictures:
-        if split != "train":
+        if split != "train" and not any(map(split_names, pictures)):
             raise ValueError(f"a folder of pictures has no splits, got split={split!r}; name its subfolder")
-        return _Pictures(*shape, folder=folder, files=pictures[: options.max_train_samples], hashes=hashes)
-    matching = [file for file in tables if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name)]
-    if not matching:
-        splits = sorted({re.split(r"[-.]", file.name)[0] for file in tables})
-        raise ValueError(f"no split {split!r} in train_data_dir={str(folder)!r}, which has {splits}; choose one")
-    return _Table(*shape, split=split, image_column=options.image_column, files=matching, hashes=hashes)
+    else:
+        left_out.pop("no pictures", None)
+        for name in files.keys() - tables.keys():
+            left_out.add("no parquet files", name)
+    chosen = of_split(pictures or tables, split, left_out, where, is_table=not pictures)
+    chosen = without_copies(chosen, left_out)
+    left_out.warn(shape[0])
+    if pictures:
+        return _Pictures(
+            *shape, files=dict(itertools.islice(chosen.items(), options.max_train_samples)), hashes=hashes
+        )
+    return _Table(*shape, files=list(chosen.values()), **table)
+
+
+def _saved_files(folder: Path, split: str, where: str) -> list[Path]:
+    """The Arrow files of a split in a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written."""
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            folder = folder / split
+        else:
+            splits = [_saved_state(folder)["_split"] or "train"]
+        if split not in splits:
+            raise ValueError(f"no split {split!r} in {where}, which has {splits}; choose one")
+        return [folder / PurePath(file["filename"]).name for file in _saved_state(folder)["_data_files"]]
+    except (OSError, LookupError, TypeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where} is a damaged folder of datasets.save_to_disk ({error}); save it again") from error
+
+
+def _saved_state(folder: Path) -> dict:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def _hub_commit(hub_id, revision):
@@ -370,9 +450,8 @@ def decoded_blocks(source, rows, size=_BLOCK):
 
 def warn_of_left_out(name, labels):
     if labels:
-        more = f" and {len(labels) - _NAMED:,} more" if len(labels) > _NAMED else ""
-        named = ", ".join(labels[:_NAMED])
-        logger.warning("%s: left out %s that cannot be used: %s%s", name, count_pictures(len(labels)), named, more)
+        message = "%s: left out %s that cannot be used: %s"
+        logger.warning(message, name, count_pictures(len(labels)), named(labels))
 
 
 def count_pictures(count):

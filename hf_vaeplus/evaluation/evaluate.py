@@ -5,6 +5,7 @@ The parts are for scripts: `Judge` compares sets of images, `sample_images` and 
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..data.pixels import to_uint8, to_unit_range
 from ..files import build_once
-from ..metrics.frechet import frechet_distance
+from ..metrics.frechet import frechet_distance, frechet_rounding
 from ..metrics.kernel import kernel_distance
 from ..metrics.likelihood import elbo, importance_weighted
 from ..metrics.mmd import imq_mmd
@@ -65,6 +66,7 @@ class Judge:
         self._features = torch.cat([gather(extractor(batch)) for batch in reference])
         self._moments = RunningMoments(self._features.shape[1])
         self._moments.update(self._features)
+        self.rounding = frechet_rounding(self._moments)
 
     def __call__(self, images: Iterable[torch.Tensor]) -> dict:
         """Distances of `images`, batches as in the reference.
@@ -233,11 +235,12 @@ def evaluate(
 
     Returns:
         `dict`, ready for JSON. `protocol`: what has to be equal for two results to be compared. The keys of
-        [`summarize`], with `psnr` and `autoencoder_psnr` (dB, means over images) and `vae.mmd`, that of q(z) and
-        N(0, I) by [`~hf_vaeplus.metrics.mmd.imq_mmd`]. `likelihood`, where it was asked for: `elbo` and `nll`, the
-        importance-weighted one, in nats per image. `sets`: name -> `distances` (extractor -> `distance`, `frechet`,
-        `frechet_over_downsample`, `kernel`) and `ndb` (K -> `ndb_over_k`, `js`), of `real` (images that are not the
-        reference, where there are enough), `downsample`, `autoencoder`, `reconstruction` and each sampler.
+        [`summarize`], with `psnr` and `autoencoder_psnr` (dB, means over images, `None` where one has no error) and
+        `vae.mmd`, that of q(z) and N(0, I) by [`~hf_vaeplus.metrics.mmd.imq_mmd`]. `likelihood`, where it was asked
+        for: `elbo` and `nll`, the importance-weighted one, in nats per image. `sets`: name -> `distances` (extractor
+        -> `distance`, `frechet`, `frechet_over_downsample` (`None` where downsampling changes no feature), `kernel`)
+        and `ndb` (K -> `ndb_over_k`, `js`), of `real` (images that are not the reference, where there are enough),
+        `downsample`, `autoencoder`, `reconstruction` and each sampler.
 
     Raises:
         ValueError: images of another size, an unknown sampler, a number out of range, or something asked for that the
@@ -299,7 +302,8 @@ def evaluate(
     summary = summary_of(pipe, rows)
     for prefix, name in (("autoencoder_", "autoencoder"), ("", "reconstruction")):
         if name in observed:
-            summary[f"{prefix}psnr"] = float(psnr(rows[f"{name}_error"], images[0]["pixel_values"].numel()).mean())
+            decibels = float(psnr(rows[f"{name}_error"], images[0]["pixel_values"].numel()).mean())
+            summary[f"{prefix}psnr"] = decibels if math.isfinite(decibels) else None
     prior = torch.randn(rows["z"].shape, generator=_generators(seed, _PRIOR, [0])[0])
     summary["vae"]["mmd"] = float(imq_mmd(rows["z"], prior))
     if num_importance_samples:
@@ -430,5 +434,5 @@ def _compared(judges: list[Judge], observed: dict) -> dict:
         unit = sets["downsample"]["distances"][judge.extractor.name]["frechet"]
         for each in sets.values():
             distance = each["distances"][judge.extractor.name]
-            distance["frechet_over_downsample"] = distance["frechet"] / unit if unit else None
+            distance["frechet_over_downsample"] = distance["frechet"] / unit if unit > judge.rounding else None
     return sets

@@ -29,7 +29,8 @@ def results_table(results: dict) -> str:
     for prefix, title in (("autoencoder_", "autoencoder alone"), ("", "whole model")):
         if f"{prefix}psnr" in results:
             error, decibels = results[f"{prefix}squared_error"], results[f"{prefix}psnr"]
-            block.append([f"squared error per image, {title}", f"{error:.2f}", f"PSNR {decibels:.2f} dB"])
+            shown = "no PSNR" if decibels is None else f"PSNR {decibels:.2f} dB"
+            block.append([f"squared error per image, {title}", f"{error:.2f}", shown])
     for stage, title in (("vae", "first VAE"), ("second_stage", "second stage")):
         if each := results.get(stage):
             units = f"{each['active_units_by_variance']} of {each['latent_dim']}"

@@ -33,6 +33,16 @@ def frechet_distance(a: RunningMoments, b: RunningMoments) -> float:
     return max(0.0, float(distance))  # rounding can leave -1e-16 of the traces
 
 
+def frechet_rounding(reference: RunningMoments) -> float:
+    """The distance from a reference up to which it may be rounding alone, say because images have 8 bits.
+
+    Returns:
+        `float`: 1e-6 of the mean squared norm of the features. Downsampled pictures that show anything lie beyond
+        5e-5 of it, and those that are flat or smooth within 8e-7.
+    """
+    return 1e-6 * float(reference.covariance.trace() + reference.mean.square().sum())
+
+
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
     """F of shape `(dim, rank)` with covariance = F F^T. Eigenvalues within rounding of 0 are dropped.
 

@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 
 from ..data.cache import open_cache
 from ..data.options import ImageOptions
-from ..data.pixels import to_unit_range
+from ..data.pixels import refuse_images_that_teach_nothing, to_unit_range
 from ..data.sources import cache_folder
 from ..data.stream import open_stream
 from ..files import sole_use
@@ -60,7 +60,7 @@ def run_stage(options: StageOptions, images=None) -> VAEPlusPreTrainedModel:
 
 def build_stage(options: StageOptions, images=None) -> Stage:
     """The stage that [`~hf_vaeplus.training.loop.train`] trains with the same options; arguments as of `run_stage`."""
-    images = open_images(options) if images is None else images
+    images = _open_to_train(options) if images is None else images
     torch.manual_seed(derived_seed(options.seed, 2))  # the initial weights
     build = {"autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage}[options.stage]
     return build(options, images)
@@ -186,8 +186,14 @@ def open_stage_images(options: dict[str, StageOptions]) -> dict:
         wanted = [getattr(each, entry.name) for entry in fields(ImageOptions)]
         key = repr((wanted, each.cache_dir, each.streaming, each.seed if each.streaming else None))
         if key not in opened:
-            opened[key] = open_images(each)
+            opened[key] = _open_to_train(each)
         images[stage] = opened[key]
+    return images
+
+
+def _open_to_train(options: StageOptions):
+    images = open_images(options)
+    refuse_images_that_teach_nothing(images)
     return images
 
 
