@@ -5,6 +5,7 @@ validator of the field.
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import field
 from types import NoneType
@@ -13,12 +14,27 @@ from typing import Literal, get_args, get_origin
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 
-def option(default, help: str, *ranges: Callable, group: str | None = None, **settings):
+def option(default, help: str, *ranges: Callable, group: str | None = None, is_path: bool = False, **settings):
     """A field with a help text for the command line, and the ranges that its value must lie in.
 
-    `group` is the title in the help under which this field stands, with those that follow it.
+    `group` is the title in the help under which this field stands, with those that follow it. A path, or a list of
+    paths, may begin with `~`.
     """
-    return field(default=default, metadata={"help": help, "validator": list(ranges), "group": group}, **settings)
+    metadata = {"help": help, "validator": list(ranges), "group": group, "is_path": is_path}
+    return field(default=default, metadata=metadata, **settings)
+
+
+def from_home(path: str | os.PathLike) -> str:
+    """`path` with the folder of its user in place of `~` or `~name` at its beginning.
+
+    Raises:
+        ValueError: this process has no home.
+    """
+    path = os.fspath(path)
+    found = os.path.expanduser(path)
+    if found == "~" or found.startswith("~/"):
+        raise ValueError(f"{path} needs a home folder, and this user has none: set HOME, or write the path in full")
+    return found
 
 
 def must(expected: str, holds: Callable[[object], bool]) -> Callable:
@@ -47,6 +63,8 @@ def one_sentence(record: type) -> type:
 
     def set_checked(self, name, value):
         try:
+            if self.__dataclass_fields__[name].metadata.get("is_path"):
+                value = _paths_from_home(value)
             checked(self, name, value)
         except StrictDataclassFieldValidationError as error:
             told = error.__cause__
@@ -56,6 +74,12 @@ def one_sentence(record: type) -> type:
 
     record.__setattr__ = set_checked
     return record
+
+
+def _paths_from_home(value):
+    if isinstance(value, list | tuple):
+        return type(value)(map(_paths_from_home, value))
+    return from_home(value) if isinstance(value, str | os.PathLike) else value
 
 
 def kinds_of(annotation) -> tuple:

@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_origin
 
 import yaml
 
-from ..fields import kinds_of
+from ..fields import from_home, kinds_of
 from ..provenance import redact_record
 
 
@@ -119,7 +119,9 @@ def add_config(parser, purpose: str, **options):
     from ..training.options import preset_names
 
     names = ", ".join(preset_names())
-    parser.add_argument("--config", metavar="PRESET", help=f"{names} or a YAML file, {purpose}", **options)
+    parser.add_argument(
+        "--config", metavar="PRESET", help=f"{names} or a YAML file, {purpose}", type=local_path, **options
+    )
 
 
 def check_resolution(options):
@@ -154,6 +156,14 @@ def check_resolution(options):
                 f"the network cannot take images of resolution {options.resolution}, the nearest that it can take:"
                 f" {' and '.join(filter(None, nearest))} ({error})"
             )
+
+
+def local_path(text: str) -> str:
+    """The type of an argument that names a file or folder: no shell expands the `~` of `--output=~/x`."""
+    try:
+        return from_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def assignment(text: str) -> tuple[str, object]:
@@ -232,8 +242,10 @@ def add_sharpness(parser):
 
 
 def add_pipeline(parser, output: str):
-    parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
-    parser.add_argument("--output", help=f"what to write; missing folders are made (default: {output})")
+    parser.add_argument("pipeline", type=local_path, help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument(
+        "--output", type=local_path, help=f"what to write; missing folders are made (default: {output})"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     add_json(parser)

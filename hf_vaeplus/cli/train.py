@@ -7,7 +7,16 @@ import time
 from pathlib import Path
 
 from ..evaluation.tables import summary_table
-from .flags import add_config, add_json, add_stage_options, assignment, check_resolution, given_options, writable
+from .flags import (
+    add_config,
+    add_json,
+    add_stage_options,
+    assignment,
+    check_resolution,
+    given_options,
+    local_path,
+    writable,
+)
 
 _STARTED = time.perf_counter()  # before any library is imported: the wall time includes the imports
 _INTERRUPTED = "the same command goes on from the newest checkpoint"
@@ -22,7 +31,10 @@ def add_quickstart(commands):
         epilog="examples:\n  vaeplus quickstart\n  vaeplus quickstart --num_factors 4 --output_dir runs/four",
     )
     parser.add_argument(
-        "--output_dir", default="vaeplus-quickstart", help="where everything goes (default: %(default)s)"
+        "--output_dir",
+        type=local_path,
+        default="vaeplus-quickstart",
+        help="where everything goes (default: %(default)s)",
     )
     parser.add_argument("--num_factors", type=int, default=8, help="r: factors the drawings vary in (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
@@ -67,7 +79,9 @@ def add_train(commands):
         parser,
         leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir", "hub_subfolder"),
     )
-    parser.add_argument("--output_dir", default="runs/vaeplus", help="where everything goes (default: %(default)s)")
+    parser.add_argument(
+        "--output_dir", type=local_path, default="runs/vaeplus", help="where everything goes (default: %(default)s)"
+    )
     add_json(parser)
     parser.set_defaults(run=_run_train, interrupted=_INTERRUPTED)
 

@@ -82,13 +82,13 @@ def write_card(
     data = ModelCardData(
         **_METADATA, license=license, datasets=hub_id, model_name=model_id.split("/")[-1], eval_results=eval_results
     )
-    template = (resources.files(__package__) / "card_template.md").read_text()
+    template = (resources.files(__package__) / "card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(data, template_str=template, **fields)
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
         shutil.copyfile(run_dir / name, output_dir / name)
     path = output_dir / "README.md"
-    path.write_text(str(card).rstrip() + "\n")
+    path.write_text(str(card).rstrip() + "\n", encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -96,7 +96,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
     """Fields of the template, the data set on the Hub, and results, of a run that may be damaged or a stranger's."""
 
     def read(name: str) -> dict:
-        return json.loads((run_dir / name).read_text())
+        return json.loads((run_dir / name).read_text(encoding="utf-8"))
 
     summary = read("summary.json")
     options = {stage: read(f"{stage}/training_options.json") for stage in STAGES}
@@ -133,7 +133,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
 def short_card(model_id: str, size: int) -> ModelCard:
     """The card of a pipeline of which nothing but the weights is known: what it is and how to use it."""
     data = ModelCardData(model_name=model_id.split("/")[-1], **_METADATA)
-    template = (resources.files(__package__) / "short_card_template.md").read_text()
+    template = (resources.files(__package__) / "short_card_template.md").read_text(encoding="utf-8")
     return ModelCard.from_template(data, template_str=template, model_id=model_id, size=size)
 
 

@@ -205,7 +205,8 @@ def latents_card(
         date=made["date"],
         torch=made["versions"]["torch"],
     )
-    return f"---\n{DatasetCardData(tags=['hf_vaeplus', 'latents'])}\n---\n{text}"
+    text = f"---\n{DatasetCardData(tags=['hf_vaeplus', 'latents'])}\n---\n{text}"
+    return text.encode(errors="backslashreplace").decode()  # a name of a file may be no UTF-8
 
 
 def open_repository(repo_id: str, private: bool = False) -> None:

@@ -5,12 +5,14 @@ exported repository carries that file alone.
 """
 
 import os
+from pathlib import Path
 
 import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub.errors import HTTPError
 
 from .. import pipeline_vaeplus
+from ..files import follow_umask
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..modeling_vaeplus import VAEPlusEncoderConfig
 from .client import explain
@@ -108,6 +110,8 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
         `preprocessor_config.json` of the image processor.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
+        for weights in Path(save_directory).glob("*/*.safetensors"):
+            follow_umask(weights)
         stages = ["vae"] if self.autoencoder is None else ["autoencoder", "vae"]
         VAEPlusEncoderConfig(stages=stages).save_pretrained(save_directory)
         self.image_processor.save_pretrained(save_directory)

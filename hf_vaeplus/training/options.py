@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data.catalogue import NAMED_DATA_SETS
 from ..data.options import ImageOptions
-from ..fields import at_least_one, below_one, finite, must, not_negative, one_sentence, option, positive
+from ..fields import at_least_one, below_one, finite, from_home, must, not_negative, one_sentence, option, positive
 from ..provenance import redacted
 
 if TYPE_CHECKING:  # a command line is parsed without it
@@ -55,7 +55,9 @@ class TrainingOptions:
         ValueError: an option of another type, not among the choices or out of range.
     """
 
-    output_dir: str = option("runs/stage", "folder for checkpoints, logs, samples and the final model", group="run")
+    output_dir: str = option(
+        "runs/stage", "folder for checkpoints, logs, samples and the final model", group="run", is_path=True
+    )
     seed: int = option(
         0, "seed of everything random", not_negative, must("be below 2**63", lambda value: value < 2**63)
     )
@@ -80,7 +82,7 @@ class TrainingOptions:
         1_000, "save a resumable checkpoint every so many steps", positive, group="checkpoints"
     )
     checkpoints_total_limit: int = option(2, "how many checkpoints to keep", positive)
-    resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint")
+    resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint", is_path=True)
     strict_resume: bool = option(False, "refuse a damaged newest checkpoint instead of taking the one before it")
     logging_steps: int = option(50, "steps between two lines of stats.jsonl", positive, group="logging")
     sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only", not_negative)
@@ -134,7 +136,7 @@ def refuse_other_options(written: Path, options: dict):
     """A run that is resumed with another seed, model or data set would be neither the old run nor the new one."""
     if not written.exists():
         return
-    old, new = json.loads(written.read_text()), json.loads(json.dumps(options))
+    old, new = json.loads(written.read_text(encoding="utf-8")), json.loads(json.dumps(options))
     changed = [name for name in new if name in old and old[name] != new[name] and name not in _FREE_OPTIONS]
     if changed:
         changes = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
@@ -158,11 +160,13 @@ class StageOptions(ImageOptions, TrainingOptions):
 
     stage: Stage = option("autoencoder", "which stage to train", group="stages and models")
     streaming: bool = option(False, "train from the source without caching its decoded images", group="data")
-    cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
-    autoencoder: str | None = option(
-        None, "folder or Hub id of the trained autoencoder (later stages)", group="stages and models"
+    cache_dir: str | None = option(
+        None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE", is_path=True
     )
-    vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
+    autoencoder: str | None = option(
+        None, "folder or Hub id of the trained autoencoder (later stages)", group="stages and models", is_path=True
+    )
+    vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)", is_path=True)
     pullback_codes: int = option(
         16, "first VAE, reconstruction_space pullback: codes that its metric is a mean of", at_least_one
     )
@@ -206,7 +210,7 @@ def load_preset(name: str | Path) -> dict:
     """
     carried = resources.files("hf_vaeplus") / "presets"
     names = preset_names()
-    path = carried / f"{name}.yaml" if name in names else Path(name)
+    path = carried / f"{name}.yaml" if name in names else Path(from_home(name))
     if not path.is_file():
         raise FileNotFoundError(f"no preset or file named {name}: the presets are {', '.join(names)}.")
     content = path.read_bytes()
