@@ -31,6 +31,10 @@ def from_home(path: str | os.PathLike) -> str:
         ValueError: this process has no home.
     """
     path = os.fspath(path)
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # out of a preset, which is UTF-8, under a locale that is not
+        path = os.fsdecode(path.encode())
     found = os.path.expanduser(path)
     if found == "~" or found.startswith("~/"):
         raise ValueError(f"{path} needs a home folder, and this user has none: set HOME, or write the path in full")
@@ -51,7 +55,16 @@ positive = must("be positive", lambda value: value > 0)
 not_negative = must("not be negative", lambda value: value >= 0)
 at_least_one = must("be at least 1", lambda value: value >= 1)
 below_one = must("lie in [0, 1)", lambda value: 0 <= value < 1)
+utf8 = must("be spelt in UTF-8, because safetensors opens no other path", lambda path: _is_utf8(os.fsencode(path)))
 finite = must("be a finite number", lambda value: abs(value) < math.inf)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def one_sentence(record: type) -> type:

@@ -171,7 +171,7 @@ def assignment(text: str) -> tuple[str, object]:
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     try:
-        return name, yaml.safe_load(value)
+        return name, yaml.safe_load(value.encode(errors="surrogateescape"))  # UTF-8, whatever the locale
     except Exception as error:  # PyYAML lets through nearly anything that its constructors meet
         raise argparse.ArgumentTypeError(f"{text!r} has no readable value") from error
 

@@ -60,6 +60,7 @@ def run_command(command, argv: list[str] | None = None, interrupted: str = "noth
 
 def _run(command, words: list[str], is_process: bool) -> int:
     import logging
+    import os
     import traceback
 
     from ..provenance import redact_record, redacted
@@ -95,6 +96,10 @@ def _run(command, words: list[str], is_process: bool) -> int:
         loop = sys.modules.get("hf_vaeplus.training.loop")  # without it nothing has been trained
         if loop is not None and isinstance(error, loop.TrainingDiverged):
             return _complain(one_sentence(error), words, 3)
+        if isinstance(error, RuntimeError) and os.path.expanduser("~") == "~" and "home" in str(error):  # of pathlib
+            error = OSError(
+                "a library needs a home folder, and this user has none: set HOME, or HF_HOME for the Hub's"
+            )
         mistakes = ValueError, TypeError, OSError, HTTPError, SafetensorError, StrictDataclassError
         if "--debug" in words or not isinstance(error, mistakes):
             raise

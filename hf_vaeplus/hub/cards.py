@@ -88,7 +88,7 @@ def write_card(
     for name in PICTURES:
         shutil.copyfile(run_dir / name, output_dir / name)
     path = output_dir / "README.md"
-    path.write_text(str(card).rstrip() + "\n", encoding="utf-8", errors="backslashreplace")
+    path.write_text(unicode_text(str(card)).rstrip() + "\n", encoding="utf-8")
     return path
 
 
@@ -103,7 +103,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
     configs = {stage: read(f"{stage}/config.json") for stage in STAGES}
     last, images = options["second_stage"], summary["images"]
     told, data_license, hub_id, people = CARD_FACTS.get(last["dataset_name"], (None, None, last["dataset_name"], None))
-    told = told or f"Images of the {'data set' if hub_id else 'folder'} {images!r}."
+    told = told or f"Images of the {'data set' if hub_id else 'folder'} '{images}'."
     if last["max_train_samples"]:
         told += f" The first {last['max_train_samples']:,} of them."
     told += " Their mirror images as well." if last["random_flip"] else ""
@@ -141,6 +141,11 @@ def plain_text(text: object) -> str:
     """Text from outside as text: on one line, without HTML, code, and Markdown's tables, links and pictures."""
     text = html.escape(" ".join(str(text).split()), quote=False).replace("`", "'")
     return re.sub(r"[\\|\[\]]", r"\\\g<0>", text)
+
+
+def unicode_text(text: str) -> str:
+    """Text with words of a command line, or names of files, that the locale could not read; escapes if not UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def code_text(text: object) -> str:

@@ -16,7 +16,7 @@ from pyarrow.parquet import ParquetWriter
 from ..files import FULL
 from ..progress import tqdm
 from ..provenance import provenance
-from .cards import code_text, plain_text
+from .cards import code_text, plain_text, unicode_text
 
 if TYPE_CHECKING:
     from ..data.cache import ImageDataset
@@ -206,7 +206,7 @@ def latents_card(
         torch=made["versions"]["torch"],
     )
     text = f"---\n{DatasetCardData(tags=['hf_vaeplus', 'latents'])}\n---\n{text}"
-    return text.encode(errors="backslashreplace").decode()  # a name of a file may be no UTF-8
+    return unicode_text(text)
 
 
 def open_repository(repo_id: str, private: bool = False) -> None:

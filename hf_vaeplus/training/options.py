@@ -14,7 +14,18 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data.catalogue import NAMED_DATA_SETS
 from ..data.options import ImageOptions
-from ..fields import at_least_one, below_one, finite, from_home, must, not_negative, one_sentence, option, positive
+from ..fields import (
+    at_least_one,
+    below_one,
+    finite,
+    from_home,
+    must,
+    not_negative,
+    one_sentence,
+    option,
+    positive,
+    utf8,
+)
 from ..provenance import redacted
 
 if TYPE_CHECKING:  # a command line is parsed without it
@@ -56,7 +67,7 @@ class TrainingOptions:
     """
 
     output_dir: str = option(
-        "runs/stage", "folder for checkpoints, logs, samples and the final model", group="run", is_path=True
+        "runs/stage", "folder for checkpoints, logs, samples and the final model", utf8, group="run", is_path=True
     )
     seed: int = option(
         0, "seed of everything random", not_negative, must("be below 2**63", lambda value: value < 2**63)
@@ -161,7 +172,7 @@ class StageOptions(ImageOptions, TrainingOptions):
     stage: Stage = option("autoencoder", "which stage to train", group="stages and models")
     streaming: bool = option(False, "train from the source without caching its decoded images", group="data")
     cache_dir: str | None = option(
-        None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE", is_path=True
+        None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE", utf8, is_path=True
     )
     autoencoder: str | None = option(
         None, "folder or Hub id of the trained autoencoder (later stages)", group="stages and models", is_path=True
