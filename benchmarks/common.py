@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_vaeplus.cli.flags import CommandParser
+from hf_vaeplus.cli.flags import CommandParser, local_path
 from hf_vaeplus.cli.main import run_command
 from hf_vaeplus.data.cache import ImageDataset
 from hf_vaeplus.provenance import provenance
@@ -47,7 +47,7 @@ def _run(name, description, measure, add_options):
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch, for all candidates")
     parser.add_argument("--repeats", type=int, default=None, help="rounds of every comparison")
     parser.add_argument("--processor_time", action="store_true", help="per thread, not the clock's: on a busy machine")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "results")
+    parser.add_argument("--output_dir", type=lambda text: Path(local_path(text)), default=ROOT / "results")
     if add_options:
         add_options(parser)
     args = parser.parse_args()
@@ -79,7 +79,7 @@ def _run(name, description, measure, add_options):
             print(f"\n{key.replace('_', ' ')}\n{table(value)}")
     path = args.output_dir / f"bench_{name}{'' if scale == 'full' else f'_{scale}'}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"\n{scale}, {args.threads} threads, {started['processor']}, load {started['load_average_before']}: {path}")
     if args.json:
         print(json.dumps(result))
@@ -87,7 +87,7 @@ def _run(name, description, measure, add_options):
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
@@ -190,7 +190,7 @@ def run_python(code: str, *words: str, args) -> tuple[float, list[str]]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     start, before = time.perf_counter(), os.times()
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, encoding="utf-8", env=env)
     after, seconds = os.times(), time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"a process of the benchmark failed: {done.stderr[-2000:]}")
@@ -219,7 +219,7 @@ def peak_mib() -> float | None:
     Not `ru_maxrss`: a process inherits that from the one that started it.
     """
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return None

@@ -47,6 +47,6 @@ def draw(throughput: dict, scaling: dict) -> Figure:
 
 if __name__ == "__main__":
     names = ("train_throughput", "scaling")
-    draw(*(json.loads((ROOT / f"results/bench_{name}.json").read_text()) for name in names)).savefig(
+    draw(*(json.loads((ROOT / f"results/bench_{name}.json").read_text(encoding="utf-8")) for name in names)).savefig(
         ROOT / "docs/images/speed.png", dpi=110
     )

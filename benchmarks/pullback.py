@@ -115,7 +115,7 @@ def first_vae(form, args, images, codes, autoencoder, **model) -> dict:
     folder = args.output_dir / f"vae-{name}"
     record = folder / "record.json"
     if record.exists():
-        return json.loads(record.read_text())
+        return json.loads(record.read_text(encoding="utf-8"))
     shape = {"latent_dim": 64, "hidden_dim": 512, "num_blocks": 3, "reconstruction_space": form}
     preset = {"common": args.common, "vae": {"max_train_steps": args.steps, "model": {**shape, **model}}}
     clip = {"image": args.max_grad_norm, "pullback": args.max_grad_norm, "input": 0.0}[form]
@@ -143,7 +143,7 @@ def first_vae(form, args, images, codes, autoencoder, **model) -> dict:
         return Image.new("L", (1, 1))
 
     trained = train(replace(stage, prepare=timed, preview=watch), options)
-    last = json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])
+    last = json.loads((folder / "stats.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     result = {
         "form": form,
         **model,
@@ -156,7 +156,7 @@ def first_vae(form, args, images, codes, autoencoder, **model) -> dict:
         "gamma": float(trained.decoder_log_variance.exp()),
         "active_units": last["active_units"],
     }
-    record.write_text(json.dumps(result))
+    record.write_text(json.dumps(result), encoding="utf-8")
     return result
 
 
@@ -171,7 +171,7 @@ def judge(form, args, validation, extractor) -> dict:
     """A second stage on top of one form, and what all metrics say of the pipeline."""
     record = args.output_dir / f"second-{form}" / "record.json"
     if record.exists():
-        return json.loads(record.read_text())
+        return json.loads(record.read_text(encoding="utf-8"))
     preset = {"common": args.common, "second_stage": {"model": {"hidden_dim": 512, "num_blocks": 3}}}
     options = stage_options(
         "second_stage", preset, autoencoder=args.autoencoder, vae=str(args.output_dir / f"vae-{form}"),
@@ -181,7 +181,7 @@ def judge(form, args, validation, extractor) -> dict:
     pipe = build_pipeline(options, run_stage(options))
     pipe.set_progress_bar_config(disable=True)
     found = evaluate(pipe, validation, [extractor], ["prior", "second_stage"], num_images=args.num_images)
-    record.write_text(json.dumps(found))
+    record.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
@@ -289,7 +289,7 @@ def main() -> dict:
         }
     output = args.output or Path(f"results/bench_pullback_{size}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results), f"saved in {output}", sep="\n\n")
     return results
 

@@ -104,14 +104,14 @@ def processes(args) -> list[dict]:
     for count in (1, 2):
         with tempfile.TemporaryDirectory(prefix="vaeplus-bench-") as folder:
             script = Path(folder) / "run.py"
-            script.write_text(WORKER + "\n")
+            script.write_text(WORKER + "\n", encoding="utf-8")
             given = {"size": 64, "batch": args.pick(2, 64, 64), "latent_dim": 64, "steps": args.pick(1, 3, 10)}
             given |= {"threads": 1, "processor_time": False, "output_dir": f"{folder}/run"}
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count)]
             launch += ["--multi_gpu"] if count > 1 else []
             path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
             env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            done = subprocess.run([*launch, script, json.dumps(given)], capture_output=True, text=True, env=env)
+            done = subprocess.run([*launch, script, json.dumps(given)], capture_output=True, encoding="utf-8", env=env)
             if done.returncode:
                 raise RuntimeError(f"{count} processes failed: {done.stderr[-2000:]}")
             seconds, peak = map(float, done.stdout.split()[-2:])

@@ -31,7 +31,10 @@ def run(options) -> tuple[list[float], list[dict]]:
 
     train(replace(stage, prepare=timed, preview=None), options)
     clock.tick()
-    return clock, [json.loads(line) for line in (Path(options.output_dir) / "stats.jsonl").read_text().splitlines()]
+    return clock, [
+        json.loads(line)
+        for line in (Path(options.output_dir) / "stats.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def seconds_to(clock: list[float], lines: list[dict], reached) -> float | None:

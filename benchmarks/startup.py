@@ -64,7 +64,7 @@ def _slowest_imports(count: int) -> list[dict]:
     """Modules by the time of their own lines, as `python -X importtime` says."""
     command = [sys.executable, "-X", "importtime", "-c", "from hf_vaeplus import VAEPlusPipeline"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stderr.splitlines()
+    lines = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=env).stderr.splitlines()
     rows = []
     for line in lines:
         parts = line.removeprefix("import time:").split("|")

@@ -5,6 +5,7 @@ validator of the field.
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import field
 from types import NoneType
@@ -13,12 +14,31 @@ from typing import Literal, get_args, get_origin
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 
-def option(default, help: str, *ranges: Callable, group: str | None = None, **settings):
+def option(default, help: str, *ranges: Callable, group: str | None = None, is_path: bool = False, **settings):
     """A field with a help text for the command line, and the ranges that its value must lie in.
 
-    `group` is the title in the help under which this field stands, with those that follow it.
+    `group` is the title in the help under which this field stands, with those that follow it. A path, or a list of
+    paths, may begin with `~`.
     """
-    return field(default=default, metadata={"help": help, "validator": list(ranges), "group": group}, **settings)
+    metadata = {"help": help, "validator": list(ranges), "group": group, "is_path": is_path}
+    return field(default=default, metadata=metadata, **settings)
+
+
+def from_home(path: str | os.PathLike) -> str:
+    """`path` with the folder of its user in place of `~` or `~name` at its beginning.
+
+    Raises:
+        ValueError: this process has no home.
+    """
+    path = os.fspath(path)
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # out of a preset, which is UTF-8, under a locale that is not
+        path = os.fsdecode(path.encode())
+    found = os.path.expanduser(path)
+    if found == "~" or found.startswith("~/"):
+        raise ValueError(f"{path} needs a home folder, and this user has none: set HOME, or write the path in full")
+    return found
 
 
 def must(expected: str, holds: Callable[[object], bool]) -> Callable:
@@ -35,7 +55,16 @@ positive = must("be positive", lambda value: value > 0)
 not_negative = must("not be negative", lambda value: value >= 0)
 at_least_one = must("be at least 1", lambda value: value >= 1)
 below_one = must("lie in [0, 1)", lambda value: 0 <= value < 1)
+utf8 = must("be spelt in UTF-8, because safetensors opens no other path", lambda path: _is_utf8(os.fsencode(path)))
 finite = must("be a finite number", lambda value: abs(value) < math.inf)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def one_sentence(record: type) -> type:
@@ -47,6 +76,8 @@ def one_sentence(record: type) -> type:
 
     def set_checked(self, name, value):
         try:
+            if self.__dataclass_fields__[name].metadata.get("is_path"):
+                value = _paths_from_home(value)
             checked(self, name, value)
         except StrictDataclassFieldValidationError as error:
             told = error.__cause__
@@ -56,6 +87,12 @@ def one_sentence(record: type) -> type:
 
     record.__setattr__ = set_checked
     return record
+
+
+def _paths_from_home(value):
+    if isinstance(value, list | tuple):
+        return type(value)(map(_paths_from_home, value))
+    return from_home(value) if isinstance(value, str | os.PathLike) else value
 
 
 def kinds_of(annotation) -> tuple:

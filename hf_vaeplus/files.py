@@ -68,7 +68,7 @@ def write_whole(path: Path, write: Callable[[Path], object]):
 
 def write_text(path: Path, text: str):
     """Replace a file by `text`, whole or not at all."""
-    write_whole(path, lambda partial: partial.write_text(text))
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content):
@@ -90,7 +90,7 @@ def one_form_of_weights(folder: Path, variant: str | None = None) -> Iterator[No
     yield
     if whole.exists() and index.exists():
         older.unlink()
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else ()
     for shard in folder.glob(f"model{infix}-?????-of-?????.safetensors"):
         if shard.name not in shards:
             shard.unlink()
@@ -150,8 +150,18 @@ def room_for(path: Path, partial: Path) -> Iterator[None]:
         ) from error
 
 
+def follow_umask(weights: Path):
+    """Give a file of weights the permissions of any other new file: safetensors lets its owner alone read it."""
+    umask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(umask)
+    weights.chmod(0o666 & ~umask)
+
+
 def flush_to_disk(written: Path):
+    """Take care that a file, or a folder with all that it holds, is on the disk and readable as the umask says."""
     for path in [*written.rglob("*"), written]:
+        if path.suffix == ".safetensors":
+            follow_umask(path)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -45,9 +45,11 @@ def redact_record(record: logging.LogRecord) -> bool:
 @cache
 def _commit() -> str | None:
     """Of the code, at the first call: a long process must not name what was committed while it ran."""
-    git = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    except OSError:  # there is no git here
+        return None
     return git.stdout.strip() or None
 
 

@@ -214,7 +214,7 @@ def test_a_kill_while_the_oldest_is_dropped_leaves_no_part_of_it(tmp_path, monke
 # -------------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_resumed_run_is_the_run(tmp_path, reference, number):
     def prepare(batch, noise, step):
         if step == 4:
@@ -249,6 +249,31 @@ def test_a_second_signal_ends_at_once(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGTERM
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_terminal_is_no_second_signal(tmp_path, first):
+    def prepare(batch, noise, step):
+        if step == 4:
+            os.kill(os.getpid(), first)
+            os.kill(os.getpid(), signal.SIGHUP)
+        return prepare_rows(batch, noise, step)
+
+    with pytest.raises(TrainingInterrupted, match=f"stopped by {first.name} .* as checkpoint-5"):
+        fit(tmp_path, prepare=prepare)
+
+
+def test_nohup_is_respected(tmp_path):
+    def prepare(batch, noise, step):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return prepare_rows(batch, noise, step)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fit(tmp_path, prepare=prepare)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_training_in_a_thread_leaves_the_signals_alone(tmp_path):

@@ -148,3 +148,30 @@ def test_the_readers_find_what_they_look_for():
     assert found == {"data", "__init__", "hub.cards", "metrics.fid"}
     assert dotted_calls(source) >= {"pickle.load", "torch.load"}
     assert not dotted_calls("import torch\ntorch.load('x', weights_only=True)") & UNPICKLING
+
+
+def _locale_dependent(source: str) -> list[str]:
+    """Calls that read or write text in whatever encoding the machine's locale has."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        modes = [each.value for each in [*node.args[1:2], given.get("mode")] if isinstance(each, ast.Constant)]
+        is_open = isinstance(node.func, ast.Name) and name == "open" and not any("b" in str(mode) for mode in modes)
+        is_text = isinstance(node.func, ast.Attribute) and name in ("read_text", "write_text")
+        if "text" in given or (is_open or is_text) and "encoding" not in given:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_text_is_utf8_whatever_the_locale():
+    wrong = 'open(a), open(a, "w"), a.read_text(), a.write_text(b), run(c, text=True)'
+    right = (
+        'open(a, "rb"), open(a, encoding="utf-8"), a.write_text(b, encoding="utf-8"), write_text(a, b), Image.open(a)'
+    )
+    assert len(_locale_dependent(wrong)) == 5 and not _locale_dependent(right)
+    folders = (PACKAGE, PACKAGE.parent / "examples", PACKAGE.parent / "benchmarks")
+    found = {path.name: _locale_dependent(path.read_text()) for folder in folders for path in folder.rglob("*.py")}
+    assert not {name: calls for name, calls in found.items() if calls}

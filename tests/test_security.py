@@ -201,7 +201,7 @@ COMMANDS = {
     "encode": f"encode {{run}}/pipeline {DATA}",
     "push": "push {run}/pipeline org/pushed",
     "card": "card {run} org/pushed",
-    "train": "train --config {home}/tiny.yaml --output_dir {run} --max_train_steps 4",
+    "train": "train --config {home}/tiny.yaml --output_dir {run} --max_train_steps 4 --retrain",
 }
 NO_WEIGHTS = {
     "AutoConfig": lambda at: AutoConfig.from_pretrained(at / "run" / "vae"),

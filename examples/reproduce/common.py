@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from hf_vaeplus.cli.flags import CommandParser
+from hf_vaeplus.cli.flags import CommandParser, local_path
 from hf_vaeplus.cli.main import run_command
 from hf_vaeplus.metrics.latents import PosteriorStatistics
 from hf_vaeplus.metrics.reconstruction import squared_error
@@ -41,11 +41,11 @@ class Cells:
         (output_dir / "cells").mkdir(parents=True, exist_ok=True)
         written = output_dir / "settings.json"
         settings = json.loads(json.dumps(settings))
-        if written.exists() and json.loads(written.read_text()) != settings:
+        if written.exists() and json.loads(written.read_text(encoding="utf-8")) != settings:
             raise ValueError(
                 f"{output_dir} holds the cells of other settings (see settings.json): choose another --output_dir."
             )
-        written.write_text(json.dumps(settings, indent=2) + "\n")
+        written.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def __call__(self, name: str, compute: Callable[[], dict]) -> dict:
         """The result `name`: read if it is there, else `compute()`, with where and when it was computed."""
@@ -54,9 +54,9 @@ class Cells:
             self.bar.set_postfix_str(name)
             result = {**compute(), "provenance": provenance()}
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=2) + "\n")
+            partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, path)
-        self.results[name] = json.loads(path.read_text())
+        self.results[name] = json.loads(path.read_text(encoding="utf-8"))
         self.bar.update()
         return self.results[name]
 
@@ -65,7 +65,7 @@ class Cells:
         paths = sorted((self.output_dir / "cells").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         if not paths:
             raise ValueError(f"{self.output_dir} holds no finished cell: run without --so_far first.")
-        self.results = {path.stem: json.loads(path.read_text()) for path in paths}
+        self.results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def preset_of(settings: dict) -> dict:
@@ -101,7 +101,9 @@ def reproduce(
 def _run(name, description, settings, measure, table, draw, add_options):
     parser = CommandParser(prog=f"{name}.py", description=description)
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: seconds; cpu: two cores; gpu: a GPU")
-    parser.add_argument("--output_dir", default=None, help=f"finished work (default: runs/reproduce/{name}-<scale>)")
+    parser.add_argument(
+        "--output_dir", type=local_path, default=None, help=f"finished work (default: runs/reproduce/{name}-<scale>)"
+    )
     parser.add_argument("--so_far", action="store_true", help="compute nothing: table and plot of the finished cells")
     parser.add_argument("--publish", action="store_true", help="copy numbers, table and plot to results/ and docs/")
     if add_options:
@@ -117,9 +119,9 @@ def _run(name, description, settings, measure, table, draw, add_options):
         measure(chosen, cells, args)
     cells.bar.close()
     results = {**provenance(), "scale": args.scale, "settings": chosen, "cells": cells.results}
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     markdown = table(cells.results)
-    (output_dir / "table.md").write_text(markdown + "\n")
+    (output_dir / "table.md").write_text(markdown + "\n", encoding="utf-8")
     if draw:
         draw(cells.results, output_dir / f"{name}.png")
     print(f"\n{markdown}\n\nsaved in {output_dir}: results.json table.md{f' {name}.png' if draw else ''}")
@@ -130,13 +132,13 @@ def _run(name, description, settings, measure, table, draw, add_options):
 def _publish(name: str, output_dir: Path, markdown: str, has_picture: bool):
     page = ROOT / "docs" / "paper.md"
     place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    text, count = place.subn(lambda match: match[1] + markdown + "\n" + match[2], page.read_text())
+    text, count = place.subn(lambda match: match[1] + markdown + "\n" + match[2], page.read_text(encoding="utf-8"))
     if count != 1:
         raise ValueError(f"{page} must have one place between <!-- {name} --> and <!-- /{name} -->, found {count}.")
     shutil.copy(output_dir / "results.json", ROOT / "results" / f"{name}.json")
     if has_picture:
         shutil.copy(output_dir / f"{name}.png", ROOT / "docs" / "images" / f"{name}.png")
-    page.write_text(text)
+    page.write_text(text, encoding="utf-8")
 
 
 def mean_and_spread(values: list[float], digits: int = 2) -> str:

@@ -94,7 +94,7 @@ def run(options, seed, folder, settings, start=None) -> dict:
     if start is not None:
         start(stage.model)
     model = train(stage, options)
-    last = json.loads((folder / "stats.jsonl").read_text().splitlines()[-1])
+    last = json.loads((folder / "stats.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     source = dict(train_data_dir=options.train_data_dir, resolution=options.resolution, num_channels=1)
     split = "test" if options.dataset_name == "mnist" else "train"
     images = load_images(options.dataset_name, **source, split=split, cache_dir=options.cache_dir)

@@ -62,7 +62,7 @@ def measure(settings, cells, args):
         options = stage_options(stage, preset, **{**source, "output_dir": str(args.output_dir / name), **overrides})
         started = time.perf_counter()
         run_stage(options)
-        stats = json.loads((args.output_dir / name / "stats.jsonl").read_text().splitlines()[-1])
+        stats = json.loads((args.output_dir / name / "stats.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         return {
             "num_train": num_train,
             "last_line_of_the_log": stats,

@@ -92,6 +92,6 @@ def _evaluate(args):
         return None
     found = {**provenance(), "pipeline": args.pipeline, **results}
     text = redacted(json.dumps(found, indent=2)) + "\n"
-    write_output(output, lambda partial: partial.write_text(text))
+    write_output(output, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(f"\n{results_table(results)}\n\nsaved in {output}")
     return found

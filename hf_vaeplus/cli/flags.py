@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_origin
 
 import yaml
 
-from ..fields import kinds_of
+from ..fields import from_home, kinds_of
 from ..provenance import redact_record
 
 
@@ -119,7 +119,9 @@ def add_config(parser, purpose: str, **options):
     from ..training.options import preset_names
 
     names = ", ".join(preset_names())
-    parser.add_argument("--config", metavar="PRESET", help=f"{names} or a YAML file, {purpose}", **options)
+    parser.add_argument(
+        "--config", metavar="PRESET", help=f"{names} or a YAML file, {purpose}", type=local_path, **options
+    )
 
 
 def check_resolution(options):
@@ -156,12 +158,20 @@ def check_resolution(options):
             )
 
 
+def local_path(text: str) -> str:
+    """The type of an argument that names a file or folder: no shell expands the `~` of `--output=~/x`."""
+    try:
+        return from_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     try:
-        return name, yaml.safe_load(value)
+        return name, yaml.safe_load(value.encode(errors="surrogateescape"))  # UTF-8, whatever the locale
     except Exception as error:  # PyYAML lets through nearly anything that its constructors meet
         raise argparse.ArgumentTypeError(f"{text!r} has no readable value") from error
 
@@ -235,8 +245,10 @@ def add_sharpness(parser):
 
 
 def add_pipeline(parser, output: str):
-    parser.add_argument("pipeline", help="folder of a saved pipeline, or its id on the Hub")
-    parser.add_argument("--output", help=f"what to write; missing folders are made (default: {output})")
+    parser.add_argument("pipeline", type=local_path, help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument(
+        "--output", type=local_path, help=f"what to write; missing folders are made (default: {output})"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     add_json(parser)

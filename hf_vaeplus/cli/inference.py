@@ -8,6 +8,7 @@ from .flags import (
     add_pipeline,
     add_sharpness,
     load_pipeline,
+    local_path,
     output_picture,
     pictures_in,
     read_pictures,
@@ -79,7 +80,7 @@ def add_reconstruct(commands):
     add_pipeline(parser, "reconstructions.png")
     add_sharpness(parser)
     parser.set_defaults(output="reconstructions.png")
-    parser.add_argument("images", nargs="+", help="pictures, or folders of pictures")
+    parser.add_argument("images", nargs="+", type=local_path, help="pictures, or folders of pictures")
     add_crop(parser)
     parser.add_argument(
         "--on_bad_image",
@@ -117,7 +118,7 @@ def add_interpolate(commands):
     )
     add_pipeline(parser, "interpolation.png")
     parser.set_defaults(output="interpolation.png")
-    parser.add_argument("images", nargs=2, metavar="IMAGE", help="first and last picture")
+    parser.add_argument("images", nargs=2, type=local_path, metavar="IMAGE", help="first and last picture")
     add_crop(parser)
     parser.add_argument("--steps", type=int, default=9, help="images on the way, ends included (default: 9)")
     add_overwrite(parser)

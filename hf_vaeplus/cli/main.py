@@ -15,7 +15,8 @@ exit codes:
   0    done
   2    the command or its input was wrong: one sentence on standard error says what to do
   3    training diverged; the last good state is saved
-  130  interrupted; 143 terminated (training saves its state first)
+  129  the terminal was closed, 130 interrupted, 143 terminated (training saves its state first)
+  141  the work is done, but the reader of standard output went away before it had everything
 
 with --json standard output is one line with one JSON object: what was done, with the files written, or
 {"error": "the sentence"}. Everything for people goes to standard error. Every command has it but completion, which
@@ -41,7 +42,17 @@ def run_command(command, argv: list[str] | None = None, interrupted: str = "noth
     """
     words = sys.argv if argv is None else argv
     try:
-        return _run(command, words, is_process=argv is None)
+        from .streams import escape_unknown_characters, lost_output, make_streams_last
+
+        if argv is None:
+            make_streams_last()
+        escape_unknown_characters()
+        code = _run(command, words, is_process=argv is None)
+        if code or not (lost := lost_output()):
+            return code
+        if isinstance(lost, BrokenPipeError):  # whoever read it, such as `head`, has seen enough
+            return 141  # as of a process that SIGPIPE has ended
+        return _complain(f"the work is done, but standard output cannot be written: {lost.strerror}", words, 141)
     except KeyboardInterrupt as error:  # imports nothing: an import may be what was interrupted
         sentence = f"{str(error) or 'interrupted'}; {getattr(error, 'interrupted', interrupted)}"
         return _complain(sentence, words, 128 + getattr(error, "signal", 2))
@@ -68,8 +79,8 @@ def _run(command, words: list[str], is_process: bool) -> int:
 
     try:
         command()
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stop:  # of argparse, after it has printed a help
+        return stop.code or 0
     except UsageError as error:
         return _complain(one_sentence(error), words, 2)
     except Exception as error:
@@ -85,6 +96,10 @@ def _run(command, words: list[str], is_process: bool) -> int:
         loop = sys.modules.get("hf_vaeplus.training.loop")  # without it nothing has been trained
         if loop is not None and isinstance(error, loop.TrainingDiverged):
             return _complain(one_sentence(error), words, 3)
+        if isinstance(error, RuntimeError) and os.path.expanduser("~") == "~" and "home" in str(error):  # of pathlib
+            error = OSError(
+                "a library needs a home folder, and this user has none: set HOME, or HF_HOME for the Hub's"
+            )
         mistakes = ValueError, TypeError, OSError, HTTPError, SafetensorError, StrictDataclassError
         if "--debug" in words or not isinstance(error, mistakes):
             raise

@@ -3,7 +3,17 @@
 import json
 from pathlib import Path
 
-from .flags import add_data, add_json, add_pipeline, data_options, load_pipeline, writable, written, written_record
+from .flags import (
+    add_data,
+    add_json,
+    add_pipeline,
+    data_options,
+    load_pipeline,
+    local_path,
+    writable,
+    written,
+    written_record,
+)
 
 
 def add_card(commands):
@@ -17,12 +27,16 @@ def add_card(commands):
         "  vaeplus card runs/cats your-name/vaeplus-cats --evaluation results.json"
         " --data_license 'CC BY 4.0, photographs by the author'",
     )
-    parser.add_argument("run_dir", metavar="RUN", help="--output_dir of a finished `vaeplus train`")
+    parser.add_argument("run_dir", type=local_path, metavar="RUN", help="--output_dir of a finished `vaeplus train`")
     parser.add_argument("model_id", metavar="REPO_ID", help="repository that the card is for: organisation/name")
-    parser.add_argument("--evaluation", default=None, help="results.json of `vaeplus evaluate` for this pipeline")
+    parser.add_argument(
+        "--evaluation", type=local_path, default=None, help="results.json of `vaeplus evaluate` for this pipeline"
+    )
     parser.add_argument("--data_license", default=None, help="licence of the training images, where it is not known")
     parser.add_argument("--license", default="other", help="licence of the weights, by the Hub's ids (default: other)")
-    parser.add_argument("--output", default=None, help="folder of the card (default: the run's pipeline folder)")
+    parser.add_argument(
+        "--output", type=local_path, default=None, help="folder of the card (default: the run's pipeline folder)"
+    )
     add_json(parser)
     parser.set_defaults(run=_card, interrupted="the same command writes the whole card again")
 
@@ -45,7 +59,7 @@ def _read_results(path: Path) -> dict:
     from ..evaluation.tables import results_table
 
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"--evaluation {path} is no JSON ({error}): give evaluate's output.") from error
     if not isinstance(results, dict) or "protocol" not in results:
@@ -71,7 +85,9 @@ def add_push(commands):
         "  vaeplus push runs/cats/pipeline your-name/vaeplus-cats --variant bf16\n"
         "  vaeplus push model_cards/vaeplus-celeba128 org/vaeplus-celeba128",
     )
-    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument(
+        "pipeline", type=local_path, metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub"
+    )
     parser.add_argument("repo_id", metavar="REPO_ID", help="repository, created if need be: organisation/name")
     parser.add_argument("--private", action="store_true", help="if the repository is created, as a private one")
     parser.add_argument("--revision", default=None, help="branch, created if need be (default: main)")
@@ -114,8 +130,10 @@ def add_export(commands):
         "configs and weights. The folder loads with and without this package, and `vaeplus push` uploads it as it is.",
         epilog="example:\n  vaeplus export runs/cats/pipeline vaeplus-cats --weights bf16",
     )
-    parser.add_argument("pipeline", metavar="PIPELINE", help="folder of a saved pipeline, with its card")
-    parser.add_argument("folder", metavar="FOLDER", help="new folder of the repository")
+    parser.add_argument(
+        "pipeline", type=local_path, metavar="PIPELINE", help="folder of a saved pipeline, with its card"
+    )
+    parser.add_argument("folder", type=local_path, metavar="FOLDER", help="new folder of the repository")
     parser.add_argument(
         "--weights",
         choices=("float32", "bf16"),
@@ -179,7 +197,7 @@ def _encode(args):
     num_images = sum(read_metadata(file).num_rows for file in files)
     about = pipe, args.pipeline, images, args.split, options.source_crop, num_images
     if output.is_dir():
-        (output / "README.md").write_text(latents_card(*about, output.name))
+        (output / "README.md").write_text(latents_card(*about, output.name), encoding="utf-8")
     print(f"saved {num_images:,} posteriors in {output}")
     written.extend(files)
     found = written_record(args, files, "split", num_images=num_images, latent_dim=pipe.vae.config.latent_dim)

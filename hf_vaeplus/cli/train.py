@@ -7,7 +7,16 @@ import time
 from pathlib import Path
 
 from ..evaluation.tables import summary_table
-from .flags import add_config, add_json, add_stage_options, assignment, check_resolution, given_options, writable
+from .flags import (
+    add_config,
+    add_json,
+    add_stage_options,
+    assignment,
+    check_resolution,
+    given_options,
+    local_path,
+    writable,
+)
 
 _STARTED = time.perf_counter()  # before any library is imported: the wall time includes the imports
 _INTERRUPTED = "the same command goes on from the newest checkpoint"
@@ -22,7 +31,10 @@ def add_quickstart(commands):
         epilog="examples:\n  vaeplus quickstart\n  vaeplus quickstart --num_factors 4 --output_dir runs/four",
     )
     parser.add_argument(
-        "--output_dir", default="vaeplus-quickstart", help="where everything goes (default: %(default)s)"
+        "--output_dir",
+        type=local_path,
+        default="vaeplus-quickstart",
+        help="where everything goes (default: %(default)s)",
     )
     parser.add_argument("--num_factors", type=int, default=8, help="r: factors the drawings vary in (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
@@ -68,7 +80,7 @@ def add_train(commands):
         leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir", "hub_subfolder"),
     )
     told = "where everything goes (default: output_dir in `common` of the preset, or runs/vaeplus)"
-    parser.add_argument("--output_dir", default=None, help=told)
+    parser.add_argument("--output_dir", type=local_path, default=None, help=told)
     add_json(parser)
     parser.set_defaults(run=_run_train, interrupted=_INTERRUPTED)
 

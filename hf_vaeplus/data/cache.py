@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,7 +104,7 @@ def _sliced(count, limits, split):
 def _cached_info(folder):
     """What info.json says of a complete cache, its `shape` (N, H, W, C) and more; `None` for a damaged or no cache."""
     try:
-        info = json.loads((folder / "info.json").read_text())
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         return info if (folder / "images.bin").stat().st_size == math.prod(info["shape"]) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -118,7 +117,8 @@ def _build_cache(folder, source, max_samples, progress):
     if folder.exists():
         logger.warning("the image cache %s is damaged and will be built again", folder)
         shutil.rmtree(folder)
-    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    building.mkdir()
     count, left_out = 0, []
     total = source.count if max_samples is None or source.count is None else min(source.count, max_samples)
     rows = itertools.islice(source.rows(), max_samples)
@@ -136,7 +136,9 @@ def _build_cache(folder, source, max_samples, progress):
             raise nothing_left(source.name, left_out)
         info = {"shape": (count, source.resolution, source.resolution, source.num_channels), "name": source.name}
         info |= {"left_out": left_out} if source.skips else {}
-        (building / "info.json").write_text(json.dumps(info | source.transform | source.identity, indent=2))
+        (building / "info.json").write_text(
+            json.dumps(info | source.transform | source.identity, indent=2), encoding="utf-8"
+        )
         os.replace(building, folder)
     except OSError as error:
         if error.errno not in FULL:

@@ -49,7 +49,7 @@ class FileHashes:
 
 def _read(index: Path) -> dict[str, list]:
     try:
-        found = json.loads(index.read_text())
+        found = json.loads(index.read_text(encoding="utf-8"))
         return {path: [int(size), int(time), str(digest)] for path, (size, time, digest) in found.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

@@ -49,9 +49,11 @@ class ImageOptions:
         None, "rendered-faces | digits | celeba | mnist | a data set on the Hub", group="data"
     )
     train_data_dir: str | os.PathLike | None = option(
-        None, "folder of pictures or parquet files, of save_to_disk, or of MNIST's files"
+        None, "folder of pictures or parquet files, of save_to_disk, or of MNIST's files", is_path=True
     )
-    train_data_files: str | os.PathLike | list | tuple | None = option(None, "parquet files, as a glob pattern")
+    train_data_files: str | os.PathLike | list | tuple | None = option(
+        None, "parquet files, as a glob pattern", is_path=True
+    )
     split: str = option("train", "split to train on")
     dataset_revision: str | None = option(None, "branch, tag or commit of the data set on the Hub")
     image_column: str = option("image", "column that holds the pictures")

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
+from ..fields import from_home
 from ..image_processing_vaeplus import decode_image
 from .catalogue import EMBEDDED, NAMED_DATA_SETS
 from .folders import (
@@ -270,7 +271,11 @@ def _open_table(file):
 
 def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
     """Where decoded pixels and the hashes of files are kept: `cache_dir`, else `$VAEPLUS_CACHE`, else the home's."""
-    return Path(cache_dir or os.environ.get("VAEPLUS_CACHE") or Path.home() / ".cache" / "hf_vaeplus")
+    folder = cache_dir or os.environ.get("VAEPLUS_CACHE")
+    try:
+        return Path(from_home(folder or "~/.cache/hf_vaeplus"))
+    except ValueError as error:
+        raise ValueError(f"the cache {error}, or name a folder with cache_dir or VAEPLUS_CACHE") from None
 
 
 def open_source(options: ImageOptions, cache_dir: Path) -> tuple[_Source, str]:

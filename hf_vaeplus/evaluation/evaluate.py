@@ -408,7 +408,7 @@ def _likelihood(pipe, images, count: int, num_importance_samples: int, seed: int
 
 def _preparation(images) -> dict:
     """How the images were made from their source, as the cache says."""
-    info = json.loads((Path(images.path).parent / "info.json").read_text())
+    info = json.loads((Path(images.path).parent / "info.json").read_text(encoding="utf-8"))
     known = ("resolution", "num_channels", "crop")
     return {
         **{name: info[name] for name in known},

@@ -13,6 +13,7 @@ from safetensors.torch import load as load_safetensors
 from torch.nn.functional import interpolate
 
 from ..data.pixels import to_unit_range
+from ..fields import from_home
 
 
 class FeatureExtractor:
@@ -211,7 +212,7 @@ def open_extractor(spec: str, device: str | torch.device = "cpu") -> FeatureExtr
         return Pixels()
     if kind == "pixels" and rest.isdecimal() and int(rest) > 0:
         return Pixels(int(rest))
-    path = Path(rest if kind == "fid" else spec)
+    path = Path(from_home(rest if kind == "fid" else spec))
     if kind != "fid" and path.suffix != ".onnx":
         raise ValueError(f"the extractor must be pixels, pixels:SIZE, fid:WEIGHTS or a file *.onnx, got {spec!r}.")
     if not path.is_file():

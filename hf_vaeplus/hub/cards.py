@@ -82,13 +82,13 @@ def write_card(
     data = ModelCardData(
         **_METADATA, license=license, datasets=hub_id, model_name=model_id.split("/")[-1], eval_results=eval_results
     )
-    template = (resources.files(__package__) / "card_template.md").read_text()
+    template = (resources.files(__package__) / "card_template.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(data, template_str=template, **fields)
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
         shutil.copyfile(run_dir / name, output_dir / name)
     path = output_dir / "README.md"
-    path.write_text(str(card).rstrip() + "\n")
+    path.write_text(unicode_text(str(card)).rstrip() + "\n", encoding="utf-8")
     return path
 
 
@@ -96,14 +96,14 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
     """Fields of the template, the data set on the Hub, and results, of a run that may be damaged or a stranger's."""
 
     def read(name: str) -> dict:
-        return json.loads((run_dir / name).read_text())
+        return json.loads((run_dir / name).read_text(encoding="utf-8"))
 
     summary = read("summary.json")
     options = {stage: read(f"{stage}/training_options.json") for stage in STAGES}
     configs = {stage: read(f"{stage}/config.json") for stage in STAGES}
     last, images = options["second_stage"], summary["images"]
     told, data_license, hub_id, people = CARD_FACTS.get(last["dataset_name"], (None, None, last["dataset_name"], None))
-    told = told or f"Images of the {'data set' if hub_id else 'folder'} {images!r}."
+    told = told or f"Images of the {'data set' if hub_id else 'folder'} '{images}'."
     if last["max_train_samples"]:
         told += f" The first {last['max_train_samples']:,} of them."
     told += " Their mirror images as well." if last["random_flip"] else ""
@@ -133,7 +133,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
 def short_card(model_id: str, size: int) -> ModelCard:
     """The card of a pipeline of which nothing but the weights is known: what it is and how to use it."""
     data = ModelCardData(model_name=model_id.split("/")[-1], **_METADATA)
-    template = (resources.files(__package__) / "short_card_template.md").read_text()
+    template = (resources.files(__package__) / "short_card_template.md").read_text(encoding="utf-8")
     return ModelCard.from_template(data, template_str=template, model_id=model_id, size=size)
 
 
@@ -141,6 +141,11 @@ def plain_text(text: object) -> str:
     """Text from outside as text: on one line, without HTML, code, and Markdown's tables, links and pictures."""
     text = html.escape(" ".join(str(text).split()), quote=False).replace("`", "'")
     return re.sub(r"[\\|\[\]]", r"\\\g<0>", text)
+
+
+def unicode_text(text: str) -> str:
+    """Text with words of a command line, or names of files, that the locale could not read; escapes if not UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def code_text(text: object) -> str:

@@ -16,7 +16,7 @@ from pyarrow.parquet import ParquetWriter
 from ..files import FULL
 from ..progress import tqdm
 from ..provenance import provenance
-from .cards import code_text, plain_text
+from .cards import code_text, plain_text, unicode_text
 
 if TYPE_CHECKING:
     from ..data.cache import ImageDataset
@@ -205,7 +205,8 @@ def latents_card(
         date=made["date"],
         torch=made["versions"]["torch"],
     )
-    return f"---\n{DatasetCardData(tags=['hf_vaeplus', 'latents'])}\n---\n{text}"
+    text = f"---\n{DatasetCardData(tags=['hf_vaeplus', 'latents'])}\n---\n{text}"
+    return unicode_text(text)
 
 
 def open_repository(repo_id: str, private: bool = False) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from .. import image_processing_vaeplus, modeling_vaeplus, pipeline_vaeplus
+from ..files import follow_umask
 from .cards import short_card
 from .client import full_repo_id, upload_folder
 
@@ -45,9 +46,9 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
             if component is not None:
                 _store_in_bf16(component, folder / name / "model.safetensors")
     code = inspect.getsource(modeling_vaeplus)
-    (folder / "modeling_vaeplus.py").write_text(code)  # where transformers looks
-    (folder / "pipeline.py").write_text(inspect.getsource(pipeline_vaeplus))
-    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "modeling_vaeplus.py").write_text(code, encoding="utf-8")  # where transformers looks
+    (folder / "pipeline.py").write_text(inspect.getsource(pipeline_vaeplus), encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["_class_name"] = ["pipeline", "VAEPlusPipeline"]
     index.pop("_name_or_path", None)  # a folder of this machine
     for name, component in pipe.components.items():
@@ -55,10 +56,10 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
             continue
         model, config = type(component).__name__, type(component.config).__name__
         index[name] = ["modeling_vaeplus", model]
-        (folder / name / "modeling_vaeplus.py").write_text(code)  # where diffusers looks
+        (folder / name / "modeling_vaeplus.py").write_text(code, encoding="utf-8")  # where diffusers looks
         _name_classes(folder / name / "config.json", AutoConfig=config, AutoModel=model)
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "image_processing_vaeplus.py").write_text(inspect.getsource(image_processing_vaeplus))
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "image_processing_vaeplus.py").write_text(inspect.getsource(image_processing_vaeplus), encoding="utf-8")
     _name_classes(folder / "config.json", AutoConfig="VAEPlusEncoderConfig", AutoModel="VAEPlusEncoderModel")
     _name_classes(
         folder / "preprocessor_config.json", "image_processing_vaeplus", AutoImageProcessor="VAEPlusImageProcessor"
@@ -71,6 +72,7 @@ def _store_in_bf16(model: PreTrainedModel, path: Path):
     tensors = load_file(path)
     rounded = {name: tensor.to(torch.bfloat16) if name in matrices else tensor for name, tensor in tensors.items()}
     save_file(rounded, path, metadata={"format": "pt"})
+    follow_umask(path)
 
 
 def export_with_card(pipe: "VAEPlusPipeline", folder: str | Path, weights: str = "float32") -> list[Path]:
@@ -94,7 +96,7 @@ def export_with_card(pipe: "VAEPlusPipeline", folder: str | Path, weights: str =
         raise FileExistsError(f"{folder} is not empty: name a new folder.")
     export(pipe, folder, weights=weights)
     for path in _card_and_pictures(source):
-        shutil.copy(path, folder)
+        shutil.copyfile(path, folder / path.name)  # with the permissions of a new file
     return _files_of(folder)
 
 
@@ -116,7 +118,10 @@ def _card_and_pictures(folder: Path) -> list[Path]:
 def _name_classes(path: Path, module: str = "modeling_vaeplus", **classes: str):
     """Write into a JSON file which class of the repository's code reads it by `trust_remote_code=True`."""
     auto_map = {name: f"{module}.{class_name}" for name, class_name in classes.items()}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}, indent=2) + "\n")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "auto_map": auto_map}, indent=2) + "\n",
+        encoding="utf-8",
+    )
 
 
 def push(
@@ -162,7 +167,7 @@ def push(
         _open_repository(api, repo_id, private, revision, tag)
         if with_card:
             for path in _card_and_pictures(Path(source)):
-                shutil.copy(path, folder)
+                shutil.copyfile(path, folder / path.name)
         elif variant is None and not api.file_exists(repo_id, "README.md", revision=revision):
             short_card(repo_id, pipe.image_shape[1]).save(folder / "README.md")
         return _upload(
@@ -202,7 +207,7 @@ def push_repository(
 def _check_card(folder: Path, repo_id: str):
     """Raises ValueError for the card of another repository, or one that is a link to elsewhere."""
     card, *_ = _card_and_pictures(folder)
-    if others := set(_WHOSE_CARD.findall(card.read_text())) - {repo_id}:
+    if others := set(_WHOSE_CARD.findall(card.read_text(encoding="utf-8"))) - {repo_id}:
         raise ValueError(
             f"{card} is the card of {min(others)}: write one for {repo_id} with `vaeplus card RUN {repo_id}`, or"
             " remove it."
@@ -254,8 +259,8 @@ def _check_same_pipeline(api: HfApi, repo_id: str, revision: str | None, folder:
             there = False
         if not there:
             raise ValueError(f"{repo_id} has no {name}: push the pipeline itself first, then its variants.")
-        with open(api.hf_hub_download(repo_id, name, revision=revision)) as file:
-            theirs, ours = json.load(file), json.loads(path.read_text())
+        with open(api.hf_hub_download(repo_id, name, revision=revision), encoding="utf-8") as file:
+            theirs, ours = json.load(file), json.loads(path.read_text(encoding="utf-8"))
         for config in (theirs, ours):
             for varies in ("dtype", "transformers_version", "_name_or_path"):
                 config.pop(varies, None)

@@ -93,7 +93,7 @@ def check(checkpoint: Path):
     """Raises DamagedCheckpoint, naming the file, unless the checkpoint is as it was written."""
     advice = "resume from another checkpoint with --resume_from_checkpoint, or start anew in another --output_dir."
     try:
-        expected = json.loads((checkpoint / CHECKSUMS).read_text())
+        expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
         files = {name: expected[name] for name in {*expected, *_ALWAYS}}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{checkpoint} lacks {CHECKSUMS}: {advice}") from None
@@ -168,7 +168,7 @@ class TrainingState:
     def _read_progress(self, path: Path) -> dict:
         expected = self._progress()
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             progress = {key: found[key] for key in expected}
             schedule = dict(found["scheduler"])
             progress["scheduler"] = {"last_epoch": schedule["last_epoch"], "_last_lr": schedule["_last_lr"]}

@@ -55,7 +55,7 @@ class HealthWatch:
 def drop_lines_after(path: Path, step: int):
     """Forget what a killed run logged after the checkpoint that it is resumed from, a half-written line included."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

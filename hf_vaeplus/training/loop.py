@@ -99,7 +99,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C ended the run after a step. The state has been saved; `signal` is the signal's number."""
+    """SIGTERM, Ctrl-C or SIGHUP ended the run after a step. The state has been saved; `signal` is its number."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
@@ -179,13 +179,23 @@ def _is_scalar(value) -> bool:
     return torch.is_tensor(value) and value.ndim == 0
 
 
+_HANG_UP = getattr(signal, "SIGHUP", None)  # of a terminal that is closed; Windows has none
+
+
 class _StopSignals:
-    """While it is entered, a first SIGTERM or Ctrl-C is only noted, as `number`; a second one acts at once."""
+    """While it is entered, a first SIGTERM, Ctrl-C or SIGHUP is only noted, as `number`; a second one acts at once.
+
+    A second SIGHUP is no second wish: when a terminal is closed, the system and the shell both send one, and a session
+    that ends sends SIGTERM and then SIGHUP. Under `nohup` SIGHUP stays ignored.
+    """
 
     def __enter__(self):
         self.number, self._pid, self._before = 0, os.getpid(), {}
+        wanted = [signal.SIGTERM, signal.SIGINT]
+        if _HANG_UP is not None and signal.getsignal(_HANG_UP) is not signal.SIG_IGN:
+            wanted.append(_HANG_UP)
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            self._before = {each: signal.signal(each, self._note) for each in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {each: signal.signal(each, self._note) for each in wanted}
         return self
 
     def __exit__(self, *exception):
@@ -195,6 +205,8 @@ class _StopSignals:
     def _note(self, number, frame):
         if os.getpid() == self._pid and not self.number:
             self.number = number
+            return
+        if number == _HANG_UP:
             return
         signal.signal(number, signal.SIG_DFL)  # a second one, or a worker that reads data
         os.kill(os.getpid(), number)
@@ -212,7 +224,7 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
 
     Raises:
         TrainingDiverged: a loss, gradient or weight was not finite; the newest checkpoint is the last good state.
-        TrainingInterrupted: SIGTERM or Ctrl-C; the state is the newest checkpoint.
+        TrainingInterrupted: SIGTERM, Ctrl-C or SIGHUP; the state is the newest checkpoint.
         FileExistsError: `output_dir` holds a run already and nothing says to resume it, or another process is
             training there.
         ValueError, FileNotFoundError: what `resume_from_checkpoint` names does not exist, is damaged or does not fit,
@@ -513,7 +525,7 @@ class _Run:
         speed = samples / (now - self.logged_at)
         self.logged_at, self.logged_step = now, state.step
         if accelerator.is_main_process:
-            with open(self.output_dir / "stats.jsonl", "a") as file:
+            with open(self.output_dir / "stats.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(stats) + "\n")
             self.progress.set_postfix(postfix(stats, speed))
             for sentence in self.health(stats):

@@ -16,7 +16,18 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data.catalogue import NAMED_DATA_SETS
 from ..data.options import ImageOptions
-from ..fields import at_least_one, below_one, finite, must, not_negative, one_sentence, option, positive
+from ..fields import (
+    at_least_one,
+    below_one,
+    finite,
+    from_home,
+    must,
+    not_negative,
+    one_sentence,
+    option,
+    positive,
+    utf8,
+)
 from ..provenance import redacted
 
 if TYPE_CHECKING:  # a command line is parsed without it
@@ -59,7 +70,9 @@ class TrainingOptions:
         ValueError: an option of another type, not among the choices or out of range.
     """
 
-    output_dir: str = option("runs/stage", "folder for checkpoints, logs, samples and the final model", group="run")
+    output_dir: str = option(
+        "runs/stage", "folder for checkpoints, logs, samples and the final model", utf8, group="run", is_path=True
+    )
     seed: int = option(
         0, "seed of everything random", not_negative, must("be below 2**63", lambda value: value < 2**63)
     )
@@ -91,7 +104,7 @@ class TrainingOptions:
     )
     checkpoints_total_limit: int = option(2, "how many checkpoints to keep", positive)
     resume_from_checkpoint: str | None = option(
-        None, "'latest', the name of a checkpoint in output_dir, or the folder of one"
+        None, "'latest', the name of a checkpoint in output_dir, or the folder of one", is_path=True
     )
     strict_resume: bool = option(False, "refuse a damaged newest checkpoint instead of taking the one before it")
     retrain: bool = option(
@@ -144,7 +157,7 @@ def read_record(folder: Path) -> dict:
     if not path.exists() and folder.name.startswith("checkpoint-"):
         path = folder.parent / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not isinstance(record.get("made_from", {}), dict):
             raise ValueError("expected a mapping of options")
     except FileNotFoundError:
@@ -272,11 +285,13 @@ class StageOptions(ImageOptions, TrainingOptions):
 
     stage: Stage = option("autoencoder", "which stage to train", group="stages and models")
     streaming: bool = option(False, "train from the source without caching its decoded images", group="data")
-    cache_dir: str | None = option(None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE")
-    autoencoder: str | None = option(
-        None, "folder or Hub id of the trained autoencoder (later stages)", group="stages and models"
+    cache_dir: str | None = option(
+        None, "where decoded images and codes are kept; default: $VAEPLUS_CACHE", utf8, is_path=True
     )
-    vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)")
+    autoencoder: str | None = option(
+        None, "folder or Hub id of the trained autoencoder (later stages)", group="stages and models", is_path=True
+    )
+    vae: str | None = option(None, "folder or Hub id of the trained first VAE (second stage)", is_path=True)
     pullback_codes: int = option(
         16, "first VAE, reconstruction_space pullback: codes that its metric is a mean of", at_least_one
     )
@@ -320,7 +335,7 @@ def load_preset(name: str | Path) -> dict:
     """
     carried = resources.files("hf_vaeplus") / "presets"
     names = preset_names()
-    path = carried / f"{name}.yaml" if name in names else Path(name)
+    path = carried / f"{name}.yaml" if name in names else Path(from_home(name))
     if not path.is_file():
         raise FileNotFoundError(f"no preset or file named {name}: the presets are {', '.join(names)}.")
     content = path.read_bytes()

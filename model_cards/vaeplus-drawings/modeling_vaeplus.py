@@ -1227,7 +1227,7 @@ def _check_shards(folder: str):
     """Refuse an index of weights in a local folder that names anything but safetensors files beside it."""
     for path in sorted(Path(folder).glob("*.safetensors.index*.json")):
         try:
-            names = set(json.loads(path.read_text())["weight_map"].values())
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): save or download the model again.") from error
         for name in names:
