@@ -10,6 +10,14 @@ from ..fields import at_least_one, must, one_sentence, option
 from .catalogue import NAMED_DATA_SETS
 
 
+def _is_path(value) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, list | tuple)
+
+
 @one_sentence
 @strict
 @dataclass
@@ -52,8 +60,10 @@ class ImageOptions:
         None, "folder of pictures or parquet files, of save_to_disk, or of MNIST's files", is_path=True
     )
     train_data_files: str | os.PathLike | list | tuple | None = option(
-        None, "parquet files, as a glob pattern", is_path=True
-    )
+        None, "parquet files, as a glob pattern",
+        must("be a path or a list of paths", lambda value: all(map(_is_path, value if _is_list(value) else [value]))),
+        is_path=True,
+    )  # fmt: skip
     split: str = option("train", "split to train on")
     dataset_revision: str | None = option(None, "branch, tag or commit of the data set on the Hub")
     image_column: str = option("image", "column that holds the pictures")
@@ -74,7 +84,7 @@ class ImageOptions:
         """Paths become text, as they are written down with a run."""
         if self.train_data_dir is not None:
             self.train_data_dir = os.fspath(self.train_data_dir)
-        if isinstance(self.train_data_files, list | tuple):
+        if _is_list(self.train_data_files):
             self.train_data_files = tuple(map(os.fspath, self.train_data_files))
         elif self.train_data_files is not None:
             self.train_data_files = os.fspath(self.train_data_files)

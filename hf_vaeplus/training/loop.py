@@ -465,7 +465,7 @@ class _Run:
             state.scaler.update()
             return
         if not self.looks_at_once:  # the fused AdamW looks at this on the device
-            state.optimizer.found_inf = (0 * grad_norm).nan_to_num_(nan=1.0)
+            state.optimizer.found_inf = (0 * grad_norm.float()).nan_to_num_(nan=1.0)
         state.optimizer.step()
 
     def look(self):

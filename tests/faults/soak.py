@@ -31,9 +31,13 @@ PARTS = (*STAGES, "pipeline")
 MAX_GROWTH = 0.03  # of the resident size at the end of the warm-up
 DATA = dict(dataset_name="digits", resolution=32, num_channels=1, max_train_samples=500, train_batch_size=8)
 OPTIONS = {
-    "autoencoder": dict(model=dict(latent_dim=16, hidden_channels=[8, 16], num_blocks=1), report_to="tensorboard"),
+    "autoencoder": dict(
+        model=dict(latent_dim=16, hidden_channels=[8, 16], num_blocks=1),
+        report_to="tensorboard",
+        dataloader_num_workers=1,
+    ),
     "vae": dict(model=dict(latent_dim=8, hidden_dim=16, num_blocks=1), mixed_precision="bf16"),
-    "second_stage": dict(model=dict(hidden_dim=16, num_blocks=1), dataloader_num_workers=1),
+    "second_stage": dict(model=dict(hidden_dim=16, num_blocks=1)),
 }
 
 
