@@ -40,6 +40,7 @@ from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 
 from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel
+from hf_vaeplus.training import arithmetic
 from hf_vaeplus.training.checkpoints import list_checkpoints
 from hf_vaeplus.training.codes import TensorRows
 from hf_vaeplus.training.logs import HealthWatch
@@ -175,6 +176,22 @@ def test_the_global_generators_play_no_part(tmp_path, reference):
 
 
 # ------------------------------------------------------------------------------------------------------ arithmetic
+
+
+@pytest.mark.parametrize(
+    "precision, device, slowdown, said",
+    [
+        ("bf16", "cpu", 3.04, True),
+        ("bf16", "cpu", 0.5, False),
+        ("no", "cpu", 3.0, False),
+        ("bf16", "cuda", 3.0, False),
+    ],
+)
+def test_bf16_on_a_processor_without_it_is_advised_against(monkeypatch, caplog, precision, device, slowdown, said):
+    assert arithmetic.slowdown_in_bf16() > 0
+    monkeypatch.setattr(arithmetic, "slowdown_in_bf16", lambda: slowdown)
+    arithmetic.advise_on_precision(TrainingOptions(output_dir="x", mixed_precision=precision), torch.device(device))
+    assert ("3.0 times as long in bf16" in caplog.text) == said
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "fixed", "learned"])

@@ -40,7 +40,7 @@ from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
 from ..provenance import weights_fingerprint
-from .arithmetic import arithmetic_of
+from .arithmetic import advise_on_precision, arithmetic_of
 from .checkpoints import (
     TrainingState,
     checkpoint_step,
@@ -245,6 +245,8 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     options = with_own_batch(options, accelerator.num_processes)
+    if accelerator.is_main_process:
+        advise_on_precision(options, accelerator.device)
     alone = sole_run(output_dir) if accelerator.is_main_process else contextlib.nullcontext()
     with alone, _StopSignals() as signals, arithmetic_of(options):
         run = _Run(stage, options, accelerator)
