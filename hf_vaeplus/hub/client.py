@@ -1,6 +1,7 @@
 """The Hub's client: repository ids, uploads beside training, and what its errors mean."""
 
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -20,6 +21,8 @@ from safetensors import SafetensorError
 from ..provenance import redacted
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = re.compile(r"model((?:\.[^.]+?)?)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 def explain(error: Exception) -> str:
@@ -48,9 +51,16 @@ def full_repo_id(repo_id: str, api: HfApi | None = None) -> str:
     return repo_id if "/" in repo_id else f"{(api or HfApi()).whoami()['name']}/{repo_id}"
 
 
-def upload_folder(api: HfApi, **options) -> CommitInfo:
+def upload_folder(api: HfApi, folder_path: Path, **options) -> CommitInfo:
+    """`HfApi.upload_folder`. Weights replace those in their place on the Hub, be they in one file or in shards."""
+    replaced = set()
+    for path in folder_path.rglob("*.safetensors"):
+        if match := _WEIGHTS.fullmatch(path.name):
+            names = [f"model{match[1]}{part}.safetensors" for part in ("", "-?????-of-?????")]
+            place = path.parent.relative_to(folder_path)
+            replaced |= {(place / name).as_posix() for name in (*names, f"model.safetensors.index{match[1]}.json")}
     try:
-        return api.upload_folder(**options)
+        return api.upload_folder(folder_path=folder_path, delete_patterns=sorted(replaced), **options)
     except RuntimeError as error:  # the client's wrapping of what happened to one file
         raise error.__cause__ or error from None
 

@@ -39,7 +39,7 @@ from ..data.cache import keep_batch
 from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
-from ..provenance import weights_fingerprint
+from ..provenance import folder_fingerprint, provenance, weights_fingerprint
 from .arithmetic import arithmetic_of
 from .checkpoints import (
     TrainingState,
@@ -47,7 +47,6 @@ from .checkpoints import (
     drop_oldest,
     drop_run,
     find_checkpoint,
-    finished_steps,
     list_checkpoints,
     save_model,
 )
@@ -370,11 +369,16 @@ class _Run:
         The record beside a model tells how that model was made, so a run that trains on leaves it alone until its end.
         """
         there, trains = read_record(self.output_dir), self.step < self.options.max_train_steps
+        saved, held = there.get("weights"), folder_fingerprint(self.output_dir)
         self.is_finished = (
             not trains
             and checkpoint.parent.resolve() == self.output_dir.resolve()
-            and finished_steps(self.output_dir) >= self.options.max_train_steps
+            and saved is not None
+            and saved == held
+            and there["max_train_steps"] >= self.options.max_train_steps
         )
+        if checkpoint is not None and saved is not None and held not in (None, saved):
+            logger.warning("%s holds other weights than its run saved: the run replaces them", self.output_dir)
         if not trains:  # what is asked for now has made nothing
             last = there["max_train_steps"] if self.is_finished else self.step
             self.record = {**self.record, **there, "max_train_steps": last, "made_from": self.stage.made_from}
@@ -645,7 +649,8 @@ class _Run:
         self.trained.eval()
         if self.stage.finish is not None and not self.is_finished:
             self.stage.finish(self.trained)
-        self.record["weights"] = weights_fingerprint(self.trained.state_dict())
+        if not self.is_finished:
+            self.record |= {"weights": weights_fingerprint(self.trained.state_dict()), "made_by": provenance()}
         if self.accelerator.is_main_process:
             # A save that was killed at its end did not do this.
             drop_oldest(self.output_dir, self.options.checkpoints_total_limit)
