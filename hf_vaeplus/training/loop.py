@@ -401,7 +401,11 @@ class _Run:
         self.uploads = None
         if options.push_to_hub and accelerator.is_main_process:
             self.uploads = BackgroundPush(
-                options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token
+                options.hub_model_id,
+                options.hub_subfolder,
+                options.hub_private_repo,
+                options.hub_token,
+                is_new=not self.is_finished,
             )
         if accelerator.is_main_process:
             drop_lines_after(self.output_dir / "stats.jsonl", self.step)
@@ -633,11 +637,12 @@ class _Run:
         was_training = self.trained.training
         picture = self.stage.preview(self.trained.eval())
         self.trained.train(was_training)
-        picture.save(self.output_dir / "samples" / f"step-{self.step:07d}.png")
+        step = self.record["max_train_steps"] if self.is_finished else self.step  # a longer run may have broken off
+        picture.save(self.output_dir / "samples" / f"step-{step:07d}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 pixels = np.asarray(picture.convert("RGB"))[None]
-                tracker.log_images({"samples": pixels}, step=self.step, dataformats="NHWC")
+                tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
 
     def finish(self) -> PreTrainedModel:
         """Finish, save, draw and upload the trained model; one that is finished already is only drawn and uploaded."""
