@@ -7,7 +7,8 @@
         --autoencoder runs/ae --vae runs/vae --output_dir runs/second_stage
 
 Real pictures: --train_data_dir FOLDER, or --dataset_name with the id of a data set on the Hub. A preset fills in the
-rest: --config celeba128-cpu. After an interruption add --resume_from_checkpoint latest.
+rest: --config celeba128-cpu. After an interruption add --resume_from_checkpoint latest, and --retrain if the images or
+the stages before this one have changed since.
 """
 
 import sys

@@ -76,26 +76,6 @@ def write_json(path: Path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def one_form_of_weights(folder: Path, variant: str | None = None) -> Iterator[None]:
-    """Weights that are written to `folder` in here replace those there, be they in one file or in shards.
-
-    Whatever reads a model prefers the one file, so the older form goes only when the newer one is complete.
-    """
-    infix = f".{variant}" if variant else ""
-    whole, index = folder / f"model{infix}.safetensors", folder / f"model.safetensors.index{infix}.json"
-    if whole.exists():
-        index.unlink(missing_ok=True)  # nothing has read it
-    older = whole if whole.exists() else index
-    yield
-    if whole.exists() and index.exists():
-        older.unlink()
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else ()
-    for shard in folder.glob(f"model{infix}-?????-of-?????.safetensors"):
-        if shard.name not in shards:
-            shard.unlink()
-
-
 def build_once(path: Path, build: Callable[[Path], object], load: Callable[[Path], object]):
     """A file of the cache beside the images: made by one process while the others wait, and again if it is damaged.
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,9 +60,7 @@ def provenance() -> dict:
     Absolute paths in the command are cut to their last part: where a folder lay on a machine concerns nobody. Tokens
     are left out.
     """
-    import diffusers
     import torch
-    import transformers
 
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv]
     if words[0] == "__main__.py":  # of `python -m hf_vaeplus.cli`
@@ -71,7 +70,7 @@ def provenance() -> dict:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.device_count()} GPUs",
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, diffusers)},
+        "versions": {package: version(package) for package in ("torch", "transformers", "diffusers")},
     }
 
 
@@ -89,6 +88,11 @@ def weights_fingerprint(tensors: Mapping[str, "torch.Tensor"]) -> str:
     digest = hashlib.sha256()
     hash_weights(digest, tensors)
     return digest.hexdigest()[:32]
+
+
+def stage_fingerprints(stages: "Mapping[str, torch.nn.Module | None]") -> dict[str, str]:
+    """[`weights_fingerprint`] of each stage of a pipeline that is not `None`."""
+    return {name: weights_fingerprint(stage.state_dict()) for name, stage in stages.items() if stage is not None}
 
 
 def folder_fingerprint(folder: str | Path) -> str | None:

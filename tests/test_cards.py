@@ -15,6 +15,7 @@ from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.hub.cards import write_card
 from hf_vaeplus.hub.latents import latents_card
+from hf_vaeplus.training.options import STAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,8 +69,8 @@ def test_hostile_text_in_every_field_is_text(finished_run, tmp_path):
     copy = shutil.copytree(finished_run, tmp_path / "run")
 
     def spoil(value):
-        if isinstance(value, dict):
-            return {name: spoil(each) for name, each in value.items()}
+        if isinstance(value, dict):  # fingerprints of weights are refused if they are not right
+            return {name: each if name in ("weights", *STAGES) else spoil(each) for name, each in value.items()}
         return HOSTILE if isinstance(value, str) else value
 
     for path in (copy / "summary.json", *copy.glob("*/training_options.json"), *copy.glob("*/config.json")):

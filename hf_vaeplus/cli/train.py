@@ -58,10 +58,14 @@ def add_train(commands):
         "train",
         help="train all three stages from one preset and save the pipeline",
         description="Train autoencoder, first VAE and second stage one after the other, then save the pipeline.\n"
-        "The same command again goes on where it stopped. Options given here hold for every stage; --set changes one.",
+        "The same command again goes on where it stopped. Stages whose images or earlier stages have changed\n"
+        "since are refused, or trained anew with --retrain.\n"
+        "Options given here hold for every stage; --set changes one.",
         epilog="examples:\n"
         "  vaeplus train --config celeba64-cpu --train_data_dir celeba --output_dir runs/celeba64\n"
         "  vaeplus train --config quickstart --set vae.max_train_steps=200 vae.model.latent_dim=8\n"
+        "  vaeplus train --config pictures64-cpu --train_data_dir pictures --output_dir runs/pictures"
+        " --set autoencoder.max_train_steps=20000 --retrain\n"
         "  accelerate launch -m hf_vaeplus.cli train --config celeba128 --dataset_name celeba",
     )
     add_config(parser, "that the options below override", required=True)

@@ -72,7 +72,7 @@ def open_cache(
                 _build_cache(folder, source, options.max_train_samples, progress)
     info = _cached_info(folder)
     shape, left_out = tuple(info["shape"]), info.get("left_out", [])
-    warn_of_left_out(source.name, [label for _, label in left_out])
+    warn_of_left_out(source.name, [source.label(number) for number, _ in left_out])
     rows = _sliced(shape[0], limits, options.split)
     if len(rows) < shape[0]:
         fingerprint = hashlib.sha256(f"{fingerprint} {rows.start}:{rows.stop}".encode()).hexdigest()[:32]

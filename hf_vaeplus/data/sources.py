@@ -66,6 +66,10 @@ class _Source:
         self.name, self.resolution, self.num_channels = name, resolution, num_channels
         self.transform = {"resolution": resolution, "crop": crop, "num_channels": num_channels}
 
+    def label(self, number):
+        """What a row is called, here and now: the same content may lie elsewhere under other names."""
+        return f"row {number} of {self.name}"
+
     def decode(self, rows):
         return np.stack([self.decode_row(*row) for row in rows])
 
@@ -118,11 +122,14 @@ class _RenderedFaces(_Source):
 class _Pictures(_Source):
     def __init__(self, *args, files, hashes):
         super().__init__(*args)
-        self.files, self.count = files, len(files)
-        self.identity = {"files": hashes.of_all(files)}
+        self.files, self.names, self.count = files, list(files), len(files)
+        self.identity = {"files": hashes.of_all(files.values())}
 
     def rows(self):
-        return ((printable(name), file) for name, file in self.files.items())
+        return ((self.label(i), file) for i, file in enumerate(self.files.values()))
+
+    def label(self, number):
+        return printable(self.names[number])
 
 
 class _Idx(_Source):
@@ -143,10 +150,13 @@ class _Idx(_Source):
         if magic != 0x803 or not 0 < height * width < 2**31 or len(pixels) != size:
             raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
         self.images = np.frombuffer(pixels, np.uint8).reshape(self.count, height, width)
-        self.identity = {"files": hashes.of_all({file.name: file})}
+        self.identity = {"files": hashes.of_all([file])}
 
     def rows(self):
-        return ((f"image {i} of {self.name}", image) for i, image in enumerate(self.images))
+        return ((self.label(i), image) for i, image in enumerate(self.images))
+
+    def label(self, number):
+        return f"image {number} of {self.name}"
 
 
 class _Table(_Source):
@@ -156,8 +166,7 @@ class _Table(_Source):
         super().__init__(*args)
         self.split, self.image_column, self.files, self.hub_id, self.sha = split, image_column, files, hub_id, sha
         if files:
-            content = hashes.of_all({f"{i} {file.name}": file for i, file in enumerate(files)})
-            self.identity = {"parquet": content, "image_column": image_column}
+            self.identity = {"parquet": hashes.of_all(files), "image_column": image_column}
             self.count = sum(table.metadata.num_rows for table in map(_open_table, files))
         else:
             self.identity = {"hub": hub_id, "sha": sha, "split": split, "image_column": image_column}
@@ -165,7 +174,7 @@ class _Table(_Source):
     def rows(self):
         values = self._values_of_files() if self.files else self._values_of_hub()
         for i, value in enumerate(values):
-            label = f"row {i} of {self.name}"
+            label = self.label(i)
             if isinstance(value, dict):
                 value = value.get("bytes") or value.get("path")
             if not isinstance(value, bytes | str | None):

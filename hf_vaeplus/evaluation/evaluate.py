@@ -27,6 +27,7 @@ from ..metrics.ndb import NDB
 from ..metrics.reconstruction import psnr
 from ..metrics.running import RunningMoments
 from ..progress import tqdm
+from ..provenance import stage_fingerprints
 from ..training.randomness import derived_seed
 from .features import FeatureExtractor, distance_name
 from .summaries import joined, pass_through, summary_of
@@ -234,7 +235,8 @@ def evaluate(
         batch_size (`int`): images at a time, per process.
 
     Returns:
-        `dict`, ready for JSON. `protocol`: what has to be equal for two results to be compared. The keys of
+        `dict`, ready for JSON. `protocol`: what has to be equal for two results to be compared; the images may have
+        another name where `fingerprint`, their content, is equal. `weights`: stage -> fingerprint. The keys of
         [`summarize`], with `psnr` and `autoencoder_psnr` (dB, means over images, `None` where one has no error) and
         `vae.mmd`, that of q(z) and N(0, I) by [`~hf_vaeplus.metrics.mmd.imq_mmd`]. `likelihood`, where it was asked
         for: `elbo` and `nll`, the importance-weighted one, in nats per image. `sets`: name -> `distances` (extractor
@@ -311,6 +313,7 @@ def evaluate(
     protocol = {
         "images": images.name,
         "split": images.split,
+        "fingerprint": images.fingerprint,
         "num_images": count,
         **_preparation(images),
         "real": "none" if others is None else f"{others[0].name} {others[0].split}, {count} from image {others[1]} on",
@@ -322,7 +325,8 @@ def evaluate(
         "batch_size": batch_size,
         "num_processes": shares.accelerator.num_processes,
     }
-    return {"protocol": protocol, **summary, "sets": _compared(judges, observed)}
+    weights = stage_fingerprints(pipe.components)
+    return {"protocol": protocol, "weights": weights, **summary, "sets": _compared(judges, observed)}
 
 
 def _check(

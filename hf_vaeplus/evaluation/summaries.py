@@ -10,7 +10,7 @@ from ..metrics.latents import active_units, active_units_by_variance, kl_per_dim
 from ..metrics.reconstruction import squared_error
 from ..pictures import image_grid, plot_curves
 from ..progress import tqdm
-from ..provenance import provenance
+from ..provenance import provenance, stage_fingerprints
 
 if TYPE_CHECKING:
     from ..data.cache import ImageDataset
@@ -123,6 +123,7 @@ def report(
     image_grid(path.flatten(0, 1), columns=9, scale=scale).save(output_dir / "interpolation.png")
     plot_curves(run_dirs, output_dir / "curves.png", num_factors)
     summary = {**provenance(), "images": images.name, "num_factors": num_factors, "seed": seed}
+    summary |= {"fingerprint": images.fingerprint, "weights": stage_fingerprints(pipe.components)}
     summary.update(summarize(pipe, images))
     write_json(output_dir / "summary.json", summary)
     return summary

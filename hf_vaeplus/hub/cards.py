@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..data.catalogue import CARD_FACTS
 from ..evaluation.tables import results_table
-from ..training.options import STAGES
+from ..provenance import folder_fingerprint
+from ..training.options import STAGES, read_record
 
 PICTURES = ("samples.png", "curves.png")
 
@@ -26,7 +27,13 @@ _METADATA = {
 }
 
 
-_TOLD = ("commit", "date", "machine", "seed", "num_images", "images")  # of summary.json, as it is
+_TITLES = {"autoencoder": "autoencoder", "vae": "first VAE", "second_stage": "second stage"}
+
+
+_TOLD = ("seed", "num_images", "images")  # of summary.json, as it is
+
+
+_FINGERPRINTS = re.compile(r"^Fingerprints: .*$", re.MULTILINE)  # of a card
 
 
 def write_card(
@@ -51,8 +58,8 @@ def write_card(
         Path of the `README.md`.
 
     Raises:
-        ValueError: a model id that the Hub would refuse, images of unknown licence, or files of the run that are
-            damaged or of something else.
+        ValueError: a model id that the Hub would refuse, images of unknown licence, files of the run that are
+            damaged or of something else, or stages, pipeline, summary and evaluation that are not of the same weights.
         FileNotFoundError: a file of the run is missing.
     """
     validate_repo_id(model_id)
@@ -72,6 +79,7 @@ def write_card(
             f"{run_dir} holds no run that a card can tell of ({error!r}): give the --output_dir of a finished"
             " `vaeplus train`."
         ) from error
+    fields["fingerprints"] = _fingerprints(run_dir, evaluation)
     data_license = data_license or fields["data_license"]
     if not data_license:
         raise ValueError(
@@ -102,6 +110,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
     options = {stage: read(f"{stage}/training_options.json") for stage in STAGES}
     configs = {stage: read(f"{stage}/config.json") for stage in STAGES}
     last, images = options["second_stage"], summary["images"]
+    made_by = last.get("made_by", summary)
     told, data_license, hub_id, people = CARD_FACTS.get(last["dataset_name"], (None, None, last["dataset_name"], None))
     told = told or f"Images of the {'data set' if hub_id else 'folder'} '{images}'."
     if last["max_train_samples"]:
@@ -114,9 +123,11 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
         data_license=data_license,
         people=people,
         stages=[_stage_row(stage, run_dir / stage, options[stage], configs[stage]) for stage in STAGES],
-        command=code_text(summary["command"]),
+        command=code_text(made_by["command"]),
+        made_by={name: plain_text(made_by[name]) for name in ("commit", "date", "machine")},
+        torch=plain_text(made_by["versions"]["torch"]),
         summary={name: plain_text(summary[name]) for name in _TOLD},
-        torch=plain_text(summary["versions"]["torch"]),
+        measured_on=_measured_on(summary.get("fingerprint"), last),
         figures=[(name, plain_text(value)) for name, value in figures(summary)],
         sharpens=configs["autoencoder"].get("matched_spectrum", False),
     )
@@ -126,8 +137,61 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
             evaluation_command=code_text(evaluation["command"]),
             evaluation_commit=plain_text(evaluation["commit"]),
             evaluation_date=plain_text(evaluation["date"]),
+            evaluated_on=_measured_on(evaluation["protocol"].get("fingerprint"), last),
         )
     return fields, hub_id, _eval_results(summary, evaluation)
+
+
+def _measured_on(fingerprint, record: dict) -> str:
+    """Whether figures are of the training images, by their content."""
+    trained_on = record.get("made_from", {}).get("images")
+    if not fingerprint or not trained_on:
+        return ""
+    if fingerprint == trained_on:
+        return "These are the images that the model was trained on."
+    return "These are not the images that the model was trained on, or only a part of them."
+
+
+def _fingerprints(run_dir: Path, evaluation: dict | None) -> str:
+    """The line of the card that says of which images and weights it tells.
+
+    Raises:
+        ValueError: stages, pipeline, summary and evaluation are not of the same weights.
+    """
+    weights = {stage: folder_fingerprint(run_dir / stage) for stage in STAGES}
+    records = {stage: read_record(run_dir / stage) for stage in STAGES}
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    again = "run the same `vaeplus train` again"
+    for stage in STAGES:
+        known = {name: each for name, each in records[stage].get("made_from", {}).items() if name in weights}
+        if records[stage].get("weights", weights[stage]) != weights[stage]:
+            raise ValueError(f"{run_dir / stage} holds other weights than its run saved: {again}.")
+        if any(each != weights[name] for name, each in known.items()):
+            raise ValueError(f"{run_dir / stage} was trained on other stages than those beside it: {again}.")
+        packed = run_dir / "pipeline" / stage
+        if packed.is_dir() and folder_fingerprint(packed) != weights[stage]:
+            raise ValueError(f"{packed} holds other weights than {run_dir / stage}: {again}.")
+    if summary.get("weights", weights) != weights:
+        raise ValueError(f"{run_dir / 'summary.json'} was measured on other weights than those beside it: {again}.")
+    if evaluation is not None and evaluation.get("weights", weights) != weights:
+        raise ValueError(
+            f"the evaluation was measured on other weights than those of {run_dir}: measure"
+            f" {run_dir / 'pipeline'} with `vaeplus evaluate`."
+        )
+    made_from = [record.get("made_from", {}).get("images") for record in records.values()]
+    images = {f"training images `{code_text(each)}`": None for each in made_from if each}
+    return "Fingerprints: " + ", ".join([*images, *(f"{_TITLES[stage]} `{weights[stage]}`" for stage in STAGES)])
+
+
+def check_weights_of_card(folder: Path):
+    """Raises ValueError if the card in the folder of a pipeline tells of other weights."""
+    told = _FINGERPRINTS.search((folder / "README.md").read_text(encoding="utf-8"))
+    stages = [stage for stage in STAGES if (folder / stage).is_dir()]
+    if told and not all(str(folder_fingerprint(folder / stage)) in told[0] for stage in stages):
+        raise ValueError(
+            f"{folder / 'README.md'} tells of other weights than those beside it: write it again with `vaeplus card`,"
+            " or remove it."
+        )
 
 
 def short_card(model_id: str, size: int) -> ModelCard:
@@ -163,7 +227,7 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
         model = model.replace(f"hidden_channels {config['hidden_channels']}, ", "")
     batch = options["train_batch_size"] * options["gradient_accumulation_steps"] * options["num_processes"]
     row = [
-        {"vae": "first VAE", "second_stage": "second stage"}.get(stage, stage),
+        _TITLES[stage],
         f"{parameters / 1e6:.2f} M",
         f"{options['max_train_steps']:,} x {batch}",
         f"{options['learning_rate']:g}",

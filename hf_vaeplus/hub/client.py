@@ -1,6 +1,7 @@
 """The Hub's client: repository ids, uploads beside training, and what its errors mean."""
 
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -20,6 +21,8 @@ from safetensors import SafetensorError
 from ..provenance import redacted
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = re.compile(r"model((?:\.[^.]+?)?)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 def explain(error: Exception) -> str:
@@ -48,9 +51,16 @@ def full_repo_id(repo_id: str, api: HfApi | None = None) -> str:
     return repo_id if "/" in repo_id else f"{(api or HfApi()).whoami()['name']}/{repo_id}"
 
 
-def upload_folder(api: HfApi, **options) -> CommitInfo:
+def upload_folder(api: HfApi, folder_path: Path, **options) -> CommitInfo:
+    """`HfApi.upload_folder`. Weights replace those in their place on the Hub, be they in one file or in shards."""
+    replaced = set()
+    for path in folder_path.rglob("*.safetensors"):
+        if match := _WEIGHTS.fullmatch(path.name):
+            names = [f"model{match[1]}{part}.safetensors" for part in ("", "-?????-of-?????")]
+            place = path.parent.relative_to(folder_path)
+            replaced |= {(place / name).as_posix() for name in (*names, f"model.safetensors.index{match[1]}.json")}
     try:
-        return api.upload_folder(**options)
+        return api.upload_folder(folder_path=folder_path, delete_patterns=sorted(replaced), **options)
     except RuntimeError as error:  # the client's wrapping of what happened to one file
         raise error.__cause__ or error from None
 
@@ -63,10 +73,20 @@ class BackgroundPush:
         subfolder (`str`): folder in the repository; its root if empty.
         private (`bool`): of a repository that is created.
         token (`str`, *optional*): write token.
+        is_new (`bool`): whether what is uploaded differs from what may be there. The pipeline of a repository, of
+            which it is a stage in `subfolder`, is then withdrawn until it is pushed again: other stages do not fit.
     """
 
-    def __init__(self, repo_id: str, subfolder: str = "", private: bool = False, token: str | None = None):
+    def __init__(
+        self,
+        repo_id: str,
+        subfolder: str = "",
+        private: bool = False,
+        token: str | None = None,
+        is_new: bool = True,
+    ):
         self.repo_id, self.subfolder, self.private, self._token = repo_id, subfolder, private, token
+        self._withdraws = bool(subfolder) and is_new
         self._api = HfApi(token=token)
         self._thread: threading.Thread | None = None
         self._show_bars = not are_progress_bars_disabled()
@@ -109,6 +129,10 @@ class BackgroundPush:
     def _upload(self, folder: Path, message: str, consequence: str) -> bool:
         try:
             repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+            if self._withdraws and self._api.file_exists(repo_id, "model_index.json"):
+                indexes = ["model_index.json", "config.json"]  # the second is that of the encoder
+                self._api.delete_files(repo_id, indexes, commit_message=f"{message}: the pipeline follows")
+            self._withdraws = False
             place = self.subfolder or None
             wanted = dict(repo_id=repo_id, folder_path=folder, path_in_repo=place, commit_message=message)
             upload_folder(self._api, **wanted)

@@ -4,7 +4,6 @@ The class has the name of the one in `pipeline_vaeplus.py`, which it extends: wh
 exported repository carries that file alone.
 """
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub.errors import HTTPError
 
 from .. import pipeline_vaeplus
-from ..files import follow_umask, one_form_of_weights
+from ..files import follow_umask
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..modeling_vaeplus import VAEPlusEncoderConfig
 from .client import explain
@@ -115,13 +114,13 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
 
         `transformers.pipeline("image-feature-extraction", save_directory)` reads the `config.json` of a
         [`VAEPlusEncoderModel`], which takes its weights from the folders of the stages, and the
-        `preprocessor_config.json` of the image processor. Weights that are saved over older ones replace them, be
-        they in one file or in shards.
+        `preprocessor_config.json` of the image processor. A pipeline that is there is no pipeline until the new one is
+        complete: nobody loads stages of both.
         """
-        with contextlib.ExitStack() as saving:
-            for name in self.components:
-                saving.enter_context(one_form_of_weights(Path(save_directory, name), variant))
-            super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
+        if variant is None:
+            for index in ("model_index.json", "config.json"):
+                Path(save_directory, index).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
         for weights in Path(save_directory).glob("*/*.safetensors"):
             follow_umask(weights)
         stages = ["vae"] if self.autoencoder is None else ["autoencoder", "vae"]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import image_processing_vaeplus, modeling_vaeplus, pipeline_vaeplus
 from ..files import follow_umask
-from .cards import short_card
+from .cards import check_weights_of_card, short_card
 from .client import full_repo_id, upload_folder
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def export_with_card(pipe: "VAEPlusPipeline", folder: str | Path, weights: str =
         The files of the repository, with their paths from `folder`.
 
     Raises:
-        ValueError: there is no card beside the pipeline, or it is a link to elsewhere.
+        ValueError: there is no card beside the pipeline, it is a link to elsewhere, or it tells of other weights.
         FileExistsError: `folder` holds files already.
     """
     folder, source = Path(folder), Path(pipe.name_or_path)
@@ -94,6 +94,8 @@ def export_with_card(pipe: "VAEPlusPipeline", folder: str | Path, weights: str =
         raise ValueError(f"{source} has no README.md: write one with `vaeplus card RUN REPO_ID`.")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name a new folder.")
+    if not is_repository(source):  # whose card and weights have gone together ever since
+        check_weights_of_card(source)
     export(pipe, folder, weights=weights)
     for path in _card_and_pictures(source):
         shutil.copyfile(path, folder / path.name)  # with the permissions of a new file
@@ -149,8 +151,8 @@ def push(
         `str`: address of the commit.
 
     Raises:
-        ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository, one that is a
-            link to elsewhere, a variant for a repository that holds no such pipeline.
+        ValueError: an id that the Hub would refuse, a tag that exists, the card of another repository or of other
+            weights, one that is a link to elsewhere, a variant for a repository that holds no such pipeline.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused or failed; what was uploaded is not uploaded again.
     """
     api = HfApi(token=token)
@@ -159,6 +161,8 @@ def push(
     with_card = source and variant is None and Path(source, "README.md").is_file()  # a variant is weights alone
     if with_card:
         _check_card(Path(source), repo_id)
+        if not is_repository(source):
+            check_weights_of_card(Path(source))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         export(pipe, folder, variant)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..files import flush_to_disk, one_form_of_weights, room_for, sha256, write_json
-from ..provenance import folder_fingerprint
-from .options import RECORD, read_record
+from ..files import flush_to_disk, room_for, sha256, write_json
+from ..modeling_vaeplus import one_form_of_weights
+from .options import RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +117,6 @@ def save_model(model: PreTrainedModel, folder: Path):
             for path in sorted(partial.iterdir()):  # the index of shards after its shards
                 os.replace(path, folder / path.name)
         partial.rmdir()
-
-
-def finished_steps(folder: Path) -> int:
-    """Steps of the training that made the model in `folder`; 0 if it is not there as it was saved."""
-    record = read_record(folder)
-    saved = record.get("weights")
-    return record["max_train_steps"] if saved is not None and saved == folder_fingerprint(folder) else 0
 
 
 def drop_run(output_dir: Path):

@@ -39,7 +39,7 @@ from ..data.cache import keep_batch
 from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
-from ..provenance import weights_fingerprint
+from ..provenance import folder_fingerprint, provenance, weights_fingerprint
 from .arithmetic import advise_on_precision, arithmetic_of
 from .checkpoints import (
     TrainingState,
@@ -47,7 +47,6 @@ from .checkpoints import (
     drop_oldest,
     drop_run,
     find_checkpoint,
-    finished_steps,
     list_checkpoints,
     save_model,
 )
@@ -372,11 +371,16 @@ class _Run:
         The record beside a model tells how that model was made, so a run that trains on leaves it alone until its end.
         """
         there, trains = read_record(self.output_dir), self.step < self.options.max_train_steps
+        saved, held = there.get("weights"), folder_fingerprint(self.output_dir)
         self.is_finished = (
             not trains
             and checkpoint.parent.resolve() == self.output_dir.resolve()
-            and finished_steps(self.output_dir) >= self.options.max_train_steps
+            and saved is not None
+            and saved == held
+            and there["max_train_steps"] >= self.options.max_train_steps
         )
+        if checkpoint is not None and saved is not None and held not in (None, saved):
+            logger.warning("%s holds other weights than its run saved: the run replaces them", self.output_dir)
         if not trains:  # what is asked for now has made nothing
             last = there["max_train_steps"] if self.is_finished else self.step
             self.record = {**self.record, **there, "max_train_steps": last, "made_from": self.stage.made_from}
@@ -399,7 +403,11 @@ class _Run:
         self.uploads = None
         if options.push_to_hub and accelerator.is_main_process:
             self.uploads = BackgroundPush(
-                options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token
+                options.hub_model_id,
+                options.hub_subfolder,
+                options.hub_private_repo,
+                options.hub_token,
+                is_new=not self.is_finished,
             )
         if accelerator.is_main_process:
             drop_lines_after(self.output_dir / "stats.jsonl", self.step)
@@ -631,11 +639,12 @@ class _Run:
         was_training = self.trained.training
         picture = self.stage.preview(self.trained.eval())
         self.trained.train(was_training)
-        picture.save(self.output_dir / "samples" / f"step-{self.step:07d}.png")
+        step = self.record["max_train_steps"] if self.is_finished else self.step  # a longer run may have broken off
+        picture.save(self.output_dir / "samples" / f"step-{step:07d}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 pixels = np.asarray(picture.convert("RGB"))[None]
-                tracker.log_images({"samples": pixels}, step=self.step, dataformats="NHWC")
+                tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
 
     def finish(self) -> PreTrainedModel:
         """Finish, save, draw and upload the trained model; one that is finished already is only drawn and uploaded."""
@@ -647,7 +656,8 @@ class _Run:
         self.trained.eval()
         if self.stage.finish is not None and not self.is_finished:
             self.stage.finish(self.trained)
-        self.record["weights"] = weights_fingerprint(self.trained.state_dict())
+        if not self.is_finished:
+            self.record |= {"weights": weights_fingerprint(self.trained.state_dict()), "made_by": provenance()}
         if self.accelerator.is_main_process:
             # A save that was killed at its end did not do this.
             drop_oldest(self.output_dir, self.options.checkpoints_total_limit)

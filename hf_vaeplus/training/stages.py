@@ -303,6 +303,13 @@ def _pullback_metric(autoencoder, images, codes, options: StageOptions) -> tuple
 def _second_stage(options: StageOptions, images) -> Stage:
     vae = load_frozen(VAEPlusVAEModel, options.vae)
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder) if options.autoencoder else None
+    made_from = _made_from(images, autoencoder=autoencoder, vae=vae)
+    known = read_record(Path(options.vae)).get("made_from", {}).get("autoencoder", made_from.get("autoencoder"))
+    if known != made_from.get("autoencoder"):
+        raise ValueError(
+            f"{options.vae} was trained on another autoencoder than {options.autoencoder}: name the one that it was"
+            " trained on with --autoencoder, or train the first VAE anew."
+        )
     latent_dim = vae.config.latent_dim
     model = VAEPlusVAEModel(_second_stage_config(options, vae.config))
 
@@ -345,10 +352,7 @@ def _second_stage(options: StageOptions, images) -> Stage:
         z = torch.addcmul(mean, std, noise(latent_dim))
         return {"inputs": z, "noise": noise(model.config.latent_dim), "kl_weight": _kl_weight(options, step)}
 
-    made_from, finishing = (
-        _made_from(images, autoencoder=autoencoder, vae=vae),
-        finish if options.match_moments else None,
-    )
+    finishing = finish if options.match_moments else None
     return Stage(model, dataset, prepare, _previewer(options, images), finishing, made_from)
 
 

@@ -11,11 +11,12 @@ Conventions: pixels lie in [0, 1]; gamma is the decoder **variance** (Eq. 3); lo
 means over the batch, in nats.
 """
 
+import contextlib
 import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -594,6 +595,23 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
                     " checkpoint or download them again."
                 )
         return (model, info) if give_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        *args,
+        **kwargs,
+    ) -> None:
+        """`PreTrainedModel.save_pretrained`, but weights replace older ones, be they in one file or in shards."""
+        with one_form_of_weights(Path(save_directory), variant) if is_main_process else contextlib.nullcontext():
+            super().save_pretrained(
+                save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, *args, **kwargs
+            )
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
@@ -1221,6 +1239,26 @@ class VAEPlusEncoderModel(VAEPlusPreTrainedModel):
             posterior = self.vae.encode(inputs)
             output = VAEPlusEncoderOutput(features=posterior.mean, logvar=posterior.logvar)
         return output if return_dict else output.to_tuple()
+
+
+@contextlib.contextmanager
+def one_form_of_weights(folder: Path, variant: str | None = None) -> Iterator[None]:
+    """Weights that are written to `folder` in here replace those there, be they in one file or in shards.
+
+    Whatever reads a model prefers the one file, so the older form goes only when the newer one is complete.
+    """
+    infix = f".{variant}" if variant else ""
+    whole, index = folder / f"model{infix}.safetensors", folder / f"model.safetensors.index{infix}.json"
+    if whole.exists():
+        index.unlink(missing_ok=True)  # nothing has read it
+    older = whole if whole.exists() else index
+    yield
+    if whole.exists() and index.exists():
+        older.unlink()
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else ()
+    for shard in folder.glob(f"model{infix}-?????-of-?????.safetensors"):
+        if shard.name not in shards:
+            shard.unlink()
 
 
 def _check_shards(folder: str):

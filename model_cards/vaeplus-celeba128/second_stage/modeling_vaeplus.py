@@ -11,11 +11,12 @@ Conventions: pixels lie in [0, 1]; gamma is the decoder **variance** (Eq. 3); lo
 means over the batch, in nats.
 """
 
+import contextlib
 import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -595,6 +596,23 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
                 )
         return (model, info) if give_info else model
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        *args,
+        **kwargs,
+    ) -> None:
+        """`PreTrainedModel.save_pretrained`, but weights replace older ones, be they in one file or in shards."""
+        with one_form_of_weights(Path(save_directory), variant) if is_main_process else contextlib.nullcontext():
+            super().save_pretrained(
+                save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, *args, **kwargs
+            )
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
         # The library opens what an index names, from the Hub as well; with another suffix it would be unpickled.
@@ -705,7 +723,8 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
             chunk_size (`int`): codes at a time; each takes the memory of `latent_dim` images.
 
         Returns:
-            float64 `torch.Tensor` of shape `(latent_dim, latent_dim)`: squared pixels per squared unit of the code.
+            float64 `torch.Tensor` of shape `(latent_dim, latent_dim)` on the CPU, for not every device has float64:
+                squared pixels per squared unit of the code.
 
         Raises:
             ValueError: wrong shape, integers instead of floats, or no codes.
@@ -714,13 +733,13 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         if not len(codes):
             raise ValueError("pullback_metric got no codes: pass at least one.")
         axes = torch.eye(self.config.latent_dim, dtype=self.dtype, device=codes.device)
-        total = torch.zeros(axes.shape, dtype=torch.float64, device=codes.device)
+        total = torch.zeros(axes.shape, dtype=torch.float64, device="cpu")
         for part in codes.to(self.dtype).split(chunk_size):
             along = torch.func.vmap(lambda axis, part=part: torch.func.jvp(
                 self.decode, (part,), (axis.expand_as(part),))[1])  # fmt: skip
             columns = _upcast(along(axes)).flatten(2).transpose(0, 1)  # (codes, latent_dim, pixels)
             with torch.autocast(codes.device.type, enabled=False):  # a product in half precision may not be definite
-                total += (columns @ columns.mT).double().sum(0)
+                total += (columns @ columns.mT).cpu().double().sum(0)
         return total / len(codes)
 
     def sharpen(self, images: torch.Tensor, sharpness: float = 1.0) -> torch.Tensor:
@@ -766,8 +785,9 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         power, power_of_decoded = 0.0, 0.0
         for pixel_values in batches:
             decoded = self.decode(self.encode(pixel_values))
-            power = power + torch.fft.rfft2(pixel_values.double()).abs().square().sum(0)
-            power_of_decoded = power_of_decoded + torch.fft.rfft2(decoded.double()).abs().square().sum(0)
+            # On the CPU: not every device has float64.
+            power = power + torch.fft.rfft2(pixel_values.cpu().double()).abs().square().sum(0)
+            power_of_decoded = power_of_decoded + torch.fft.rfft2(decoded.cpu().double()).abs().square().sum(0)
         if not torch.is_tensor(power):
             raise ValueError("match_spectrum got no images: pass at least one batch.")
         if not self.config.matched_spectrum:
@@ -926,7 +946,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             raise ValueError(f"metric must have shape {tuple(self.metric_root.shape)}, got {tuple(metric.shape)}.")
         if not (metric.isfinite().all() and 0 <= error_floor < math.inf):
             raise ValueError(f"metric and error_floor must be finite, the latter not negative, got {error_floor}.")
-        values, axes = torch.linalg.eigh(metric.double().cpu())
+        values, axes = torch.linalg.eigh(metric.cpu().double())
         if not values[-1] > 0 or values[0] < -1e-6 * values[-1]:
             raise ValueError(
                 f"a metric has eigenvalues of at least 0, got some from {values[0]:.3g} to {values[-1]:.3g}."
@@ -1036,7 +1056,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             raise ValueError(f"min_explained must lie in (0, 1], got {min_explained}.")
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("mean and covariance must be finite: the latents that they are of are not.")
-        variances, axes = torch.linalg.eigh(covariance.double().cpu())
+        variances, axes = torch.linalg.eigh(covariance.cpu().double())
         if not variances[-1] > 0 or variances[0] < -1e-6 * variances[-1]:
             low, high = float(variances[0]), float(variances[-1])
             raise ValueError(f"a covariance has positive eigenvalues, but this has some from {low:.3g} to {high:.3g}.")
@@ -1044,7 +1064,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         root, inverse_root = (axes * variances.sqrt()) @ axes.T, (axes / variances.sqrt()) @ axes.T
         device = self.input_mean.device
         drawn = torch.randn(num_samples, self.config.latent_dim, generator=generator).split(1_000)
-        means = torch.cat([self.decode(latents.to(device)).double().cpu() for latents in drawn])
+        means = torch.cat([self.decode(latents.to(device)).cpu().double() for latents in drawn])
         explained, directions = torch.linalg.eigh(inverse_root @ torch.cov(means.T).reshape(dim, dim) @ inverse_root)
         explained = explained.clamp(min=0)
         stretched = explained >= min_explained
@@ -1056,7 +1076,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             self.config.matched_moments = True
         self.sample_scale = scale.to(self.input_mean)
         self.sample_noise = (root @ (directions * missing)).to(self.input_mean)
-        self.sample_shift = (mean.double().cpu() - scale @ means.mean(0)).to(self.input_mean)
+        self.sample_shift = (mean.cpu().double() - scale @ means.mean(0)).to(self.input_mean)
         return explained
 
     def forward(
@@ -1221,11 +1241,31 @@ class VAEPlusEncoderModel(VAEPlusPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
+@contextlib.contextmanager
+def one_form_of_weights(folder: Path, variant: str | None = None) -> Iterator[None]:
+    """Weights that are written to `folder` in here replace those there, be they in one file or in shards.
+
+    Whatever reads a model prefers the one file, so the older form goes only when the newer one is complete.
+    """
+    infix = f".{variant}" if variant else ""
+    whole, index = folder / f"model{infix}.safetensors", folder / f"model.safetensors.index{infix}.json"
+    if whole.exists():
+        index.unlink(missing_ok=True)  # nothing has read it
+    older = whole if whole.exists() else index
+    yield
+    if whole.exists() and index.exists():
+        older.unlink()
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else ()
+    for shard in folder.glob(f"model{infix}-?????-of-?????.safetensors"):
+        if shard.name not in shards:
+            shard.unlink()
+
+
 def _check_shards(folder: str):
     """Refuse an index of weights in a local folder that names anything but safetensors files beside it."""
     for path in sorted(Path(folder).glob("*.safetensors.index*.json")):
         try:
-            names = set(json.loads(path.read_text())["weight_map"].values())
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): save or download the model again.") from error
         for name in names:
