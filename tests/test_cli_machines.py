@@ -368,11 +368,15 @@ def test_cards_of_names_that_a_locale_cannot_read(finished_run, tmp_path):
 
 @pytest.fixture
 def at_home(working_folder, monkeypatch) -> Path:
-    """A home of its own, and the user `vaeplus-user` who has it as well."""
-    monkeypatch.setenv("HOME", str(working_folder / "home"))
-    entry = pwd.struct_passwd(("vaeplus-user", "x", 1, 1, "", str(working_folder / "home"), "/bin/sh"))
+    """A home of its own that shows what `home` holds, and the user `vaeplus-user` who has it as well."""
+    own = working_folder / "own"
+    own.mkdir()
+    for path in (working_folder / "home").iterdir():
+        (own / path.name).symlink_to(path)
+    monkeypatch.setenv("HOME", str(own))
+    entry = pwd.struct_passwd(("vaeplus-user", "x", 1, 1, "", str(own), "/bin/sh"))
     monkeypatch.setattr("pwd.getpwnam", {"vaeplus-user": entry}.__getitem__)
-    return working_folder / "home"
+    return own
 
 
 HOMES = ("~", "~vaeplus-user")
@@ -415,10 +419,10 @@ def test_commands_find_what_is_at_home(at_home, working_folder):
     assert run("sample", "~/pipeline", "--num_images=2", "--output=~/new/a.png")[0] == 0
     assert run("reconstruct", "~/pipeline", "~/0.png", "~vaeplus-user/1.png", "--output=~/new/b.png")[0] == 0
     small = ["--set", "common.max_train_steps=1", "common.cache_dir=~/cache"]
-    assert run("train", "--config", "~/tiny.yaml", "--output_dir=~/new/run", *small)[0] == 0
+    code, _, errors = run("train", "--config", "~/tiny.yaml", "--output_dir=~/new/run", *small)
+    assert code == 0, errors
     assert {path.name for path in (at_home / "new").iterdir()} == {"a.png", "b.png", "run"}
     assert not list(working_folder.glob("~*"))
-    shutil.rmtree(at_home / "new")
 
 
 @pytest.mark.parametrize(
