@@ -595,6 +595,14 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
                 )
         return (model, info) if give_info else model
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """`PreTrainedModel.save_pretrained`, with weights that others may read, as far as the umask lets them."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        umask = os.umask(0o077)  # it can only be read by setting it
+        os.umask(umask)
+        for weights in Path(save_directory).glob("*.safetensors"):  # of safetensors, which are for their owner alone
+            weights.chmod(0o666 & ~umask)
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
         # The library opens what an index names, from the Hub as well; with another suffix it would be unpickled.

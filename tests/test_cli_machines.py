@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import TINY, captured, encoded, fit, forkserver, noise, run
+from helpers import TINY, captured, encoded, fit, forkserver, make_pipeline, noise, run
 
 from hf_vaeplus.cli.main import build_parser, main, run_command
 from hf_vaeplus.data.sources import cache_folder
@@ -516,6 +516,15 @@ def umask(request):
     before = os.umask(request.param)
     yield request.param
     os.umask(before)
+
+
+def test_models_that_python_saves_follow_the_umask(umask, tmp_path):
+    pipe, folder = make_pipeline(), tmp_path / "saved"
+    pipe.vae.save_pretrained(folder / "whole")
+    pipe.autoencoder.save_pretrained(folder / "shards", max_shard_size="2KB")
+    pipe.save_pretrained(folder / "pipeline", variant="ema")
+    assert len(list(folder.rglob("*.safetensors"))) > 5
+    assert not _other_modes(folder, umask)
 
 
 def test_runs_caches_and_results_follow_the_umask(umask, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub.errors import HTTPError
 
 from .. import pipeline_vaeplus
-from ..files import follow_umask, one_form_of_weights
+from ..files import one_form_of_weights
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..modeling_vaeplus import VAEPlusEncoderConfig
 from .client import explain
@@ -122,8 +122,6 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
             for name in self.components:
                 saving.enter_context(one_form_of_weights(Path(save_directory, name), variant))
             super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
-        for weights in Path(save_directory).glob("*/*.safetensors"):
-            follow_umask(weights)
         stages = ["vae"] if self.autoencoder is None else ["autoencoder", "vae"]
         VAEPlusEncoderConfig(stages=stages).save_pretrained(save_directory)
         self.image_processor.save_pretrained(save_directory)
