@@ -12,6 +12,7 @@ means over the batch, in nats.
 """
 
 import difflib
+import functools
 import json
 import math
 import os
@@ -595,6 +596,7 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
                 )
         return (model, info) if give_info else model
 
+    @functools.wraps(PreTrainedModel.save_pretrained, assigned=())  # diffusers asks for the names of its arguments
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """`PreTrainedModel.save_pretrained`, with weights that others may read, as far as the umask lets them."""
         super().save_pretrained(save_directory, *args, **kwargs)
