@@ -27,8 +27,10 @@ def option(default, help: str, *ranges: Callable, group: str | None = None, is_p
 def from_home(path: str | os.PathLike) -> str:
     """`path` with the folder of its user in place of `~` or `~name` at its beginning.
 
+    A file or folder whose own name begins with `~` is taken for what it is.
+
     Raises:
-        ValueError: this process has no home.
+        ValueError: this process has no home, or there is no such user.
     """
     path = os.fspath(path)
     try:
@@ -36,8 +38,11 @@ def from_home(path: str | os.PathLike) -> str:
     except UnicodeEncodeError:  # out of a preset, which is UTF-8, under a locale that is not
         path = os.fsdecode(path.encode())
     found = os.path.expanduser(path)
-    if found == "~" or found.startswith("~/"):
+    first = found.split("/")[0]
+    if first == "~":
         raise ValueError(f"{path} needs a home folder, and this user has none: set HOME, or write the path in full")
+    if first.startswith("~") and not os.path.lexists(first):
+        raise ValueError(f"{path} needs the home of a user {first[1:]}, and there is none: write the path in full")
     return found
 
 
@@ -55,7 +60,7 @@ positive = must("be positive", lambda value: value > 0)
 not_negative = must("not be negative", lambda value: value >= 0)
 at_least_one = must("be at least 1", lambda value: value >= 1)
 below_one = must("lie in [0, 1)", lambda value: 0 <= value < 1)
-utf8 = must("be spelt in UTF-8, because safetensors opens no other path", lambda path: _is_utf8(os.fsencode(path)))
+utf8 = must("be spelt in UTF-8, as paths of weights and tables are", lambda path: _is_utf8(os.fsencode(path)))
 finite = must("be a finite number", lambda value: abs(value) < math.inf)
 
 

@@ -34,9 +34,10 @@ from hf_vaeplus.data.cache import load_images  # noqa: E402
 
 @pytest.fixture
 def hub():
-    """The Hub that the client talks to, empty."""
+    """The Hub that the client talks to, empty; its faults end with the test."""
     _hub.reset()
-    return _hub
+    yield _hub
+    _hub.reset()
 
 
 @pytest.fixture
@@ -47,7 +48,10 @@ def no_waiting(monkeypatch):
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
-    """A folder with a saved pipeline, two pictures, a preset, a text file and a cache of digits."""
+    """A folder with a saved pipeline, two pictures, a preset, a text file and a cache of digits.
+
+    All tests share it, so none may write anything but caches there.
+    """
     home = tmp_path_factory.mktemp("home")
     make_pipeline().save_pretrained(home / "pipeline")
     (home / "0.png").write_bytes(encoded(noise(0, 50, 40)))
@@ -59,7 +63,9 @@ def home(tmp_path_factory) -> Path:
         # decoded already: no progress bar before a mistake
         digits = dict(resolution=32, num_channels=1, max_samples=40) | changes
         load_images("digits", **digits, cache_dir=home / "cache", progress=False)
-    return home
+    before = {path.name for path in home.iterdir()}
+    yield home
+    assert {path.name for path in home.iterdir()} <= before | {"datasets"}
 
 
 @pytest.fixture

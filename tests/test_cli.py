@@ -219,15 +219,15 @@ def test_a_stage_must_be_named():
 
 
 @pytest.fixture(scope="module")
-def trained(home) -> tuple[int, str, Path]:
+def trained(home, tmp_path_factory) -> tuple[int, str, Path]:
     """Exit code and standard output of a tiny `vaeplus train`, and its folder."""
+    folder = tmp_path_factory.mktemp("trained") / "new" / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VAEPLUS_CACHE", str(home / "cache"))
-        patch.chdir(home)
         settings = ["--set", "vae.model.latent_dim=5", "second_stage.max_train_steps=2", "--set", "vae.seed=3"]
-        flags = ["--output_dir", str(home / "new/run"), "--train_batch_size", "4", "--hub_token", "secret"]
-        code, output, _ = run("train", "--config", "tiny.yaml", *flags, *settings)
-    return code, output, home / "new" / "run"
+        flags = ["--output_dir", str(folder), "--train_batch_size", "4", "--hub_token", "secret"]
+        code, output, _ = run("train", "--config", str(home / "tiny.yaml"), *flags, *settings)
+    return code, output, folder
 
 
 def test_train_leaves_what_it_says(trained):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import TINY, captured, encoded, fit, forkserver, noise, run
+from helpers import TINY, captured, encoded, fit, forkserver, make_pipeline, noise, run
 
 from hf_vaeplus.cli.main import build_parser, main, run_command
 from hf_vaeplus.data.sources import cache_folder
@@ -324,6 +324,55 @@ def test_a_terminal_takes_every_name(encoding, name, working_folder, monkeypatch
     assert found[sys.stderr].startswith("vaeplus: error: ")
 
 
+NO_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample {}",
+        "evaluate {} --dataset_name digits",
+        "interpolate {} home/0.png home/1.png",
+        "encode {} --dataset_name digits",
+        "encode home/pipeline --dataset_name digits --output {}",
+        "encode home/pipeline --dataset_name digits --output {}.parquet",
+        "export {} new",
+        "export home/pipeline {}",
+        "push {} somebody/faces",
+        "card {} somebody/faces",
+        "demo {}",
+        "train --config home/tiny.yaml --output_dir {}",
+    ],
+)
+def test_paths_of_weights_and_tables_that_are_no_utf8_are_refused(command, working_folder):
+    if "--output" not in command:
+        (working_folder / NO_UTF8).symlink_to("home/pipeline")
+    before = sorted(os.listdir())
+    code, _, errors = run(*(word.format(NO_UTF8) for word in command.split()))
+    assert code == 2 and errors.count("\n") == 1 and "must be spelt in UTF-8" in errors
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("folder", ["pictures", NO_UTF8])
+def test_pictures_of_names_that_are_no_utf8(folder, working_folder):
+    (working_folder / folder).mkdir()
+    names = [f"{folder}/{number}{NO_UTF8}.png" for number in range(4)]
+    for number, name in enumerate(names):
+        (working_folder / name).write_bytes(encoded(noise(number, 40)))
+    for command in (
+        ["reconstruct", PIPE, names[0], "--output", f"new/{NO_UTF8}.png"],
+        ["reconstruct", PIPE, folder],
+        ["interpolate", PIPE, *names[1:3], "--output", f"{NO_UTF8}/new/1.png"],
+        ["sample", PIPE, "--num_images", "2", "--separate", "--output", f"{NO_UTF8}/separate"],
+        ["encode", PIPE, "--train_data_dir", folder],
+        ["evaluate", PIPE, "--train_data_dir", folder, "--num_images", "4", "--output", f"new/{NO_UTF8}.json"],
+    ):
+        code, output, errors = run(*command, "--json")
+        assert code == 0, errors
+        assert all(Path(file).exists() for file in json.loads(output).get("files", []))
+    assert (working_folder / "new" / f"{NO_UTF8}.json").is_file()
+
+
 # Neither a home nor a locale, and a mask that gives the group all rights: as in a container that is started wrongly.
 BARE = """
 import os, pwd, sys
@@ -368,11 +417,15 @@ def test_cards_of_names_that_a_locale_cannot_read(finished_run, tmp_path):
 
 @pytest.fixture
 def at_home(working_folder, monkeypatch) -> Path:
-    """A home of its own, and the user `vaeplus-user` who has it as well."""
-    monkeypatch.setenv("HOME", str(working_folder / "home"))
-    entry = pwd.struct_passwd(("vaeplus-user", "x", 1, 1, "", str(working_folder / "home"), "/bin/sh"))
+    """A home of its own that shows what `home` holds, and the user `vaeplus-user` who has it as well."""
+    own = working_folder / "own"
+    own.mkdir()
+    for path in (working_folder / "home").iterdir():
+        (own / path.name).symlink_to(path)
+    monkeypatch.setenv("HOME", str(own))
+    entry = pwd.struct_passwd(("vaeplus-user", "x", 1, 1, "", str(own), "/bin/sh"))
     monkeypatch.setattr("pwd.getpwnam", {"vaeplus-user": entry}.__getitem__)
-    return working_folder / "home"
+    return own
 
 
 HOMES = ("~", "~vaeplus-user")
@@ -415,10 +468,25 @@ def test_commands_find_what_is_at_home(at_home, working_folder):
     assert run("sample", "~/pipeline", "--num_images=2", "--output=~/new/a.png")[0] == 0
     assert run("reconstruct", "~/pipeline", "~/0.png", "~vaeplus-user/1.png", "--output=~/new/b.png")[0] == 0
     small = ["--set", "common.max_train_steps=1", "common.cache_dir=~/cache"]
-    assert run("train", "--config", "~/tiny.yaml", "--output_dir=~/new/run", *small)[0] == 0
+    code, _, errors = run("train", "--config", "~/tiny.yaml", "--output_dir=~/new/run", *small)
+    assert code == 0, errors
     assert {path.name for path in (at_home / "new").iterdir()} == {"a.png", "b.png", "run"}
     assert not list(working_folder.glob("~*"))
-    shutil.rmtree(at_home / "new")
+
+
+def test_the_home_of_nobody(at_home, working_folder):
+    for command in (
+        "sample ~nobody/pipeline",
+        f"sample {PIPE} --output=~nobody/a.png",
+        "train --config ~nobody/a.yaml",
+    ):
+        code, _, errors = run(*command.split())
+        assert code == 2 and "needs the home of a user nobody, and there is none" in errors
+    with pytest.raises(ValueError, match="^~nobody/cache needs the home of a user nobody"):
+        StageOptions(cache_dir="~nobody/cache")
+    (working_folder / "~mine").mkdir()
+    assert run("sample", PIPE, "--num_images=2", "--output=~mine/a.png")[0] == 0
+    assert (working_folder / "~mine" / "a.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -448,6 +516,15 @@ def umask(request):
     before = os.umask(request.param)
     yield request.param
     os.umask(before)
+
+
+def test_models_that_python_saves_follow_the_umask(umask, tmp_path):
+    pipe, folder = make_pipeline(), tmp_path / "saved"
+    pipe.vae.save_pretrained(folder / "whole")
+    pipe.autoencoder.save_pretrained(folder / "shards", max_shard_size="2KB")
+    pipe.save_pretrained(folder / "pipeline", variant="ema")
+    assert len(list(folder.rglob("*.safetensors"))) > 5
+    assert not _other_modes(folder, umask)
 
 
 def test_runs_caches_and_results_follow_the_umask(umask, tmp_path, monkeypatch):

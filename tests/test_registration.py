@@ -30,10 +30,13 @@ def folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-# Runs programs in processes that are forked off this one, which has imported none of what they test, but PyTorch.
+# Runs programs in processes that are forked off this one, which has imported what transformers and diffusers import,
+# and nothing of these two.
 FORKS = """
 import json, os, sys, traceback
-import torch
+import accelerate, huggingface_hub.hf_api, jinja2.sandbox, PIL.ImageOps, psutil, regex, requests, scipy.stats
+import tokenizers, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp
+assert not {"transformers", "diffusers", "hf_vaeplus"} & sys.modules.keys()
 for name, program in json.load(sys.stdin).items():
     child = os.fork()
     if not child:

@@ -3,7 +3,7 @@
 import socket
 from pathlib import Path
 
-from .flags import add_json, load_pipeline, local_path
+from .flags import add_json, load_pipeline, weights_path
 
 
 def add_demo(commands):
@@ -18,7 +18,7 @@ def add_demo(commands):
     )
     parser.add_argument(
         "pipeline",
-        type=local_path,
+        type=weights_path,
         nargs="?",
         default=None,
         help="folder of a saved pipeline, or its id on the Hub (default: a model of model_cards/, in a clone)",

@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_origin
 
 import yaml
 
-from ..fields import from_home, kinds_of
+from ..fields import from_home, kinds_of, utf8
 from ..provenance import redact_record
 
 
@@ -166,6 +166,16 @@ def local_path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def weights_path(text: str) -> str:
+    """The type of an argument that names a folder of weights: safetensors opens no path that is no UTF-8."""
+    path = local_path(text)
+    try:
+        utf8(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
+
+
 def assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name:
@@ -245,7 +255,7 @@ def add_sharpness(parser):
 
 
 def add_pipeline(parser, output: str):
-    parser.add_argument("pipeline", type=local_path, help="folder of a saved pipeline, or its id on the Hub")
+    parser.add_argument("pipeline", type=weights_path, help="folder of a saved pipeline, or its id on the Hub")
     parser.add_argument(
         "--output", type=local_path, help=f"what to write; missing folders are made (default: {output})"
     )

@@ -10,6 +10,7 @@ from .flags import (
     data_options,
     load_pipeline,
     local_path,
+    weights_path,
     writable,
     written,
     written_record,
@@ -27,7 +28,7 @@ def add_card(commands):
         "  vaeplus card runs/cats your-name/vaeplus-cats --evaluation results.json"
         " --data_license 'CC BY 4.0, photographs by the author'",
     )
-    parser.add_argument("run_dir", type=local_path, metavar="RUN", help="--output_dir of a finished `vaeplus train`")
+    parser.add_argument("run_dir", type=weights_path, metavar="RUN", help="--output_dir of a finished `vaeplus train`")
     parser.add_argument("model_id", metavar="REPO_ID", help="repository that the card is for: organisation/name")
     parser.add_argument(
         "--evaluation", type=local_path, default=None, help="results.json of `vaeplus evaluate` for this pipeline"
@@ -86,7 +87,7 @@ def add_push(commands):
         "  vaeplus push model_cards/vaeplus-celeba128 org/vaeplus-celeba128",
     )
     parser.add_argument(
-        "pipeline", type=local_path, metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub"
+        "pipeline", type=weights_path, metavar="PIPELINE", help="folder of a saved pipeline, or its id on the Hub"
     )
     parser.add_argument("repo_id", metavar="REPO_ID", help="repository, created if need be: organisation/name")
     parser.add_argument("--private", action="store_true", help="if the repository is created, as a private one")
@@ -131,9 +132,9 @@ def add_export(commands):
         epilog="example:\n  vaeplus export runs/cats/pipeline vaeplus-cats --weights bf16",
     )
     parser.add_argument(
-        "pipeline", type=local_path, metavar="PIPELINE", help="folder of a saved pipeline, with its card"
+        "pipeline", type=weights_path, metavar="PIPELINE", help="folder of a saved pipeline, with its card"
     )
-    parser.add_argument("folder", type=local_path, metavar="FOLDER", help="new folder of the repository")
+    parser.add_argument("folder", type=weights_path, metavar="FOLDER", help="new folder of the repository")
     parser.add_argument(
         "--weights",
         choices=("float32", "bf16"),

@@ -13,6 +13,7 @@ from datasets import Features, List, Value
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCardData, HfApi
 from pyarrow.parquet import ParquetWriter
 
+from ..fields import utf8
 from ..files import FULL
 from ..progress import tqdm
 from ..provenance import provenance
@@ -88,6 +89,10 @@ def check_output(output: str | Path) -> Path:
     output = Path(output)
     if output.suffix not in ("", ".parquet"):
         raise ValueError(f"latents go to a file such as latents.parquet or to a folder such as latents, got {output}.")
+    try:
+        utf8(output)
+    except ValueError as error:
+        raise ValueError(f"output {error}") from None
     if output.exists():
         raise FileExistsError(f"{output} exists: name a new file or folder for the latents.")
     return output

@@ -12,7 +12,6 @@ from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub.errors import HTTPError
 
 from .. import pipeline_vaeplus
-from ..files import follow_umask
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..modeling_vaeplus import VAEPlusEncoderConfig
 from .client import explain
@@ -121,8 +120,6 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
             for index in ("model_index.json", "config.json"):
                 Path(save_directory, index).unlink(missing_ok=True)
         super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
-        for weights in Path(save_directory).glob("*/*.safetensors"):
-            follow_umask(weights)
         stages = ["vae"] if self.autoencoder is None else ["autoencoder", "vae"]
         VAEPlusEncoderConfig(stages=stages).save_pretrained(save_directory)
         self.image_processor.save_pretrained(save_directory)

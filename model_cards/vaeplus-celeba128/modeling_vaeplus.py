@@ -607,11 +607,18 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         *args,
         **kwargs,
     ) -> None:
-        """`PreTrainedModel.save_pretrained`, but weights replace older ones, be they in one file or in shards."""
+        """`PreTrainedModel.save_pretrained`, but weights replace older ones, be they in one file or in shards.
+
+        Others may read them, as far as the umask lets them.
+        """
         with one_form_of_weights(Path(save_directory), variant) if is_main_process else contextlib.nullcontext():
             super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, *args, **kwargs
             )
+        umask = os.umask(0o077)  # it can only be read by setting it
+        os.umask(umask)
+        for weights in Path(save_directory).glob("*.safetensors"):  # of safetensors, which are for their owner alone
+            weights.chmod(0o666 & ~umask)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
