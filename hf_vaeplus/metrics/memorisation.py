@@ -51,9 +51,7 @@ class MemorisationGuard:
         self._origin = training.mean(0)
         self._training = training - self._origin
         self._rounding = _ROUNDING * float(training.square().sum(1).mean().sqrt())
-        distances = self.nearest(held_out)
-        if len(distances) < 2:
-            raise ValueError(f"held_out must have at least 2 rows, got {len(distances)}.")
+        distances = self.nearest(checked(held_out, "held_out", 2, training.shape[1]))
         self.num_held_out = len(distances)
         rank = max(1, math.ceil(quantile * len(distances)))
         self.threshold = float(distances.kthvalue(rank).values)
