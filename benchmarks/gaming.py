@@ -17,8 +17,11 @@ images: they are decoded, rounded to 8 bits and encoded again, as `vaeplus evalu
 `hf_vaeplus.evaluation.comparison.warnings_of` says a sentence, "copies" counts the runs in which it is that of copies.
 """
 
+from pathlib import Path
+
 import torch
 from common import benchmark, goal
+from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 
 from hf_vaeplus import VAEPlusPipeline
@@ -36,11 +39,19 @@ NUM_DECODED = 200
 HONEST = "held-out"
 
 
-def rows_of(images, embed, count: int, name: str) -> torch.Tensor:
-    """What `embed` makes of the first images."""
-    starts = tqdm(range(0, min(count, len(images)), BATCH), desc=name)
-    parts = (images.batch(range(start, min(start + BATCH, count, len(images)))) for start in starts)
-    return torch.cat([embed(part["pixel_values"]) for part in parts])
+def rows_of(images, embed, count: int, name: str, keep: str | None) -> torch.Tensor:
+    """What `embed` makes of the first images: of `keep` if it is there, which is made once."""
+    count = min(count, len(images))
+    path = keep and Path(keep) / f"{name.replace(' ', '-')}-{images.fingerprint}.safetensors"
+    if path and path.exists():
+        return load_file(path)["rows"][:count]
+    starts = tqdm(range(0, count, BATCH), desc=name)
+    parts = (images.batch(range(start, min(start + BATCH, count))) for start in starts)
+    rows = torch.cat([embed(part["pixel_values"]) for part in parts])
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"rows": rows}, path)
+    return rows
 
 
 def generators(training: torch.Tensor, fresh: torch.Tensor, count: int, seed: int) -> dict[str, torch.Tensor]:
@@ -98,7 +109,7 @@ def measure(args) -> dict:
     runs, tables, protocol = args.runs or args.pick(2, 5, 20), [], []
 
     def space(name, images, embed, total, count, again=None):
-        rows = rows_of(images, embed, total, name)
+        rows = rows_of(images, embed, total, name, args.keep)
         told = {"space": name, "images": images.name, "split": images.split, "in_every_set": count}
         protocol.append({**told, "training_images": len(rows) - 4 * count, "dim": rows.shape[1], "runs": runs})
         tables.append(measure_space(name, rows, count, runs, again))
@@ -108,12 +119,12 @@ def measure(args) -> dict:
         space("digits, pixels:8", digits, open_extractor("pixels:8"), 1_797, 200)
     if args.mnist:
         mnist = load_images("mnist", train_data_dir=args.mnist, resolution=28)
-        space("MNIST, pixels:14", mnist, open_extractor("pixels:14"), args.pick(1_000, 6_000, 14_000), 1_000)
+        space("MNIST, pixels:14", mnist, open_extractor("pixels:14"), args.pick(1_000, 6_000, 9_000), 1_000)
     if args.celeba:
         pipe = VAEPlusPipeline.from_pretrained(args.pipeline)
         size, crop = pipe.image_shape[1], pipe.image_processor.crop
         celeba = load_images("celeba", train_data_dir=args.celeba, resolution=size, crop=crop)
-        total = args.pick(1_000, 6_000, 12_000)
+        total = args.pick(1_000, 6_000, 9_000)
 
         @torch.no_grad()
         def code(batch):
@@ -142,6 +153,7 @@ def options(parser):
     parser.add_argument("--mnist", help="folder of MNIST's files")
     parser.add_argument("--pipeline", default="model_cards/vaeplus-celeba128", help="of CelebA: its codes are a space")
     parser.add_argument("--features", help="extractor for CelebA, a second space; see vaeplus evaluate")
+    parser.add_argument("--keep", help="folder for codes and features, which another run then finds there")
     parser.add_argument("--runs", type=int, default=None, help="splits of the images; default 20")
 
 

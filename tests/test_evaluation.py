@@ -351,60 +351,69 @@ def test_a_judge_sees_a_thousand_images_with_the_kernel(digits):
 # ----------------------------------------------------------------------------------------------- cheating samplers
 
 
-@pytest.fixture
-def cheating(pca, digits, monkeypatch):
-    """The evaluation of a pipeline whose samples are training images with little noise, or none of some kinds."""
-    training = digits("train[797:]")
+@pytest.fixture(scope="module")
+def drawings(cache_dir):
+    """Drawings of one law, whatever the slice; digits are in the order of those who wrote them."""
 
-    def run(draw, extractors=("pixels:8",), **options):
-        monkeypatch.setattr("hf_vaeplus.evaluation.evaluate.sample_images", lambda *args, **rest: draw(training))
-        wanted = {"num_images": 300, "training_images": training, **options}
-        return evaluate(pca[0], digits("train[:797]"), [*map(open_extractor, extractors)], **wanted)
+    def load(split):
+        source = dict(resolution=32, num_channels=1, max_samples=1_800, cache_dir=cache_dir, progress=False)
+        return load_images("rendered-faces", split=split, **source)
+
+    return load
+
+
+@pytest.fixture
+def cheating(deep, drawings, monkeypatch):
+    """The evaluation of a pipeline that draws what it is told to."""
+
+    def run(samples, extractors=("pixels:8",), **options):
+        monkeypatch.setattr("hf_vaeplus.evaluation.evaluate.sample_images", lambda *args, **rest: [samples])
+        wanted = {"num_images": 300, "training_images": drawings("train[1000:]"), **options}
+        return evaluate(deep, drawings("train[:600]"), [*map(open_extractor, extractors)], **wanted)
 
     return run
 
 
-def noisy_copies(training):
-    generator = torch.Generator().manual_seed(0)
-    pixels = training.pixels(0, 300)
-    return to_uint8((pixels + 0.02 * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)).split(100)
+@pytest.fixture
+def noisy_copies(drawings):
+    pixels = drawings("train[1000:]").pixels(0, 300)
+    return to_uint8(
+        (pixels + 0.01 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    )
 
 
-def test_copies_win_the_distance_and_are_found_in_features_and_codes(cheating):
+def test_copies_win_the_distance_and_are_found_in_features_and_codes(cheating, noisy_copies):
     results = cheating(noisy_copies, ["pixels:8", "pixels:16"])
-    real, samples = results["sets"]["real"], results["sets"]["prior"]
+    real, samples = results["sets"]["real"], results["sets"]["second_stage"]
     for extractor in ("pixels:8", "pixels:16"):
         copied, honest = (each["distances"][extractor] for each in (samples, real))
-        assert copied["frechet"] < 1.5 * honest["frechet"] and copied["memorised"]["share"] > 0.95
+        assert copied["frechet"] < 2 * honest["frechet"] and copied["memorised"]["share"] > 0.95
         assert honest["memorised"]["share"] < 0.12 and not honest["memorised"]["flagged"]
-    assert samples["memorised_codes"]["share"] > 0.95 and not real["memorised_codes"]["flagged"]
-    assert [each.partition(":")[0] for each in samples["warnings"]] == ["codes", "pixels", "pixels"]
-    assert all("samples repeat training images: " in each for each in samples["warnings"])
+    assert samples["memorised_codes"]["share"] > 0.3  # the encoder is random, and the noise moves its few codes
+    assert not real["memorised_codes"]["flagged"]
+    told = [each for each in samples["warnings"] if "samples repeat training images: " in each]
+    assert [each.partition(": ")[0] for each in told] == ["codes", "pixels:8", "pixels:16"]
     assert "warnings" not in real and results["guard"].keys() == {"codes", "pixels:8", "pixels:16"}
     table = results_table(results)
-    assert "nearer to one of 1,000 training images (train[797:]) than 95% of held-out images" in table
+    assert "nearer to one of 800 training images (train[1000:]) than 95% of held-out images are" in table
     for warning in samples["warnings"]:
-        assert f"\nwarning: prior, {warning}" in table
-    row = next(line.split() for line in table.splitlines() if line.startswith("prior"))
+        assert f"\nwarning: second_stage, {warning}" in table
+    row = next(line.split() for line in table.splitlines() if line.startswith("second_stage "))
     shares = samples["distances"]["pixels:8"]["memorised"]["share"], samples["memorised_codes"]["share"]
     assert row[-2:] == [f"{share:.1%}" for share in shares]
 
 
-def test_missing_kinds_of_images_are_told(cheating, digits):
-    fresh = digits("train[300:797]")
-    dark = fresh.pixels(0, 497).mean((1, 2, 3)).argsort()[:300]  # of other real images, none of the brighter ones
-    results = cheating(lambda training: [uint8(fresh, 497)[dark]])
-    samples, real = (results["sets"][name]["distances"]["pixels:8"] for name in ("prior", "real"))
+def test_missing_kinds_of_images_are_told_and_fresh_images_are_not(cheating, drawings):
+    fresh = uint8(drawings("train[600:1000]"), 400)
+    assert cheating(fresh[:300])["sets"]["second_stage"]["warnings"] == []
+    darker = fresh.double().mean((1, 2, 3)).argsort()[:250]  # none of the brightest three eighths
+    results = cheating(fresh[darker])
+    samples, real = (results["sets"][name]["distances"]["pixels:8"] for name in ("second_stage", "real"))
     assert samples["prdc"]["precision"] > 0.9 and samples["prdc"]["coverage"] < 0.9 * real["prdc"]["coverage"]
-    told = " ".join(results["sets"]["prior"]["warnings"])
+    told = " ".join(results["sets"]["second_stage"]["warnings"])
     assert "some kinds of real images are not drawn: coverage" in told and "repeat" not in told
     assert samples["sliced_wasserstein"] > results["sliced_limits"]["pixels:8"] > real["sliced_wasserstein"]
     assert "distributed in another way" in told
-
-
-def test_fresh_real_images_are_not_warned_of(cheating, digits):
-    results = cheating(lambda training: [uint8(digits("train[497:797]"), 300)], num_images=240)
-    assert results["sets"]["prior"]["warnings"] == [] and "warning" not in results_table(results)
 
 
 def test_without_training_images_the_table_says_that_nothing_was_guarded(pca, digits):
@@ -416,10 +425,10 @@ def test_without_training_images_the_table_says_that_nothing_was_guarded(pca, di
     assert next(line for line in table.splitlines() if line.startswith("prior")).split()[-2:] == ["-", "-"]
 
 
-def test_held_out_images_that_were_trained_on_blind_the_guard(cheating, digits):
-    results = cheating(noisy_copies, training_images=digits("train[:797]"))
+def test_held_out_images_that_were_trained_on_blind_the_guard(cheating, noisy_copies, drawings):
+    results = cheating(noisy_copies, training_images=drawings("train"))
     assert results["guard"]["codes"] == {"threshold": 0, "copies": 1, "reach": 0.05, "sees": False}
-    assert not any("repeat" in each for each in results["sets"]["prior"]["warnings"])
+    assert not any("repeat" in each for each in results["sets"]["second_stage"]["warnings"])
     table = results_table(results)
     assert "codes: 100.0% of the held-out images are training images themselves" in table
     assert "pixels:8: the guard sees nothing" in table
