@@ -445,6 +445,7 @@ def test_training_images_in_the_row_of_real_images_are_not_called_copies(pca, di
 def test_too_few_images_for_neighbours_are_measured_all_the_same(pca, digits):
     options = dict(num_images=4, training_images=digits("train[40:]"), num_training_images=3)
     results = evaluate(pca[0], digits("train[:40]"), [open_extractor("pixels:4")], **options)
+    assert f"copies of the {1_797 - 43:,} training images that were left out are not found" in results_table(results)
     prior = results["sets"]["prior"]["distances"]["pixels:4"]
     assert prior["prdc"] is None and prior["memorised"]["limit"] > 0.5
     assert prior["sliced_wasserstein"] > 0 and " - " in results_table(results)

@@ -335,6 +335,7 @@ def evaluate(
         "real": "none" if others is None else f"{others[0].name} {others[0].split}, {count} from image {others[1]} on",
         "training_split": training_images.split if num_training else None,
         "num_training_images": num_training,
+        "training_images_left_out": len(training_images) - num_training if num_training else 0,
         "extractors": [extractor.description() for extractor in extractors],
         "samplers": samplers,
         "num_neighbours": NUM_NEIGHBOURS,

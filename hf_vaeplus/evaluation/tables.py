@@ -70,6 +70,8 @@ def _guard_lines(results: dict) -> list[str]:
             f"memorised: share of the images that are nearer to one of {protocol['num_training_images']:,} training"
             f" images ({protocol['training_split']}) than 95% of held-out images are; 5% is expected"
         ]
+        if left_out := protocol["training_images_left_out"]:
+            told.append(f"memorised: copies of the {left_out:,} training images that were left out are not found")
         for space, each in guard.items():
             if each["copies"]:
                 told.append(f"{space}: {each['copies']:.1%} of the held-out images are training images themselves")
