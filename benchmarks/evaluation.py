@@ -1,4 +1,4 @@
-"""Evaluation: what distances, bins and MMD cost beside the extraction of features.
+"""Evaluation: what distances, neighbours, bins and MMD cost beside the extraction of features.
 
     python benchmarks/evaluation.py --features inception_v3_mixed6c.onnx
 
@@ -13,9 +13,12 @@ from common import benchmark, goal, in_turn, seconds_of
 from hf_vaeplus.evaluation.features import open_extractor
 from hf_vaeplus.metrics.frechet import frechet_distance
 from hf_vaeplus.metrics.kernel import kernel_distance
+from hf_vaeplus.metrics.memorisation import MemorisationGuard
 from hf_vaeplus.metrics.mmd import imq_mmd
 from hf_vaeplus.metrics.ndb import NDB
+from hf_vaeplus.metrics.prdc import PRDC
 from hf_vaeplus.metrics.running import RunningMoments
+from hf_vaeplus.metrics.sliced import sliced_wasserstein
 
 BATCH, LATENT_DIM = 64, 64
 NAMED = "Frechet, NDB and MMD"  # what the goal is about
@@ -38,19 +41,24 @@ def measure_size(size: int, extractor, args) -> list[dict]:
     latents = [torch.randn(count, LATENT_DIM, generator=generator) for _ in range(2)]
     ndb = NDB.fit(images[:1_000], bins, n_init=1, max_iter=2)  # how good they are takes no time
     moments = [moments_of(each) for each in features]
+    balls = PRDC(features[0])
+    guard = MemorisationGuard(torch.randn(2 * count, dim, generator=generator), features[0])
     parts = {
         "mean and covariance": lambda: moments_of(features[0]),
         "Frechet distance": lambda: frechet_distance(*moments),
         f"NDB, {bins} bins": lambda: [ndb.assign(batch) for batch in images.split(BATCH)],
         "MMD of q(z) and N(0, I)": lambda: imq_mmd(*latents),
         "kernel distance": lambda: kernel_distance(*features),
+        "precision, recall, density, coverage": lambda: balls.compare(features[1]),
+        "sliced distance": lambda: sliced_wasserstein(*features),
+        f"copies of {2 * count:,} training images": lambda: guard.compare(features[1]),
     }
     timed = {name: seconds_of(part) for name, part in parts.items()}
     if extractor is not None:
         timed["features"] = seconds_of(lambda: [extractor(batch) for batch in images[:some].split(BATCH)])
     seconds = in_turn(timed, args, f"evaluation, {size}")
     found = {name: seconds[name] for name in parts}
-    found[NAMED] = sum(found.values()) - found["kernel distance"]
+    found[NAMED] = sum(seconds[name] for name in list(parts)[:4])
     extraction = seconds["features"] * count / some if extractor is not None else None
     if extraction:
         found[f"features of {count:,} images, from {some}"] = extraction

@@ -2,7 +2,7 @@
 
     accelerate launch examples/evaluate.py vaeplus-quickstart/pipeline --dataset_name rendered-faces --num_images 2000
     accelerate launch examples/evaluate.py runs/celeba64/pipeline --train_data_dir celeba --split 'train[20000:]' \\
-        --ndb_split 'train[:20000]' --ndb 100 200 300 --sampler second_stage prior mixture --features extractor.onnx
+        --training_split 'train[:20000]' --ndb 100 200 300 --sampler second_stage prior --features extractor.onnx
 
 Each process handles its share of the images; the numbers are those of one process. The work is done by
 `hf_vaeplus.evaluation.evaluate`, for models in memory.

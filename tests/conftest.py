@@ -89,6 +89,7 @@ def finished_run(tmp_path_factory) -> Path:
         code, _, errors = run("train", "--config", str(home / "tiny.yaml"), "--output_dir", str(home / "run"))
         assert code == 0, errors
         measured = ["--dataset_name", "digits", "--num_images", "20", "--output", str(home / "evaluation.json")]
+        measured += ["--max_images", "40", "--split", "train[:20]", "--training_split", "train[20:]"]
         code, _, errors = run("evaluate", str(home / "run" / "pipeline"), *measured)
         assert code == 0, errors
     return home / "run"

@@ -115,6 +115,15 @@ def test_evaluation(run):
     assert seconds["Frechet, NDB and MMD"] == pytest.approx(sum(seconds[part] for part in parts))
 
 
+def test_gaming(run):
+    found = run("gaming", "--runs", "1")
+    rows = {row["generator"]: row for row in found["generators"]}
+    assert rows["copies"]["memorised"] == rows["bootstrap, 0.1"]["memorised"] == 1 and rows["copies"]["copies"] == 1
+    assert rows["other real images"]["flagged"] is None and rows["held-out"]["flagged"] == 0
+    assert rows["dropped modes"]["coverage"] < rows["held-out"]["coverage"]
+    assert found["protocol"][0]["training_images"] == 1_797 - 4 * 200
+
+
 @pytest.mark.slow
 def test_scaling(run):
     found = run("scaling")

@@ -32,6 +32,9 @@ def test_a_card_is_valid_complete_and_its_code_runs(finished_run, tmp_path):
     assert metrics["squared-error"] == summary["squared_error"]
     frechet = evaluation["sets"]["second_stage"]["distances"]["pixels:16"]
     assert metrics[f"{frechet['distance']}, second_stage, 20 images"] == frechet["frechet"]
+    assert metrics["coverage, pixels:16, second_stage, 20 images"] == frechet["prdc"]["coverage"]
+    assert metrics["memorised share, pixels:16, second_stage, 20 images"] == frechet["memorised"]["share"]
+    assert "nearer to one of 20 training images (train[20:])" in text
     for told in (f"{summary['squared_error']:.2f}", "CC BY 4.0", "The first 40 of them", summary["commit"], "3 x 8"):
         assert told in text
     assert sorted(each.name for each in tmp_path.iterdir()) == ["README.md", "curves.png", "samples.png"]

@@ -348,6 +348,23 @@ def test_evaluate_prints_a_table_and_writes_the_same_numbers(working_folder):
     assert f"{results['likelihood']['nll']:.2f} nats" in output and "saved in results.json" in output
 
 
+def test_evaluate_looks_for_copies_of_images_in_another_folder(working_folder):
+    for folder, seeds in (("unseen", range(6)), ("trained-on", range(4, 14))):
+        (working_folder / folder).mkdir()
+        for seed in seeds:
+            (working_folder / folder / f"{seed}.png").write_bytes(encoded(noise(seed, 40, 40)))
+    command = ("evaluate", PIPE, "--train_data_dir", "unseen", "--num_images", "6", "--features", "pixels:8", "--json")
+    code, output, _ = run(*command)
+    assert code == 0 and json.loads(output)["guard"] is None
+    code, output, _ = run(*command, "--training_data_dir", "trained-on", "--num_training_images", "9", "--overwrite")
+    results = json.loads(output)
+    assert code == 0 and results["protocol"]["num_training_images"] == 9
+    assert results["protocol"]["training_split"] == "train"
+    for space in ("codes", "pixels:8"):  # two of six are in both folders
+        assert results["guard"][space]["copies"] == pytest.approx(1 / 3)
+    assert results["sets"]["second_stage"]["memorised_codes"]["limit"] > 0.1
+
+
 def test_evaluate_prints_json_and_depends_on_the_seed(working_folder):
     code, output, _ = run(*EVALUATION.split(), "--json", "--output", "new/first.json")
     first = json.loads(output)

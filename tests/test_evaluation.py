@@ -313,7 +313,7 @@ def test_no_ratio_is_made_of_rounding(pictures, tmp_path):
     for each in results["sets"].values():
         assert each["distances"]["pixels:16"]["frechet_over_downsample"] is None
     rows = [line.split() for line in results_table(results).split("\n\n")[1].splitlines()]
-    assert rows[0][-3:] == ["/", "downsample", "kernel"] and all(row[-2:] == ["-", "-"] for row in rows[1:])
+    assert rows[0][3:6] == ["/", "downsample", "kernel"] and all(row[2:4] == ["-", "-"] for row in rows[1:])
 
 
 def test_a_perfect_reconstruction_has_no_decibels(pca, digits, monkeypatch):
@@ -342,7 +342,113 @@ def test_a_judge_sees_a_thousand_images_with_the_kernel(digits):
     result = judge(pictures.split(400))
     assert result["frechet"] == pytest.approx(0, abs=1e-9) and abs(result["kernel"][0]) < 1e-2
     assert (result["num_images"], result["num_reference"], result["ndb"]) == (1000, 1000, {})
+    assert result["sliced_wasserstein"] == pytest.approx(0, abs=1e-12) and result["memorised"] is None
+    assert result["prdc"] == dict(precision=1, recall=1, density=1, coverage=1)
+    json.dumps(result)
     assert judge(pictures[:999].split(400))["kernel"] is None
+
+
+# ----------------------------------------------------------------------------------------------- cheating samplers
+
+
+@pytest.fixture(scope="module")
+def drawings(cache_dir):
+    """Drawings of one law, whatever the slice; digits are in the order of those who wrote them."""
+
+    def load(split):
+        source = dict(resolution=32, num_channels=1, max_samples=1_800, cache_dir=cache_dir, progress=False)
+        return load_images("rendered-faces", split=split, **source)
+
+    return load
+
+
+@pytest.fixture
+def cheating(deep, drawings, monkeypatch):
+    """The evaluation of a pipeline that draws what it is told to."""
+
+    def run(samples, extractors=("pixels:8",), **options):
+        monkeypatch.setattr("hf_vaeplus.evaluation.evaluate.sample_images", lambda *args, **rest: [samples])
+        wanted = {"num_images": 300, "training_images": drawings("train[1000:]"), **options}
+        return evaluate(deep, drawings("train[:600]"), [*map(open_extractor, extractors)], **wanted)
+
+    return run
+
+
+@pytest.fixture
+def noisy_copies(drawings):
+    pixels = drawings("train[1000:]").pixels(0, 300)
+    return to_uint8(
+        (pixels + 0.01 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    )
+
+
+def test_copies_win_the_distance_and_are_found_in_features_and_codes(cheating, noisy_copies):
+    results = cheating(noisy_copies, ["pixels:8", "pixels:16"])
+    real, samples = results["sets"]["real"], results["sets"]["second_stage"]
+    for extractor in ("pixels:8", "pixels:16"):
+        copied, honest = (each["distances"][extractor] for each in (samples, real))
+        assert copied["frechet"] < 2 * honest["frechet"] and copied["memorised"]["share"] > 0.95
+        assert honest["memorised"]["share"] < 0.12 and not honest["memorised"]["flagged"]
+    assert samples["memorised_codes"]["share"] > 0.3  # the encoder is random, and the noise moves its few codes
+    assert not real["memorised_codes"]["flagged"]
+    told = [each for each in samples["warnings"] if "samples repeat training images: " in each]
+    assert [each.partition(": ")[0] for each in told] == ["codes", "pixels:8", "pixels:16"]
+    assert "warnings" not in real and results["guard"].keys() == {"codes", "pixels:8", "pixels:16"}
+    table = results_table(results)
+    assert "nearer to one of 800 training images (train[1000:]) than 95% of held-out images are" in table
+    for warning in samples["warnings"]:
+        assert f"\nwarning: second_stage, {warning}" in table
+    row = next(line.split() for line in table.splitlines() if line.startswith("second_stage "))
+    shares = samples["distances"]["pixels:8"]["memorised"]["share"], samples["memorised_codes"]["share"]
+    assert row[-2:] == [f"{share:.1%}" for share in shares]
+
+
+def test_missing_kinds_of_images_are_told_and_fresh_images_are_not(cheating, drawings):
+    fresh = uint8(drawings("train[600:1000]"), 400)
+    assert cheating(fresh[:300])["sets"]["second_stage"]["warnings"] == []
+    darker = fresh.double().mean((1, 2, 3)).argsort()[:250]  # none of the brightest three eighths
+    results = cheating(fresh[darker])
+    samples, real = (results["sets"][name]["distances"]["pixels:8"] for name in ("second_stage", "real"))
+    assert samples["prdc"]["precision"] > 0.9 and samples["prdc"]["coverage"] < 0.9 * real["prdc"]["coverage"]
+    told = " ".join(results["sets"]["second_stage"]["warnings"])
+    assert "some kinds of real images are not drawn: coverage" in told and "repeat" not in told
+    assert samples["sliced_wasserstein"] > results["sliced_limits"]["pixels:8"] > real["sliced_wasserstein"]
+    assert "distributed in another way" in told
+
+
+def test_without_training_images_the_table_says_that_nothing_was_guarded(pca, digits):
+    results = evaluate(pca[0], digits("train[:40]"), [open_extractor("pixels:4")], num_images=20)
+    assert results["guard"] is None and results["sets"]["prior"]["memorised_codes"] is None
+    assert all(each["distances"]["pixels:4"]["memorised"] is None for each in results["sets"].values())
+    table = results_table(results)
+    assert "the guard was not run, because no training images were given" in table
+    assert next(line for line in table.splitlines() if line.startswith("prior")).split()[-2:] == ["-", "-"]
+
+
+def test_held_out_images_that_were_trained_on_blind_the_guard(cheating, noisy_copies, drawings):
+    results = cheating(noisy_copies, training_images=drawings("train"))
+    assert results["guard"]["codes"] == {"threshold": 0, "copies": 1, "reach": 0.05, "sees": False}
+    assert not any("repeat" in each for each in results["sets"]["second_stage"]["warnings"])
+    table = results_table(results)
+    assert "codes: 100.0% of the held-out images are training images themselves" in table
+    assert "pixels:8: the guard sees nothing" in table
+
+
+def test_training_images_in_the_row_of_real_images_are_not_called_copies(pca, digits):
+    extractors, training = [open_extractor("pixels:4")], digits("train[40:]")
+    results = evaluate(pca[0], digits("train[:40]"), extractors, num_images=40, training_images=training)
+    assert results["protocol"]["real"] == "digits train[40:], 40 from image 0 on"
+    real = results["sets"]["real"]
+    assert real["memorised_codes"] is None and real["distances"]["pixels:4"]["memorised"] is None
+
+
+def test_too_few_images_for_neighbours_are_measured_all_the_same(pca, digits):
+    options = dict(num_images=4, training_images=digits("train[40:]"), num_training_images=3)
+    results = evaluate(pca[0], digits("train[:40]"), [open_extractor("pixels:4")], **options)
+    assert f"copies of the {1_797 - 43:,} training images that were left out are not found" in results_table(results)
+    prior = results["sets"]["prior"]["distances"]["pixels:4"]
+    assert prior["prdc"] is None and prior["memorised"]["limit"] > 0.5
+    assert prior["sliced_wasserstein"] > 0 and " - " in results_table(results)
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
@@ -427,3 +533,8 @@ def test_two_processes_find_what_one_finds(deep, digits, cache_dir, tmp_path):
             same = two["sets"][name]["distances"][extractor]
             assert distances["frechet"] == pytest.approx(same["frechet"], rel=1e-3)  # 8 bits may round another way
             assert distances["kernel"] is same["kernel"] is None
+            assert distances["sliced_wasserstein"] == pytest.approx(same["sliced_wasserstein"], rel=1e-3)
+            assert distances["prdc"] == pytest.approx(same["prdc"], abs=0.1)
+            assert (distances["memorised"] is None) == (name == "real")
+            if name != "real":
+                assert distances["memorised"] == pytest.approx(same["memorised"], abs=0.05)

@@ -4,21 +4,32 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .flags import add_data, add_overwrite, add_pipeline, data_options, load_pipeline, output_file, write_output
+from .flags import (
+    add_data,
+    add_overwrite,
+    add_pipeline,
+    data_options,
+    load_pipeline,
+    local_path,
+    output_file,
+    write_output,
+)
 
 
 def add_evaluate(commands):
     parser = commands.add_parser(
         "evaluate",
         help="measure a saved pipeline on a data set",
-        description="Measure reconstructions and samples of a pipeline: distances to real images, bins (NDB),\n"
-        "errors, posteriors and likelihoods. Prints a table and writes all of it, with the protocol, as JSON.\n"
+        description="Measure reconstructions and samples of a pipeline: distances to real images, neighbours,\n"
+        "copies of training images, bins (NDB), errors, posteriors and likelihoods. Prints a table, with warnings,\n"
+        "and writes all of it, with the protocol, as JSON.\n"
         "Images are read at the size that the pipeline was trained on. On several processes:\n"
         "accelerate launch -m hf_vaeplus.cli evaluate ...",
         epilog="examples:\n"
         "  vaeplus evaluate vaeplus-quickstart/pipeline --dataset_name rendered-faces --num_images 2000\n"
+        "  vaeplus evaluate runs/pictures/pipeline --train_data_dir unseen --training_data_dir pictures\n"
         "  vaeplus evaluate runs/celeba64/pipeline --train_data_dir celeba --split 'train[20000:]'"
-        " --ndb_split 'train[:20000]' --ndb 100 200 300 --sampler second_stage prior mixture --features net.onnx",
+        " --training_split 'train[:20000]' --ndb 100 200 300 --sampler second_stage prior mixture --features net.onnx",
     )
     add_pipeline(parser, "results.json")
     parser.set_defaults(output="results.json")
@@ -42,9 +53,21 @@ def add_evaluate(commands):
     )
     parser.add_argument("--ndb", nargs="+", type=int, default=[], metavar="K", help="numbers of bins: 100 200 300")
     parser.add_argument(
-        "--ndb_split", default=None, help="training images, for bins and for fitted Gaussians (default: train)"
+        "--training_split",
+        "--ndb_split",
+        default=None,
+        help="the images that the model was trained on: the guard looks for copies of them, bins and Gaussians are"
+        " fitted to them (default: no guard, and train for the others)",
     )
-    parser.add_argument("--ndb_images", type=int, default=20_000, help="only so many of them (default: 20000)")
+    parser.add_argument(
+        "--training_data_dir",
+        type=local_path,
+        default=None,
+        help="their folder, if it is not that of the images to measure on",
+    )
+    parser.add_argument(
+        "--num_training_images", "--ndb_images", type=int, default=20_000, help="only so many of them (default: 20000)"
+    )
     parser.add_argument(
         "--num_importance_samples", type=int, default=0, help="per image, for likelihoods (default: 0, none)"
     )
@@ -54,6 +77,7 @@ def add_evaluate(commands):
 
 
 def _evaluate(args):
+    from ..data.catalogue import NAMED_DATA_SETS
     from ..evaluation.evaluate import evaluate
     from ..evaluation.features import open_extractor
     from ..evaluation.tables import results_table
@@ -73,8 +97,12 @@ def _evaluate(args):
         raise ValueError(str(error)) from error
     options = data_options(args, pipe)
     training_images = None
-    if args.ndb_split or args.ndb or {"mixture", "gaussian"} & set(args.sampler):
-        training_images = open_images(dataclasses.replace(options, split=args.ndb_split or "train"))
+    if args.training_split or args.training_data_dir or args.ndb or {"mixture", "gaussian"} & set(args.sampler):
+        source = {"split": args.training_split or "train"}
+        if args.training_data_dir:
+            name = options.dataset_name if options.dataset_name in NAMED_DATA_SETS else None  # says how to crop
+            source |= dict(train_data_dir=args.training_data_dir, train_data_files=None, dataset_name=name)
+        training_images = open_images(dataclasses.replace(options, **source))
     results = evaluate(
         pipe,
         open_images(options),
@@ -82,7 +110,7 @@ def _evaluate(args):
         args.sampler,
         num_images=args.num_images,
         training_images=training_images,
-        num_training_images=args.ndb_images,
+        num_training_images=args.num_training_images,
         num_bins=args.ndb,
         num_importance_samples=args.num_importance_samples,
         seed=args.seed,

@@ -19,16 +19,17 @@ from torch.utils.data import DataLoader
 
 from ..data.pixels import to_uint8, to_unit_range
 from ..files import build_once
-from ..metrics.frechet import frechet_distance, frechet_rounding
 from ..metrics.kernel import kernel_distance
 from ..metrics.likelihood import elbo, importance_weighted
+from ..metrics.memorisation import MemorisationGuard
 from ..metrics.mmd import imq_mmd
 from ..metrics.ndb import NDB
+from ..metrics.prdc import NAMES
 from ..metrics.reconstruction import psnr
-from ..metrics.running import RunningMoments
 from ..progress import tqdm
 from ..provenance import stage_fingerprints
 from ..training.randomness import derived_seed
+from .comparison import NUM_NEIGHBOURS, FeatureComparison, copies_sentence, warnings_of
 from .features import FeatureExtractor, distance_name
 from .summaries import joined, pass_through, summary_of
 
@@ -50,10 +51,11 @@ class Judge:
     """How far sets of images are from a reference set, in one protocol for all of them.
 
     Args:
-        extractor ([`~hf_vaeplus.evaluation.features.FeatureExtractor`]): of the Frechet and the kernel distance.
-        reference (iterable of uint8 `torch.Tensor` of shape `(batch, C, H, W)`): real images.
+        extractor ([`~hf_vaeplus.evaluation.features.FeatureExtractor`]): of all distances.
+        reference (iterable of uint8 `torch.Tensor` of shape `(batch, C, H, W)`): real images, held out from training.
         bins (sequence of [`~hf_vaeplus.metrics.ndb.NDB`]): fitted on training images.
         gather: joins the rows of all processes: `accelerator.gather_for_metrics` where each sees a share of a batch.
+        training (iterable of batches as in `reference`, *optional*): training images, for the guard against copies.
     """
 
     def __init__(
@@ -62,44 +64,53 @@ class Judge:
         reference: Iterable[torch.Tensor],
         bins: Sequence[NDB] = (),
         gather: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+        training: Iterable[torch.Tensor] | None = None,
     ):
         self.extractor, self.bins, self.gather = extractor, bins, gather
-        self._features = torch.cat([gather(extractor(batch)) for batch in reference])
-        self._moments = RunningMoments(self._features.shape[1])
-        self._moments.update(self._features)
-        self.rounding = frechet_rounding(self._moments)
+        held_out = torch.cat([gather(extractor(batch)) for batch in reference])
+        copied = None if training is None else torch.cat([gather(extractor(batch)) for batch in training])
+        self.comparison = FeatureComparison(held_out, copied)
+        self.rounding = self.comparison.rounding
 
     def __call__(self, images: Iterable[torch.Tensor]) -> dict:
         """Distances of `images`, batches as in the reference.
 
         Returns:
-            `dict` with `distance` (the name of what follows), `frechet`, `kernel` (mean, standard deviation; `None`
-            with fewer than 1,000 images), `num_images`, `num_reference`, and `ndb`: K -> `ndb_over_k` and `js`.
+            `dict`, ready for JSON, with `distance` (the name of `frechet`), `frechet`, `kernel` (mean, standard
+            deviation; `None` with fewer than 1,000 images), `sliced_wasserstein`, `prdc` (`precision`, `recall`,
+            `density`, `coverage`; `None` with fewer than 6 images), `memorised` (`share`, `limit` and `flagged`;
+            `None` without training images), `num_images`, `num_reference`, and `ndb`: K -> `ndb_over_k` and `js`.
         """
-        return self.compare([self.observe(batch) for batch in images])
+        return self.told(self.compare([self.observe(batch) for batch in images]))
 
     def observe(self, batch: torch.Tensor) -> list[torch.Tensor]:
         """What is kept of a batch: its features, then the bin of every image for each of `bins`."""
         return [self.gather(rows) for rows in (self.extractor(batch), *(ndb.assign(batch) for ndb in self.bins))]
 
     def compare(self, observed: Iterable[list[torch.Tensor]]) -> dict:
-        """The result of `__call__`, from what [`Judge.observe`] kept of all batches."""
+        """What [`Judge.told`] shortens, from what [`Judge.observe`] kept of all batches, with the `features`."""
         features, *assigned = (torch.cat(parts) for parts in zip(*observed, strict=True))
-        moments = RunningMoments(features.shape[1])
-        moments.update(features)
-        enough = min(len(features), len(self._features)) >= 1_000
+        reference = self.comparison.reference
+        enough = min(len(features), len(reference)) >= 1_000
         found = {}
         for ndb, numbers in zip(self.bins, assigned, strict=True):
             compared = ndb.compare(numbers.bincount(minlength=len(ndb.counts)))
             found[str(len(ndb.counts))] = {name: compared[name] for name in ("ndb_over_k", "js")}
         return {
             "distance": distance_name(self.extractor),
-            "frechet": frechet_distance(self._moments, moments),
-            "kernel": kernel_distance(self._features, features) if enough else None,
+            "features": features,
+            **self.comparison(features),
+            "kernel": kernel_distance(reference, features) if enough else None,
             "num_images": len(features),
-            "num_reference": len(self._features),
+            "num_reference": len(reference),
             "ndb": found,
         }
+
+    @staticmethod
+    def told(compared: dict) -> dict:
+        """The result of `__call__`, from that of [`Judge.compare`]."""
+        prdc = compared["prdc"] and {name: compared["prdc"][name] for name in NAMES}
+        return {name: value for name, value in compared.items() if name != "features"} | {"prdc": prdc}
 
 
 def sample_images(
@@ -227,7 +238,8 @@ def evaluate(
             without its second stage; `"mixture"` and `"gaussian"`, 10 Gaussians and 1 fitted to the codes of training
             images ([`sample_mixture`]). By default the pipeline as it is.
         num_images (`int`): at least 2; all of `images` where there are fewer.
-        training_images ([`~hf_vaeplus.data.cache.ImageDataset`], *optional*): what bins and mixtures are fitted to.
+        training_images ([`~hf_vaeplus.data.cache.ImageDataset`], *optional*): what the pipeline was trained on: the
+            guard looks for copies of them, and bins and mixtures are fitted to them.
         num_training_images (`int`): only so many of them, the first.
         num_bins: K of each NDB; bins of training images, whitened and not mirrored, kept beside the image cache.
         num_importance_samples (`int`): per image, for likelihoods; 0 leaves them out.
@@ -239,10 +251,15 @@ def evaluate(
         another name where `fingerprint`, their content, is equal. `weights`: stage -> fingerprint. The keys of
         [`summarize`], with `psnr` and `autoencoder_psnr` (dB, means over images, `None` where one has no error) and
         `vae.mmd`, that of q(z) and N(0, I) by [`~hf_vaeplus.metrics.mmd.imq_mmd`]. `likelihood`, where it was asked
-        for: `elbo` and `nll`, the importance-weighted one, in nats per image. `sets`: name -> `distances` (extractor
-        -> `distance`, `frechet`, `frechet_over_downsample` (`None` where downsampling changes no feature), `kernel`)
-        and `ndb` (K -> `ndb_over_k`, `js`), of `real` (images that are not the reference, where there are enough),
-        `downsample`, `autoencoder`, `reconstruction` and each sampler.
+        for: `elbo` and `nll`, the importance-weighted one, in nats per image. `guard`: `None` without training images,
+        else space (`"codes"` or an extractor) -> attributes of the
+        [`~hf_vaeplus.metrics.memorisation.MemorisationGuard`]. `sliced_limits`: extractor -> the sliced distance that
+        other real images stay below (`None` without a set `real`). `sets`: name -> `distances` (extractor
+        -> `distance`, `frechet`, `frechet_over_downsample` (`None` where downsampling changes no feature), `kernel`,
+        `sliced_wasserstein`, `prdc`, `memorised`, as in [`Judge`]), `memorised_codes` and `ndb` (K -> `ndb_over_k`,
+        `js`), of `real` (images that are not the reference, where there are enough), `downsample`, `autoencoder`,
+        `reconstruction` and each sampler; for a sampler `warnings` as well, sentences by
+        [`~hf_vaeplus.evaluation.comparison.warnings_of`].
 
     Raises:
         ValueError: images of another size, an unknown sampler, a number out of range, or something asked for that the
@@ -256,20 +273,30 @@ def evaluate(
         extractor(_uint8(images, [0]))  # what it refuses, it refuses before the work
     shares = _Shares(batch_size)
 
-    def real(name, source=images, first=0):
-        for numbers in shares(count, name):
+    def real(name, source=images, first=0, number_of=count):
+        for numbers in shares(number_of, name):
             yield _uint8(source, [first + number for number in numbers])
+
+    def encoded(batches):
+        return torch.cat([shares.gather(_code(pipe, to_unit_range(batch))) for batch in batches])
 
     bins = []
     for k in tqdm(num_bins, desc="k-means", disable=not (num_bins and shares.accelerator.is_main_process)):
         bins.append(_fitted_bins(training_images, num_training, k))
-    judges = [
-        Judge(extractor, real("reference"), bins if position == 0 else (), shares.gather)
-        for position, extractor in enumerate(extractors)
-    ]
+
+    def training():
+        return real("training images", training_images, 0, num_training) if num_training else None
+
+    judges, codes, guard = [], None, None
+    for position, extractor in enumerate(extractors):
+        judges.append(Judge(extractor, real("reference"), bins if position == 0 else (), shares.gather, training()))
+    if num_training:
+        codes = encoded(training())
+        guard = MemorisationGuard(codes, encoded(real("reference")))
 
     def observe(batch):
-        return [judge.observe(batch) for judge in judges]
+        kept = [judge.observe(batch) for judge in judges]
+        return kept if guard is None else [*kept, [shares.gather(_code(pipe, to_unit_range(batch)))]]
 
     observed = {}  # set -> batch by batch, what each judge keeps of it
     others = _other_images(images, training_images, count)
@@ -283,14 +310,6 @@ def evaluate(
         rows.append({name: shares.gather(values) for name, values in found.items()})
         for name, reconstruction in reconstructions.items():
             observed.setdefault(name, []).append(observe(to_uint8(reconstruction)))
-    codes = None
-    if _COMPONENTS.keys() & set(samplers):
-        codes = torch.cat(
-            [
-                shares.gather(_code(pipe, to_unit_range(_uint8(training_images, numbers))))
-                for numbers in shares(num_training, "training images")
-            ]
-        )
     for sampler in samplers:
         batches = shares(count, sampler)
         if sampler in _COMPONENTS:
@@ -319,14 +338,22 @@ def evaluate(
         "real": "none" if others is None else f"{others[0].name} {others[0].split}, {count} from image {others[1]} on",
         "training_split": training_images.split if num_training else None,
         "num_training_images": num_training,
+        "training_images_left_out": len(training_images) - num_training if num_training else 0,
         "extractors": [extractor.description() for extractor in extractors],
         "samplers": samplers,
+        "num_neighbours": NUM_NEIGHBOURS,
         "seed": seed,
         "batch_size": batch_size,
         "num_processes": shares.accelerator.num_processes,
     }
     weights = stage_fingerprints(pipe.components)
-    return {"protocol": protocol, "weights": weights, **summary, "sets": _compared(judges, observed)}
+    copies = others is not None and others[0] is training_images
+    return {
+        "protocol": protocol,
+        "weights": weights,
+        **summary,
+        **_compared(judges, guard, observed, samplers, copies),
+    }
 
 
 def _check(
@@ -422,21 +449,49 @@ def _preparation(images) -> dict:
     }
 
 
-def _compared(judges: list[Judge], observed: dict) -> dict:
-    """What [`evaluate`] returns as `sets`."""
-    sets = {}
+def _compared(
+    judges: list[Judge], guard: MemorisationGuard | None, observed: dict, samplers: list[str], real_is_training: bool
+) -> dict:
+    """What [`evaluate`] returns as `guard`, `sliced_limits` and `sets`."""
+    compared, memorised = {}, {}
     for name, batches in observed.items():
-        results = [judge.compare(kept) for judge, kept in zip(judges, zip(*batches, strict=True), strict=True)]
+        *kept, codes = zip(*batches, strict=True) if guard else (*zip(*batches, strict=True), None)
+        compared[name] = [judge.compare(each) for judge, each in zip(judges, kept, strict=True)]
+        memorised[name] = guard and guard.compare(torch.cat([rows for (rows,) in codes]))
+    limits = [None] * len(judges)
+    if real := compared.get("real"):
+        limits = [j.comparison.sliced_limit(each["features"]) for j, each in zip(judges, real, strict=True)]
+    sets = {}
+    for name, results in compared.items():
+        told = [Judge.told(result) for result in results]
+        if name == "real" and real_is_training:  # of course they are found
+            memorised[name] = None
+            told = [{**each, "memorised": None} for each in told]
+        keys = ("distance", "frechet", "kernel", "sliced_wasserstein", "prdc", "memorised")
         sets[name] = {
             "distances": {
-                judge.extractor.name: {key: result[key] for key in ("distance", "frechet", "kernel")}
-                for judge, result in zip(judges, results, strict=True)
+                judge.extractor.name: {key: each[key] for key in keys}
+                for judge, each in zip(judges, told, strict=True)
             },
-            "ndb": results[0]["ndb"],
+            "memorised_codes": memorised[name],
+            "ndb": told[0]["ndb"],
         }
+        if name in samplers:
+            copies = memorised[name]
+            warnings = [f"codes: {copies_sentence(copies)}"] if copies and copies["flagged"] else []
+            for position, (judge, result) in enumerate(zip(judges, results, strict=True)):
+                said = warnings_of(result, real and real[position], limits[position])
+                warnings += [f"{judge.extractor.name}: {sentence}" for sentence in said]
+            sets[name]["warnings"] = warnings
     for judge in judges:
         unit = sets["downsample"]["distances"][judge.extractor.name]["frechet"]
         for each in sets.values():
             distance = each["distances"][judge.extractor.name]
             distance["frechet_over_downsample"] = distance["frechet"] / unit if unit > judge.rounding else None
-    return sets
+    guards = {"codes": guard, **{judge.extractor.name: judge.comparison.guard for judge in judges}}
+    known = ("threshold", "copies", "reach", "sees")
+    return {
+        "guard": guard and {space: {name: getattr(each, name) for name in known} for space, each in guards.items()},
+        "sliced_limits": {judge.extractor.name: limit for judge, limit in zip(judges, limits, strict=True)},
+        "sets": sets,
+    }

@@ -13,11 +13,20 @@ def results_table(results: dict) -> str:
     for extractor in protocol["extractors"]:
         found = {name: each["distances"][extractor["extractor"]] for name, each in sets.items()}
         block = [[found["downsample"]["distance"], "", "/ downsample", "kernel"]]
+        told = "guard" in results  # not by a release before 0.1.0
+        block[0] += ["sliced", *_NEIGHBOURS, "memorised", "in codes"] if told else []
         for name, each in found.items():
             ratio, kernel = each["frechet_over_downsample"], each["kernel"]
-            shown = "-" if ratio is None else f"{ratio:.3f}", "-" if kernel is None else f"{kernel[0]:.3g}"
-            block.append([name, f"{each['frechet']:.4g}", *shown])
+            row = [name, f"{each['frechet']:.4g}", _or_dash(ratio, ".3f"), _or_dash(kernel and kernel[0], ".3g")]
+            if told:
+                row.append(f"{each['sliced_wasserstein']:.4g}")
+                row += [_or_dash(each["prdc"] and each["prdc"][key], ".3f") for key in _NEIGHBOURS]
+                copies = each["memorised"], sets[name]["memorised_codes"]
+                row += [_or_dash(each and each["share"], ".1%") for each in copies]
+            block.append(row)
         blocks.append(_aligned(block))
+    if "guard" in results:
+        blocks.append("\n".join(_guard_lines(results)))
     if bins := list(sets["downsample"]["ndb"]):
         split, count = protocol["training_split"], protocol["num_training_images"]
         block = [[f"bins of {split}, {count:,}"] + [f"{figure}/{k}" for k in bins for figure in ("NDB", "JS")]]
@@ -42,6 +51,35 @@ def results_table(results: dict) -> str:
         samples = f"{each['num_importance_samples']} importance samples"
         block.append(["negative log-likelihood per image", f"{each['nll']:.2f} nats", samples])
     return "\n\n".join([*blocks, _aligned(block)])
+
+
+_NEIGHBOURS = ("precision", "recall", "density", "coverage")
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _guard_lines(results: dict) -> list[str]:
+    """What the columns `memorised` mean, how far they can be trusted, and the warnings of all samplers."""
+    protocol, guard = results["protocol"], results["guard"]
+    if guard is None:
+        told = ["memorised: the guard was not run, because no training images were given (--training_split)"]
+    else:
+        told = [
+            f"memorised: share of the images that are nearer to one of {protocol['num_training_images']:,} training"
+            f" images ({protocol['training_split']}) than 95% of held-out images are; 5% is expected"
+        ]
+        if left_out := protocol["training_images_left_out"]:
+            told.append(f"memorised: copies of the {left_out:,} training images that were left out are not found")
+        for space, each in guard.items():
+            if each["copies"]:
+                told.append(f"{space}: {each['copies']:.1%} of the held-out images are training images themselves")
+            if not each["sees"]:
+                told.append(f"{space}: the guard sees nothing, because held-out images must not be training images")
+    for name, each in results["sets"].items():
+        told += [f"warning: {name}, {sentence}" for sentence in each.get("warnings", [])]
+    return told
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -256,10 +256,15 @@ def _eval_results(summary: dict, evaluation: dict | None) -> list[EvalResult]:
         return results
     task["dataset_split"] = evaluation["protocol"]["split"]
     for name, found in evaluation["sets"].items():
-        for each in found["distances"].values():
+        for extractor, each in found["distances"].items():
             if name not in ("real", "downsample", "autoencoder"):
-                told = f"{each['distance']}, {name}, {evaluation['protocol']['num_images']} images"
-                results.append(
-                    EvalResult(**task, metric_type="frechet", metric_name=told, metric_value=each["frechet"])
-                )
+                about = f"{name}, {evaluation['protocol']['num_images']} images"
+                numbers = {"frechet": (each["distance"], each["frechet"])}
+                if prdc := each.get("prdc"):
+                    numbers |= {key: (f"{key}, {extractor}", prdc[key]) for key in ("precision", "recall", "coverage")}
+                if copies := each.get("memorised"):
+                    numbers["memorised"] = f"memorised share, {extractor}", copies["share"]
+                for kind, (title, value) in numbers.items():
+                    told = f"{title}, {about}"
+                    results.append(EvalResult(**task, metric_type=kind, metric_name=told, metric_value=value))
     return results
