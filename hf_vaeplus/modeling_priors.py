@@ -13,6 +13,7 @@ active ones are whitened by the moments of the training data.
 An exported Hub repository carries this file beside `modeling_vaeplus.py`, the only file that it imports.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -193,9 +194,9 @@ class TimedBlock(nn.Module):
 
 
 class VelocityNetwork(nn.Module):
-    """(batch, dim) and a time in [0, 1] -> velocity (batch, dim). A condition would join the time's embedding."""
+    """(batch, dim), a time in [0, 1] -> (batch, dim), at the start 0. A condition would join the embedding of time."""
 
-    num_frequencies, time_dim = 16, 128
+    num_frequencies, time_dim = 8, 128
 
     def __init__(self, dim: int, hidden_dim: int, num_blocks: int):
         super().__init__()
@@ -318,7 +319,7 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
         Raises:
             ValueError: wrong shape, or integers instead of floats.
         """
-        log_prob = _upcast(self._log_prob(self._whitened(z), generator))
+        log_prob = _upcast(self._log_prob(self.whitened(z), generator))
         rest = _log_normal(_upcast(z)[:, self._inactive])
         return log_prob - _upcast(self.input_root).diagonal().log().sum() + rest
 
@@ -326,7 +327,8 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
     def _weight_dtype(self) -> torch.dtype:
         return self.input_mean.dtype
 
-    def _whitened(self, z: torch.Tensor) -> torch.Tensor:
+    def whitened(self, z: torch.Tensor) -> torch.Tensor:
+        """y, of shape `(batch, num_active)`, of z of shape `(batch, latent_dim)`."""
         _check_shape("z", z, self.config.input_shape)
         root = _upcast(self.input_root)
         difference = z[:, self._active].to(root) - _upcast(self.input_mean)
@@ -353,9 +355,10 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
     """Flow matching: dy/dt = v(y, t) carries noise at t = 0 to data at t = 1 (Lipman et al. 2023, Section 4.1, with
     straight paths y_t = (1 - t) u + t y).
 
-    Training has two phases. First `network` is the velocity v. Then [`~VAEPlusFlowMatchingModel.start_distillation`]
-    freezes it as `teacher`, and `network` goes on as the one pass u -> u + network(u, 0), which regresses the ends of
-    the teacher's ODE. The density is always that of the ODE.
+    Training has two phases. First `network` learns what the velocity has beyond that of standard normal data, so a
+    fresh model is the Gaussian of the data's moments. Then [`~VAEPlusFlowMatchingModel.start_distillation`] freezes it
+    as `teacher`, and `network` goes on as the one pass u -> u + network(u, 1/2), which regresses the ends of the
+    teacher's ODE. The density is always that of the ODE.
 
     Example:
         >>> model(z, noise=u, times=times).loss.backward()
@@ -399,8 +402,13 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
         self.distilled.fill_(True)
 
     def velocity(self, y: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """v(y, t) of whitened active dimensions `(batch, num_active)` at a time in [0, 1]."""
-        return (self.teacher if self.distilled else self.network)(y, time)
+        """v(y, t) of whitened active dimensions `(batch, num_active)` at a time in [0, 1], of shape `(1, 1)`."""
+        return self._velocity_by(self.teacher if self.distilled else self.network, y, time)
+
+    @staticmethod
+    def _velocity_by(network: VelocityNetwork, y: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        # E[y - u | y_t] is the first term where y and u are both N(0, I).
+        return (2 * time - 1) / (time.square() + (1 - time).square()) * y + network(y, time)
 
     def _sample(self, latents, noise, num_inference_steps: int | None = None):
         if num_inference_steps is None and self.distilled:
@@ -408,7 +416,10 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
         return self._solve(self.velocity, latents, num_inference_steps or self.config.num_inference_steps)
 
     def _one_pass(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents + self.network(latents, torch.zeros(1, 1, device=latents.device, dtype=latents.dtype))
+        time = torch.full(
+            (1, 1), 0.5, device=latents.device, dtype=latents.dtype
+        )  # of the velocity that it starts from
+        return latents + self.network(latents, time)
 
     @staticmethod
     def _solve(velocity, y: torch.Tensor, num_steps: int) -> torch.Tensor:
@@ -479,14 +490,31 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
             if self.teacher is None:
                 raise ValueError("forward got no inputs, and a model with distillation_steps=0 is not distilled.")
             with torch.no_grad():
-                target = self._solve(self.teacher, latents, self.config.distillation_steps)
+                velocity = functools.partial(self._velocity_by, self.teacher)
+                target = self._solve(velocity, latents, self.config.distillation_steps)
             error = _upcast(self._one_pass(latents)) - _upcast(target)
         else:
-            y = self._whitened(inputs)
+            y = self.whitened(inputs)
             times = torch.randn_like(y[:, :1]).sigmoid() if times is None else times.to(y)
-            error = _upcast(self.network(torch.lerp(latents, y, times), times)) - _upcast(y - latents)
+            velocity = self._velocity_by(self.network, torch.lerp(latents, y, times), times)
+            error = _upcast(velocity) - _upcast(y - latents)
         output = VAEPlusPriorOutput(loss=error.square().sum(1).mean())
         return output if return_dict else output.to_tuple()
+
+
+class Couplings(nn.ModuleList):
+    """(batch, dim) -> (batch, dim) and the log of the determinant, through all layers; or the inverse alone."""
+
+    def forward(self, y: torch.Tensor, inverse: bool = False):
+        if inverse:
+            for each in reversed(self):
+                y = each().inv(y)
+            return y
+        log_determinant = 0.0
+        for each in self:
+            y, change = each().call_and_ladj(y)
+            log_determinant = log_determinant + change
+        return y, log_determinant
 
 
 class VAEPlusCouplingFlowModel(VAEPlusPriorModel):
@@ -494,7 +522,8 @@ class VAEPlusCouplingFlowModel(VAEPlusPriorModel):
     half of the dimensions given the other (Durkan et al. 2019). The layers are those of zuko.
 
     Layer k splits the dimensions by a bit of their number, another one every second layer: so every two dimensions
-    come to lie on different sides.
+    come to lie on different sides. In evaluation mode it computes in float64, where the device has that: the inverse
+    of a stack of splines loses five digits.
 
     Raises:
         ImportError: zuko is not installed.
@@ -518,7 +547,7 @@ class VAEPlusCouplingFlowModel(VAEPlusPriorModel):
             ) from error
         num_bits = max(1, (config.num_active - 1).bit_length())
         shapes = [(config.num_bins,), (config.num_bins,), (config.num_bins - 1,)]
-        self.couplings = nn.ModuleList()
+        self.couplings = Couplings()
         with torch.device("cpu"):  # zuko looks at its masks, which the meta device of `from_pretrained` would not hold
             for layer in range(config.num_couplings):
                 bit = (torch.arange(config.num_active) >> (layer // 2 % num_bits)) & 1
@@ -539,17 +568,28 @@ class VAEPlusCouplingFlowModel(VAEPlusPriorModel):
                 init.zeros_(each.hyper[-1].weight)
                 init.zeros_(each.hyper[-1].bias)
 
+    def _run(self, y: torch.Tensor, inverse: bool = False):
+        if self.training or y.device.type == "mps":
+            return self.couplings(y, inverse)
+        doubled = {name: each.double() for name, each in self.couplings.named_parameters()}
+        return torch.func.functional_call(self.couplings, doubled, (y.double(), inverse))
+
+    def to_noise(self, z: torch.Tensor) -> torch.Tensor:
+        """The noise u, of shape `(batch, latent_dim)`, that `sample` makes z of, of the same shape.
+
+        Raises:
+            ValueError: wrong shape, or integers instead of floats.
+        """
+        y, noise = self.whitened(z), _upcast(z).clone()
+        noise[:, self._active] = self._run(y)[0].to(noise)
+        return noise
+
     def _sample(self, latents, noise):
-        for each in reversed(self.couplings):
-            latents = each().inv(latents)
-        return latents
+        return self._run(latents, inverse=True).to(latents)
 
     def _log_prob(self, y, generator):
-        log_determinant = 0.0
-        for each in self.couplings:
-            y, change = each().call_and_ladj(y)
-            log_determinant = log_determinant + change
-        return _log_normal(_upcast(y)) + log_determinant
+        noise, log_determinant = self._run(y)
+        return (_log_normal(noise) + log_determinant).to(_upcast(y))
 
 
 class VAEPlusMixtureModel(VAEPlusPriorModel):
