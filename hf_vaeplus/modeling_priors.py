@@ -202,6 +202,7 @@ class VelocityNetwork(nn.Module):
         super().__init__()
         self.time = nn.Linear(2 * self.num_frequencies, self.time_dim)
         self.entry = nn.Linear(dim, hidden_dim)
+        self.offset = nn.Linear(self.time_dim, hidden_dim)  # or the norms would turn sharply around x = 0
         self.blocks = nn.ModuleList([TimedBlock(hidden_dim, self.time_dim) for _ in range(num_blocks)])
         self.norm = nn.LayerNorm(hidden_dim)
         self.exit = start_at_zero(nn.Linear(hidden_dim, dim))
@@ -210,7 +211,7 @@ class VelocityNetwork(nn.Module):
         """`time` has shape `(batch, 1)`, or `(1, 1)` for all."""
         angles = math.pi * time * torch.arange(1, self.num_frequencies + 1, device=x.device, dtype=time.dtype)
         embedding = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype)))
-        hidden = self.entry(x)
+        hidden = self.entry(x) + self.offset(embedding)
         for block in self.blocks:
             hidden = block(hidden, embedding)
         return self.exit(self.norm(hidden))
