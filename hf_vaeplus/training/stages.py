@@ -429,6 +429,7 @@ def _prior_stage(options: StageOptions, images) -> Stage:
                 " collapsed, train it anew."
             )
     config = _prior_config(options, latent_dim, active_dims if active_dims != list(range(latent_dim)) else None)
+    torch.manual_seed(derived_seed(options.seed, 2))  # once more: encoding has drawn numbers, or the cache spared them
     model = PRIORS[options.second_stage](config)
     model.set_input_moments(moments.aggregate_mean(), moments.aggregate_covariance())
     turn = None
