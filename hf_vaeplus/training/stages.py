@@ -11,7 +11,7 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import cache, partial
@@ -428,21 +428,45 @@ def _prior_stage(options: StageOptions, images) -> Stage:
                 f"no latent dimension of {options.vae} has a KL of {options.active_threshold} nats: this VAE has"
                 " collapsed, train it anew."
             )
+    made_from = _made_from(images, autoencoder=autoencoder, vae=vae)
+    stage = prior_stage(
+        options, dataset, moments, active_dims, lambda batch: posterior(to_unit_range(batch["pixel_values"]))
+    )
+    return replace(stage, preview=_previewer(options, images), made_from=made_from)
+
+
+def prior_stage(
+    options: StageOptions,
+    dataset,
+    moments: PosteriorStatistics,
+    active_dims: list[int] | None = None,
+    posterior: Callable[[dict], torch.Tensor] | None = None,
+) -> Stage:
+    """A second stage with a density, of latents that lie ready.
+
+    Args:
+        options: `second_stage` and what belongs to it.
+        dataset: rows `posterior`: mean and log-variance of z side by side, `2 * latent_dim` numbers.
+        moments: of all posteriors.
+        active_dims: the dimensions that are learned; all if not given.
+        posterior: makes such rows of the batches of a data set of another kind.
+    """
+    latent_dim = len(moments.aggregate_mean())
     config = _prior_config(options, latent_dim, active_dims if active_dims != list(range(latent_dim)) else None)
     torch.manual_seed(derived_seed(options.seed, 2))  # once more: encoding has drawn numbers, or the cache spared them
     model = PRIORS[options.second_stage](config)
     model.set_input_moments(moments.aggregate_mean(), moments.aggregate_covariance())
     turn = None
     if options.second_stage == "flow_matching" and config.distillation_steps:
-        first_step = round(options.max_train_steps * (1 - options.distillation_share))
-        turn = (
-            first_step,
-            lambda model, trained: (model.start_distillation(trained), trained.start_distillation(trained)),
-        )
+
+        def start_distillation(model, trained):
+            model.start_distillation(trained)
+            trained.start_distillation(trained)
+
+        turn = round(options.max_train_steps * (1 - options.distillation_share)), start_distillation
 
     def latents(batch, noise):
-        each = batch["posterior"] if "posterior" in batch else posterior(to_unit_range(batch["pixel_values"]))
-        mean, logvar = each.chunk(2, dim=1)
+        mean, logvar = (batch["posterior"] if "posterior" in batch else posterior(batch)).chunk(2, dim=1)
         return torch.addcmul(mean, (0.5 * logvar).exp(), noise(latent_dim))
 
     def prepare(batch, noise, step):
@@ -453,8 +477,7 @@ def _prior_stage(options: StageOptions, images) -> Stage:
         inputs = latents(batch, noise)
         return {"inputs": inputs, "noise": noise(latent_dim), "times": noise(1).sigmoid()}
 
-    made_from = _made_from(images, autoencoder=autoencoder, vae=vae)
-    return Stage(model, dataset, prepare, _previewer(options, images), made_from=made_from, turn=turn)
+    return Stage(model, dataset, prepare, turn=turn)
 
 
 def fit_mixture(stage: Stage, options: StageOptions) -> VAEPlusMixtureModel:
