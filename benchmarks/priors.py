@@ -169,7 +169,11 @@ def faces(args) -> dict:
         goal("nats by which flow matching is better than a mixture of ten", gain, ">= 6"),
         # Five minutes on two cores, if the second halves the time.
         goal("core-seconds of its training", flow.get("training_seconds", math.nan) * args.threads, "<= 600"),
-        goal("energy of one pass / that of the ODE", flow.get("energy", math.nan) / flow.get("ode_energy", math.nan), "<= 1.01"),
+        goal(
+            "energy of one pass / that of the ODE",
+            flow.get("energy", math.nan) / flow.get("ode_energy", math.nan),
+            "<= 1.01",
+        ),
     ]
     return found
 

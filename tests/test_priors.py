@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL_PRIOR, Killed, contents, make_pipeline, make_prior, perturbed, with_prior
+from helpers import SMALL_PRIOR, Killed, contents, make_pipeline, make_prior, perturbed, run, with_prior
 from scipy.stats import kstest
 from sklearn.mixture import GaussianMixture
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
@@ -24,7 +24,7 @@ from hf_vaeplus import (
 from hf_vaeplus.metrics.latents import PosteriorStatistics
 from hf_vaeplus.training import stages
 from hf_vaeplus.training.loop import train
-from hf_vaeplus.training.options import StageOptions, goes_on
+from hf_vaeplus.training.options import StageOptions, goes_on, read_record
 from hf_vaeplus.training.stages import run_stage
 
 KINDS = ["flow_matching", "coupling_flow", "mixture"]
@@ -300,48 +300,50 @@ def test_priors_without_an_exact_density_are_refused():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def earlier(tmp_path_factory) -> Path:
     """A folder with an autoencoder and a first VAE of digits; two latent dimensions of the latter say nothing."""
-    home = tmp_path_factory.mktemp("priors")
+    earlier = tmp_path_factory.mktemp("priors")
     pipe = make_pipeline(second_stage=False, num_channels=1, latent_dim=6)
     with torch.no_grad():
         for row in (1, 4):
             pipe.vae.encoder[-1].weight[[row, row + 6]] = 0
             pipe.vae.encoder[-1].bias[[row, row + 6]] = 0
-    pipe.autoencoder.save_pretrained(home / "autoencoder")
-    pipe.vae.save_pretrained(home / "vae")
-    return home
+    pipe.autoencoder.save_pretrained(earlier / "autoencoder")
+    pipe.vae.save_pretrained(earlier / "vae")
+    return earlier
 
 
-def options_of(home, kind: str, output_dir, vae: bool = True, **changes) -> StageOptions:
+def options_of(earlier, kind: str, output_dir, vae: bool = True, **changes) -> StageOptions:
     tiny = dict(
-        dataset_name="digits", resolution=32, num_channels=1, max_train_samples=40, cache_dir=str(home / "cache")
+        dataset_name="digits", resolution=32, num_channels=1, max_train_samples=40, cache_dir=str(earlier / "cache")
     )
     tiny |= dict(max_train_steps=8, train_batch_size=5, logging_steps=1, checkpointing_steps=3, lr_warmup_steps=2)
     model = {"num_components": 2} if kind == "mixture" else SMALL_PRIOR
-    earlier = {"autoencoder": str(home / "autoencoder"), "vae": str(home / "vae") if vae else None}
+    earlier = {"autoencoder": str(earlier / "autoencoder"), "vae": str(earlier / "vae") if vae else None}
     settings = dict(stage="second_stage", second_stage=kind, output_dir=str(output_dir), model=model, use_ema=True)
     return StageOptions(**tiny | earlier | settings | changes)
 
 
-def test_active_dimensions_are_those_with_a_kl(home, tmp_path):
-    stage = stages.build_stage(options_of(home, "flow_matching", tmp_path))
+def test_active_dimensions_are_those_with_a_kl(earlier, tmp_path):
+    stage = stages.build_stage(options_of(earlier, "flow_matching", tmp_path))
     mean, logvar = stage.dataset.tensors["posterior"].chunk(2, dim=1)
     statistics = PosteriorStatistics(6)
     statistics.update(mean, logvar)
     assert stage.model.config.active_dims == (0, 2, 3, 5)
     assert statistics.kl_per_dimension()[[1, 4]].max() < 0.01 < statistics.kl_per_dimension()[[0, 2, 3, 5]].min()
-    assert stages.build_stage(options_of(home, "mixture", tmp_path, active_threshold=0)).model.config.num_active == 6
+    assert (
+        stages.build_stage(options_of(earlier, "mixture", tmp_path, active_threshold=0)).model.config.num_active == 6
+    )
     with pytest.raises(ValueError, match="has a KL of 1000.0 nats: this VAE has collapsed"):
-        stages.build_stage(options_of(home, "mixture", tmp_path, active_threshold=1000.0))
+        stages.build_stage(options_of(earlier, "mixture", tmp_path, active_threshold=1000.0))
 
 
 @pytest.mark.parametrize("killed_at", [4, 6, 7])
-def test_a_flow_matching_run_goes_on_bit_for_bit_across_its_phases(home, tmp_path, killed_at):
+def test_a_flow_matching_run_goes_on_bit_for_bit_across_its_phases(earlier, tmp_path, killed_at):
     """Steps 0 to 5 fit the velocity, 6 and 7 distil it; checkpoints at 3, 6 (before the turn) and 8."""
-    whole = run_stage(options_of(home, "flow_matching", tmp_path / "whole"))
+    whole = run_stage(options_of(earlier, "flow_matching", tmp_path / "whole"))
     assert whole.distilled
-    options = options_of(home, "flow_matching", tmp_path / "run")
+    options = options_of(earlier, "flow_matching", tmp_path / "run")
     stage, seen = stages.build_stage(options), []
     prepare = stage.prepare
 
@@ -355,15 +357,15 @@ def test_a_flow_matching_run_goes_on_bit_for_bit_across_its_phases(home, tmp_pat
         train(stage, options)
     stage = stages.build_stage(options)
     stage.prepare = lambda batch, noise, step: seen.append(step) or prepare(batch, noise, step)
-    train(stage, options_of(home, "flow_matching", tmp_path / "run", resume_from_checkpoint="latest"))
+    train(stage, options_of(earlier, "flow_matching", tmp_path / "run", resume_from_checkpoint="latest"))
     assert seen == list(range(3 if killed_at == 4 else 6, 8))
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-def test_the_teacher_is_the_average_at_the_turn_and_stays(home, tmp_path):
-    short = run_stage(options_of(home, "flow_matching", tmp_path / "a", distillation_share=0.0, max_train_steps=8))
+def test_the_teacher_is_the_average_at_the_turn_and_stays(earlier, tmp_path):
+    short = run_stage(options_of(earlier, "flow_matching", tmp_path / "a", distillation_share=0.0, max_train_steps=8))
     assert short.teacher is None and not short.distilled
-    stage = stages.build_stage(options_of(home, "flow_matching", tmp_path / "b"))
+    stage = stages.build_stage(options_of(earlier, "flow_matching", tmp_path / "b"))
     first_step, turn = stage.turn
     taught = []
     stage.turn = (
@@ -373,14 +375,14 @@ def test_the_teacher_is_the_average_at_the_turn_and_stays(home, tmp_path):
             or turn(model, trained)
         ),
     )
-    model = train(stage, options_of(home, "flow_matching", tmp_path / "b"))
+    model = train(stage, options_of(earlier, "flow_matching", tmp_path / "b"))
     assert first_step == 6
     for name, value in taught[0].items():
         assert torch.equal(model.teacher.state_dict()[name], value)
     assert any(not torch.equal(model.network.state_dict()[name], value) for name, value in taught[0].items())
 
 
-def test_one_pass_learns_the_end_of_the_ode(home):
+def test_one_pass_learns_the_end_of_the_ode(earlier):
     """The loss of the distillation is the distance of one pass to the ODE; its gradient leaves the teacher alone."""
     model = make_prior("flow_matching", 4, distillation_steps=8).requires_grad_(True)
     model.teacher.requires_grad_(False)
@@ -420,16 +422,16 @@ def test_flow_matching_finds_a_gaussian():
     torch.testing.assert_close(torch.cov(drawn.T), target.covariance_matrix, rtol=0, atol=0.08)
 
 
-def test_a_coupling_flow_is_trained_by_the_loop(home, tmp_path):
+def test_a_coupling_flow_is_trained_by_the_loop(earlier, tmp_path):
     pytest.importorskip("zuko", reason="zuko is not installed: pip install 'hf-vaeplus[flows]'")
-    model = run_stage(options_of(home, "coupling_flow", tmp_path, max_train_steps=30, learning_rate=1e-2))
+    model = run_stage(options_of(earlier, "coupling_flow", tmp_path, max_train_steps=30, learning_rate=1e-2))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert sum(losses[-5:]) < sum(losses[:5])
     assert type(VAEPlusCouplingFlowModel.from_pretrained(tmp_path)) is type(model)
 
 
-def test_a_mixture_is_scikit_learns_and_is_fitted_once(home, tmp_path, monkeypatch):
-    options = options_of(home, "mixture", tmp_path / "run")
+def test_a_mixture_is_scikit_learns_and_is_fitted_once(earlier, tmp_path, monkeypatch):
+    options = options_of(earlier, "mixture", tmp_path / "run")
     fits = []
     fit = stages._fit
     monkeypatch.setattr(stages, "_fit", lambda model, stage, options: fits.append(stage) or fit(model, stage, options))
@@ -452,14 +454,14 @@ def test_a_mixture_is_scikit_learns_and_is_fitted_once(home, tmp_path, monkeypat
     torch.testing.assert_close(ours.double(), torch.from_numpy(theirs.score_samples(y.numpy())), rtol=0, atol=1e-3)
     assert (torch.linalg.eigvalsh(covariances) > 0).all()
     with pytest.raises(ValueError, match="other options .seed 0 -> 1"):
-        run_stage(options_of(home, "mixture", tmp_path / "run", seed=1))
+        run_stage(options_of(earlier, "mixture", tmp_path / "run", seed=1))
     with pytest.raises(ValueError, match="a mixture of 30 Gaussians needs at least twice as many images, got 40"):
-        run_stage(options_of(home, "mixture", tmp_path / "many", model={"num_components": 30}))
+        run_stage(options_of(earlier, "mixture", tmp_path / "many", model={"num_components": 30}))
 
 
 @pytest.mark.parametrize("kind", ["flow_matching", "mixture"])
-def test_a_second_stage_of_codes(home, tmp_path, kind):
-    options = options_of(home, kind, tmp_path, vae=False)
+def test_a_second_stage_of_codes(earlier, tmp_path, kind):
+    options = options_of(earlier, kind, tmp_path, vae=False)
     model = run_stage(options)
     pipe = stages.build_pipeline(options, model)
     assert pipe.vae is None and model.config.latent_dim == 6 and model.config.active_dims is None
@@ -470,8 +472,8 @@ def test_a_second_stage_of_codes(home, tmp_path, kind):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_stream_gives_the_same_arguments(home, tmp_path, streaming):
-    stage = stages.build_stage(options_of(home, "flow_matching", tmp_path, streaming=streaming))
+def test_a_stream_gives_the_same_arguments(earlier, tmp_path, streaming):
+    stage = stages.build_stage(options_of(earlier, "flow_matching", tmp_path, streaming=streaming))
     if streaming:
         stage.dataset.set_position(0, 5)
     batch = next(iter(stage.dataset)) if streaming else stage.dataset.__getitems__([0, 1, 2, 3, 4])
@@ -481,9 +483,42 @@ def test_a_stream_gives_the_same_arguments(home, tmp_path, streaming):
     assert stage.prepare(batch, noise.at(6, slice(5)), 6).keys() == {"noise"}
 
 
-def test_what_options_refuse(home, tmp_path):
+@pytest.mark.parametrize("kind", ["flow_matching", "mixture"])
+def test_the_command_trains_evaluates_and_describes_it(kind, working_folder):
+    """`vaeplus train --second_stage`: the earlier stages do not notice, and the same command again trains nothing."""
+    words = ("train", "--config", "home/tiny.yaml", "--second_stage", kind, "--output_dir", "run")
+    code, output, errors = run(*words, "--max_train_steps", "4")
+    assert code == 0 and f"second stage: {kind}" in output, errors
+    before = {path: path.read_bytes() for path in Path("run").glob("*/model.safetensors")}
+    assert len(before) == 3 and run(*words, "--max_train_steps", "4")[0] == 0
+    assert before == {path: path.read_bytes() for path in before}
+    assert read_record(Path("run/autoencoder"))["second_stage"] == "vae"
+    summary = json.loads(Path("run/summary.json").read_text())["second_stage"]
+    assert summary["model"] == kind and summary["latent_dim"] == 4 >= summary["active_dims"]
+    assert run("card", "run", "org/digits", "--data_license", "none")[0] == 0
+    assert f"| second stage, {kind} |" in Path("run/pipeline/README.md").read_text()
+    steps = ("--num_inference_steps", "3") if kind == "flow_matching" else ()
+    code, _, errors = run("sample", "run/pipeline", "--num_images", "2", "--output", "a.png", *steps)
+    assert code == 0, errors
+    code, _, errors = run("sample", "run/pipeline", "--output", "b.png", "--num_inference_steps", "0")
+    expected = "must be an integer of at least 1" if steps else "needs a second stage by flow matching"
+    assert code == 2 and expected in errors and len(errors.splitlines()) == 1
+    measured = ("--dataset_name", "digits", "--num_images", "10", "--output", "evaluation.json")
+    code, output, errors = run("evaluate", "run/pipeline", *measured)
+    assert code == 0 and f"second stage: {kind}" in output, errors
+
+
+def test_commands_refuse_what_a_pipeline_of_codes_lacks(working_folder):
+    with_prior("mixture", vae=False).save_pretrained("codes")
+    for words in (("reconstruct", "codes", "home/0.png"), ("encode", "codes", "--dataset_name", "digits"),
+                  ("evaluate", "codes", "--dataset_name", "digits", "--num_images", "4")):  # fmt: skip
+        code, _, errors = run(*words)
+        assert code == 2 and "this pipeline has no first VAE" in errors and len(errors.splitlines()) == 1
+
+
+def test_what_options_refuse(earlier, tmp_path):
     def options(**changes):
-        return options_of(home, "mixture", tmp_path, **changes)
+        return options_of(earlier, "mixture", tmp_path, **changes)
 
     for changes, match in (
         (dict(stage="vae", vae=None), "second_stage=mixture is for stage second_stage, not for vae"),
