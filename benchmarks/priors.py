@@ -5,10 +5,10 @@
 Faces: the first VAE of model_cards/vaeplus-celeba128 encodes 25,000 training images, on which each prior is trained by
 the real loop; it is measured on one z for each of the validation images, which no stage has seen. `energy` is the
 energy distance of 5,000 generated codes (second stage, then the decoder of the first VAE) to those of 5,000 images
-that the prior was not trained on; without the pairs of a row with itself it can be below 0. Drawings: r = 8 factors, the first VAE of
-model_cards/vaeplus-drawings, active dimensions alone against all of them. Bimodal: 8 independent latents of unit
-variance with two modes each; a coordinate lies between the modes below 0.4. What is in `--work_dir` is not measured
-again. Without `--data` the faces are left out.
+that the prior was not trained on; without the pairs of a row with itself it can be below 0. Drawings: r = 8 factors,
+the first VAE of model_cards/vaeplus-drawings, active dimensions alone against all of them. Bimodal: 8 independent
+latents of unit variance with two modes each; a coordinate lies between the modes below 0.4. What is in `--work_dir`
+is not measured again. Without `--data` the faces are left out.
 """
 
 import json
