@@ -32,7 +32,9 @@ WIDTH = 0.31  # of a mode
 TRAINING = {  # of the faces; --steps_share shortens all of them
     "gaussian": dict(second_stage="mixture", model={"num_components": 1}),
     "mixture": dict(second_stage="mixture", model={"num_components": 10}),
-    "flow_matching": dict(second_stage="flow_matching", max_train_steps=4000, learning_rate=2e-3, use_ema=True),
+    "flow_matching": dict(
+        second_stage="flow_matching", max_train_steps=8000, learning_rate=2e-3, use_ema=True, distillation_share=0.1
+    ),
     "coupling_flow": dict(second_stage="coupling_flow", max_train_steps=1500, learning_rate=1e-3, use_ema=True),
 }
 

@@ -160,7 +160,7 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
     told = ("latent_dim", "hidden_channels", "hidden_dim", "num_blocks", "gamma", "reconstruction_space")
     told += ("num_couplings", "num_components")
     model = ", ".join(f"{name} {config[name]}" for name in told if name in config)
-    if stage != "autoencoder" and "hidden_channels" in config:
+    if config["model_type"] == "vaeplus_vae":
         model = model.replace(f"hidden_channels {config['hidden_channels']}, ", "")
     batch = options["train_batch_size"] * options["gradient_accumulation_steps"] * options["num_processes"]
     kind = options.get("second_stage", "vae")
