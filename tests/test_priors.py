@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,10 +184,14 @@ def test_mistakes(call, match):
         call(make_prior("mixture", 3))
 
 
-def test_without_zuko_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "zuko.flows.coupling", None)
-    with pytest.raises(ImportError, match=r"needs the package zuko.*pip install 'hf-vaeplus\[flows\]'"):
+def test_without_zuko_the_error_says_how_to_install_it(monkeypatch, earlier, tmp_path):
+    monkeypatch.setitem(sys.modules, "zuko.flows.coupling", None)
+    monkeypatch.setattr("hf_vaeplus.training.launch.find_spec", lambda name: None)
+    message = r"needs the package zuko.*pip install 'hf-vaeplus\[flows\]'"
+    with pytest.raises(ImportError, match=message):
         VAEPlusCouplingFlowModel(VAEPlusCouplingFlowConfig(latent_dim=2))
+    with pytest.raises(ValueError, match=message):
+        run_stage(options_of(earlier, "coupling_flow", tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------------- the pipeline
