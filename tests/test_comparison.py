@@ -37,5 +37,5 @@ def test_twenty_of_twenty():
             assert bool(alone) == (name == "smoothed bootstrap")
     assert flagged.pop("held-out") == [""] * RUNS
     assert all("repeat training images" in told for told in flagged["smoothed bootstrap"])
-    assert all("some kinds of real images are not drawn: coverage" in told for told in flagged["dropped mode"])
+    assert all("some real images have no samples near them: coverage" in told for told in flagged["dropped mode"])
     assert all("where real images are rare: density" in told for told in flagged["matched moments"])

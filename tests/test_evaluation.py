@@ -411,7 +411,7 @@ def test_missing_kinds_of_images_are_told_and_fresh_images_are_not(cheating, dra
     samples, real = (results["sets"][name]["distances"]["pixels:8"] for name in ("second_stage", "real"))
     assert samples["prdc"]["precision"] > 0.9 and samples["prdc"]["coverage"] < 0.9 * real["prdc"]["coverage"]
     told = " ".join(results["sets"]["second_stage"]["warnings"])
-    assert "some kinds of real images are not drawn: coverage" in told and "repeat" not in told
+    assert "some real images have no samples near them: coverage" in told and "repeat" not in told
     assert samples["sliced_wasserstein"] > results["sliced_limits"]["pixels:8"] > real["sliced_wasserstein"]
     assert "distributed in another way" in told
 

@@ -97,9 +97,9 @@ def warnings_of(found: dict, real: dict | None, sliced_limit: float | None) -> l
 
 _MEANINGS = {
     "precision": "samples lie where there are no real images",
-    "recall": "some kinds of real images are not drawn",
+    "recall": "some real images have no samples near them",
     "density": "samples lie where real images are rare",
-    "coverage": "some kinds of real images are not drawn",
+    "coverage": "some real images have no samples near them",
 }
 
 
