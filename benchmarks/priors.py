@@ -35,7 +35,7 @@ TRAINING = {  # of the faces; --steps_share shortens all of them
     "flow_matching": dict(
         second_stage="flow_matching", max_train_steps=8000, learning_rate=2e-3, use_ema=True, distillation_share=0.1
     ),
-    "coupling_flow": dict(second_stage="coupling_flow", max_train_steps=1500, learning_rate=1e-3, use_ema=True),
+    "coupling_flow": dict(second_stage="coupling_flow", max_train_steps=1000, learning_rate=2e-3, use_ema=True),
 }
 
 
