@@ -212,7 +212,7 @@ def drawings(args) -> dict:
 
 def bimodal(args) -> dict:
     generator = torch.Generator().manual_seed(0)
-    modes = 2 * torch.randint(2, (20_000, 8), generator=generator) - 1
+    modes = 2 * torch.randint(2, (args.pick(500, 20_000, 20_000), 8), generator=generator) - 1
     data = modes * (1 - WIDTH**2) ** 0.5 + WIDTH * torch.randn(modes.shape, generator=generator)
     rows_of = TensorRows({"posterior": torch.cat([data, torch.full_like(data, -1000.0)], 1)})  # z without noise
     moments = PosteriorStatistics(8)
