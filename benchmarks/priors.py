@@ -189,7 +189,10 @@ def drawings(args) -> dict:
         logging_steps=250, model={"hidden_dim": 256, "num_blocks": 2}, resume_from_checkpoint="latest",
         max_train_steps=round(args.pick(8, 200, 2000) * args.steps_share),
     )  # fmt: skip
-    rows = []
+    z = encoded(card, StageOptions(**base), "train[8000:10000]", 1)[1]
+    other_z = encoded(card, StageOptions(**base), "train[:2000]", 3)[1]
+    normal = mean_and_error(-0.5 * (z[: args.num_scored].square() + math.log(2 * math.pi)).sum(1).double())
+    rows = [{"prior": "training images", "energy_of_z": energy(other_z, z)}, {"prior": "N(0, I)", **normal}]
     for seed in range(args.seeds):
         for threshold in (0.01, 0.0):
             folder = work / f"{threshold}-{seed}"
@@ -199,14 +202,14 @@ def drawings(args) -> dict:
                 stage = replace(build_stage(options), preview=None)
                 seconds, model = timed(lambda: train(stage, options))
                 model = model.eval().requires_grad_(False)
-                _, z = encoded(card, options, "train[8000:10000]", 1)
                 values = log_density(model, z[: args.num_scored])
                 found = {"active": model.config.num_active, **mean_and_error(values), "training_seconds": seconds}
                 generator = torch.Generator().manual_seed(2)
                 u = torch.randn(2000, z.shape[1], generator=generator)
                 return {**found, "energy_of_z": energy(model.sample(u), z)}
 
-            rows.append({"active_threshold": threshold, "seed": seed, **once(folder / "row.json", measure)})
+            name = "flow matching, active dimensions" if threshold else "flow matching, all dimensions"
+            rows.append({"prior": name, "seed": seed, **once(folder / "row.json", measure)})
     return {"drawings": rows}
 
 
