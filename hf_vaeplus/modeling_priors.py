@@ -56,7 +56,7 @@ class VAEPlusPriorConfig(VAEPlusConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self._check_positive("latent_dim")
+        self._check_positive("latent_dim", limit=2**14)  # the whitening has its square
         if self.active_dims is not None:
             self.active_dims = tuple(self.active_dims)
             numbers = sorted(set(self.active_dims) & set(range(self.latent_dim)))
@@ -159,6 +159,11 @@ class VAEPlusMixtureConfig(VAEPlusPriorConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self._check_positive("num_components", limit=10_000)
+        if self.num_components * self.num_active**2 > 2**30:
+            raise ValueError(
+                f"VAEPlusMixtureConfig: {self.num_components} covariances of {self.num_active} dimensions are too many"
+                " numbers: take fewer num_components."
+            )
 
 
 # ------------------------------------------------------------------------------------------------------- outputs

@@ -144,3 +144,12 @@ def test_attempts(run):
     found = run("attempts")
     assert all(row["ms_per_step"] > 0 for row in found["steps"]) and len(found["steps"]) == 10
     assert len(found["gathers"]) == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="zuko is not installed (extra flows)")
+def test_priors(run, tmp_path):
+    found = run("priors", "--only", "bimodal", "--work_dir", tmp_path / "work")
+    rows = {row["prior"]: row["between"] for row in found["bimodal"]}
+    assert rows.keys() == {"data", "mixture", "coupling_flow", "flow_matching"}
+    assert rows["data"] == pytest.approx(0.0378, abs=0.01)  # two modes at +-0.951 of width 0.31, between -0.4 and 0.4
+    assert run("priors", "--only", "bimodal", "--work_dir", tmp_path / "work")["bimodal"] == found["bimodal"]

@@ -36,7 +36,14 @@ pytestmark = pytest.mark.usefixtures("working_folder")
 JSON = {
     "sample": (
         f"sample {PIPE} --num_images 3 --seed 7 --temperature 0.5",
-        {"files": ["samples.png"], "num_images": 3, "seed": 7, "temperature": 0.5, "sharpness": 0.0},
+        {
+            "files": ["samples.png"],
+            "num_images": 3,
+            "seed": 7,
+            "temperature": 0.5,
+            "sharpness": 0.0,
+            "num_inference_steps": None,
+        },
     ),
     "separate samples": (
         f"sample {PIPE} --num_images 2 --separate",

@@ -26,6 +26,10 @@ from transformers import PreTrainedConfig
 from hf_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
+    VAEPlusFlowMatchingConfig,
+    VAEPlusFlowMatchingModel,
+    VAEPlusMixtureConfig,
+    VAEPlusMixtureModel,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
@@ -81,6 +85,8 @@ MODELS = {
     VAEPlusVAEConfig: (VAEPlusVAEModel, {"input_shape": (6,), "hidden_dim": 8, "hidden_channels": (4, 8)}),
     PenalizedAutoencoderConfig: (PenalizedAutoencoderModel, {"input_shape": (6,), "hidden_dim": 8}),
     VAEPlusEncoderConfig: (None, {}),
+    VAEPlusFlowMatchingConfig: (VAEPlusFlowMatchingModel, {"latent_dim": 6, "hidden_dim": 8}),
+    VAEPlusMixtureConfig: (VAEPlusMixtureModel, {"latent_dim": 6}),
 }
 UNKNOWN = ["hiden_dim", "torch_dtype", "model_type", "num_labels", "attn_implementation", "quantization_config", "\0"]
 

@@ -46,7 +46,7 @@ def test_a_density_integrates_to_one_and_is_that_of_the_samples(kind):
     if kind == "flow_matching":
         model.config.num_inference_steps = 24
         model.teacher.exit.weight *= 0.5
-    line = torch.linspace(-7, 7, 101 if kind != "flow_matching" else 71, dtype=torch.float64)
+    line = torch.linspace(-7, 7, 101 if kind != "flow_matching" else 57, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line)
     density = model.log_prob(grid).exp() * float(line[1] - line[0]) ** 2
     assert float(density.sum()) == pytest.approx(1, abs=1e-3)
@@ -92,8 +92,8 @@ def test_hutchinsons_estimate_is_said_to_be_one_and_has_the_exact_mean(caplog):
     assert exact.log_prob_is_exact and not estimate.log_prob_is_exact
     z = torch.randn(2, 6, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    found = estimate.log_prob(z.repeat(4000, 1), generator).reshape(4000, 2)
-    error = (found.mean(0) - exact.log_prob(z)).abs() / (found.std(0) / 4000**0.5)
+    found = estimate.log_prob(z.repeat(1500, 1), generator).reshape(1500, 2)
+    error = (found.mean(0) - exact.log_prob(z)).abs() / (found.std(0) / 1500**0.5)
     assert (error < 4).all() and (found.std(0) > 1e-3).all()
 
 
@@ -412,8 +412,8 @@ def test_flow_matching_finds_a_gaussian():
     model.set_input_moments(torch.zeros(2), torch.eye(2))
     target = MultivariateNormal(torch.tensor([1.0, -0.5]), torch.tensor([[0.5, 0.3], [0.3, 0.6]]))
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-    for _ in range(400):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    for _ in range(300):
         loss = model(target.sample((256,)), noise=torch.randn(256, 2)).loss
         optimizer.zero_grad()
         loss.backward()
