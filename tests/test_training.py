@@ -617,12 +617,15 @@ def test_a_stream_is_resumed_where_it_stopped(tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
 
 
-def test_a_half_written_checkpoint_is_ignored_and_removed(interrupted, reference):
+def test_what_is_half_written_is_ignored_and_removed(interrupted, reference):
+    """A checkpoint, and a file such as the record."""
     partial = interrupted / ".checkpoint-7.partial"
     partial.mkdir()
     (partial / "progress.json").write_text('{"step": 7')
+    for name in ("training_options.json", "model.safetensors"):
+        (interrupted / f".partial.4711.{name}").write_text("{")
     resume(interrupted, checkpoints_total_limit=10)
-    assert not partial.exists()
+    assert not list(interrupted.glob(".*partial*"))
     assert contents(interrupted) == contents(reference)
 
 

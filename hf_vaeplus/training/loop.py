@@ -392,6 +392,8 @@ class _Run:
         if self.accelerator.is_main_process:
             for leftover in self.output_dir.glob(".checkpoint-*.partial"):
                 shutil.rmtree(leftover)
+            for leftover in self.output_dir.glob(".partial.*"):  # of `write_whole` in a run that was killed
+                leftover.unlink()
             if self.starts_anew:
                 drop_run(self.output_dir)
             if trains and not any(self.output_dir.glob("model*.safetensors")):
