@@ -50,7 +50,7 @@ class Case:
 def fit(loss_of: Callable, parameters: list, num_rows: int, steps: int, seed: int, batch=64, rate=2e-3) -> None:
     """Adam with a falling rate on `loss_of(rows)`."""
     generator = torch.Generator().manual_seed(derived_seed(seed, 50))
-    optimizer = torch.optim.Adam(parameters, lr=rate)
+    optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, step / 50 + 0.05, 3 * (1.02 - step / steps))
     )
@@ -58,7 +58,6 @@ def fit(loss_of: Callable, parameters: list, num_rows: int, steps: int, seed: in
         loss = loss_of(torch.randint(num_rows, (batch,), generator=generator))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1e4)
         optimizer.step()
         schedule.step()
 
@@ -67,7 +66,7 @@ def train_vae(rows, config: dict, steps=1500, seed=0, kl_weight=1.0, determinist
     """A small VAE of rows `(n, dim)`; `metric` is a scalar: pixels squared per unit of the rows squared."""
     torch.manual_seed(derived_seed(seed, 51))
     space = {} if metric is None else {"reconstruction_space": "pullback"}
-    config = {"hidden_dim": 128, "num_blocks": 1, "latent_init_scale": 0.3, **space, **config}
+    config = {"hidden_dim": 192, "num_blocks": 1, "latent_init_scale": 0.3, **space, **config}
     model = VAEPlusVAEModel(VAEPlusVAEConfig(input_shape=(rows.shape[1],), **config))
     if metric is not None:
         model.set_pullback_metric(metric * torch.eye(rows.shape[1]), floor)
@@ -84,7 +83,7 @@ def train_vae(rows, config: dict, steps=1500, seed=0, kl_weight=1.0, determinist
     others = [p for name, p in model.named_parameters() if name != "log_gamma"]
     groups = [{"params": others, "lr": 2e-3}]
     if isinstance(model.log_gamma, torch.nn.Parameter):
-        groups.append({"params": [model.log_gamma], "lr": 1e-2})
+        groups.append({"params": [model.log_gamma], "lr": 5e-3})
     model.train()
     fit(loss_of, groups, len(rows), steps, seed)
     return model.eval()
@@ -141,20 +140,31 @@ def drawing_cases(rs, count: int, held_out: int, steps: int) -> list[Case]:
 
     def data(r, seed):
         if (r, seed) not in known:
-            known.clear()
             known[r, seed] = Drawings(r, seed, count, held_out)
         return known[r, seed]
 
-    def vae(r, deterministic=False, kappa=24, share=None, faster=1.0, **config):
+    def balanced(r, seed):
+        """Gamma falls slowly and stops above the misfit of so small a network, as in the preset `quickstart`."""
+        if (r, seed, "vae") not in known:
+            drawn = data(r, seed)
+            unit = drawn.variance / drawn.num_values
+            config = {"latent_dim": 24, "gamma": "learned", "gamma_init": 48 * unit, "min_gamma": 0.8 * unit}
+            known[r, seed, "vae"] = drawn.vae(config=config, steps=steps, seed=seed)
+        return known[r, seed, "vae"]
+
+    def joined(r):
+        return lambda seed: (data(r, seed).joined(balanced(r, seed)), data(r, seed).images)
+
+    def vae(r, deterministic=False, kappa=24, share=None, faster=1.0):
         """`share`: a gamma that is fixed there, as a share of the variance of the data per value."""
 
         def build(seed):
             drawn = data(r, seed)
             unit = drawn.variance / drawn.num_values
-            gamma = {"gamma": "learned", "gamma_init": unit, "min_gamma": 0.004 * unit}
+            gamma = {"gamma": "learned", "gamma_init": 48 * unit, "min_gamma": 0.8 * unit}
             if share is not None:
                 gamma = {"gamma": "fixed", "gamma_init": share * unit}
-            options = dict(config={"latent_dim": kappa, **gamma, **config}, steps=int(steps * faster), seed=seed)
+            options = dict(config={"latent_dim": kappa, **gamma}, steps=int(steps * faster), seed=seed)
             model = drawn.vae(**options, deterministic=deterministic)
             return drawn.joined(model, deterministic), drawn.images
 
@@ -162,27 +172,28 @@ def drawing_cases(rs, count: int, held_out: int, steps: int) -> list[Case]:
 
     cases = []
     for r in rs:
-        # 64 components hold nearly all of the variance: gamma in their units is 48 times gamma in pixels' units.
+        # Beside the 3,072 values that gamma is a variance of, few directions vary: 400 times the variance per value
+        # exceeds that of most of them.
         cases += [
-            Case(f"drawings r={r}: gamma learned", vae(r), "balanced", not_findings=("large_gamma",), r=r),
-            Case(f"drawings r={r}: gamma fixed far too small", vae(r, share=1e-6, faster=0.7), "under", r=r),
-            Case(f"drawings r={r}: no KL term", vae(r, deterministic=True, faster=0.7), "under", r=r),
-            Case(f"drawings r={r}: gamma fixed far too large", vae(r, share=4.0, faster=0.5), "over",
+            Case(f"drawings r={r}: gamma learned", joined(r), "balanced", not_findings=("large_gamma",), r=r),
+            Case(f"drawings r={r}: gamma fixed far too small", vae(r, share=1e-4, faster=0.5), "under", r=r),
+            Case(f"drawings r={r}: no KL term", vae(r, deterministic=True, faster=0.5), "under", r=r),
+            Case(f"drawings r={r}: gamma fixed far too large", vae(r, share=400.0, faster=0.3), "over",
                  ("large_gamma",), r=r),
         ]  # fmt: skip
     low, high = rs[0], rs[-1]
     middle = rs[len(rs) // 2]
     cases += [
-        Case(f"drawings r={middle}: kappa = {middle // 3}", vae(middle, kappa=middle // 3, faster=0.7), "over",
+        Case(f"drawings r={middle}: kappa = {middle // 3}", vae(middle, kappa=middle // 3, faster=0.5), "over",
              r=middle),
-        Case(f"drawings r={high}: kappa = {high // 2}", vae(high, kappa=high // 2, faster=0.7), "over", r=high),
-        Case(f"drawings r={low}: every dimension dead", vae(low, share=100.0, faster=0.3), "over", r=low),
+        Case(f"drawings r={high}: kappa = {high // 2}", vae(high, kappa=high // 2, faster=0.5), "over", r=high),
+        Case(f"drawings r={low}: every dimension dead", vae(low, share=3e4, faster=0.2), "over", r=low),
         Case(f"drawings r={low}: kappa = r, no KL term", vae(low, True, kappa=low, faster=1.2), "balanced",
              ("prior_hole",), r=low),
     ]  # fmt: skip
 
     def shifted(seed):
-        view, images = vae(low)(seed)
+        view, images = joined(low)(seed)
 
         def encode(pixels):
             mean, logvar = view.encode(pixels)
@@ -195,14 +206,12 @@ def drawing_cases(rs, count: int, held_out: int, steps: int) -> list[Case]:
     def staged(dead):
         def build(seed):
             drawn = data(low, seed)
-            unit = drawn.variance / drawn.num_values
-            config = {"gamma": "learned", "gamma_init": unit, "min_gamma": 0.004 * unit}
-            model = drawn.vae(config=config, steps=steps, seed=seed)
+            model = balanced(low, seed)
             with torch.no_grad():
                 posterior = model.encode(drawn.codes)
                 z = posterior.sample(generator=torch.Generator().manual_seed(seed))
             gamma = {"gamma": "fixed", "gamma_init": 1.0} if dead else {"gamma": "learned", "gamma_init": 0.1}
-            second = train_vae(z, {"latent_dim": z.shape[1], **gamma}, steps=steps, seed=seed + 7)
+            second = train_vae(z, {"latent_dim": z.shape[1], **gamma}, steps=steps // 2, seed=seed + 7)
             if not dead:
                 second.match_moments(z.mean(0), torch.cov(z.T), torch.Generator().manual_seed(seed))
             return drawn.joined(model, second_stage=second), drawn.images
@@ -365,7 +374,7 @@ def main():
     parser.add_argument("--output", default="results/diagnose.json")
     args = parser.parse_args()
 
-    count, held_out, steps = (400, 200, 20) if args.smoke else (6_000, 2_500, 1_500)
+    count, held_out, steps = (400, 200, 20) if args.smoke else (5_000, 2_500, 1_500)
     if args.calibration:
         cases = [*drawing_cases((3, 6, 10), count, held_out, steps), *mnist_cases(None, count, held_out, steps),
                  *affine_cases(48, 12, 5, held_out), *kl_cases(5, count, held_out, steps // 3)]  # fmt: skip
@@ -374,8 +383,8 @@ def main():
                  *affine_cases(64, 16, 6, held_out), *kl_cases(8, count, held_out, steps // 3)]  # fmt: skip
     seeds = args.seeds or ([100] if args.calibration else [0, 1, 2])
     made, rows = provenance(), []
-    for case in tqdm([case for case in cases if args.only in case.name], desc="cases"):
-        for seed in seeds:
+    for seed in seeds:
+        for case in tqdm([case for case in cases if args.only in case.name], desc=f"seed {seed}"):
             path = Path(args.work_dir, f"{''.join(c if c.isalnum() else '-' for c in case.name)}-{seed}.json")
             if not path.exists():
                 start = time.perf_counter()

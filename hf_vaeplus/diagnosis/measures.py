@@ -6,14 +6,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..metrics.frechet import frechet_distance
-from ..metrics.intrinsic_dimension import (
-    CUBE_LEVINA_BICKEL,
-    CUBE_TWO_NN,
-    dimension_of_cube,
-    levina_bickel,
-    nearest_distances,
-    two_nn,
-)
+from ..metrics.intrinsic_dimension import corrected_dimensions, nearest_distances
 from ..metrics.latents import active_units, active_units_by_variance, kl_per_dimension
 from ..metrics.mmd import imq_mmd
 from ..metrics.redundancy import determined_share
@@ -127,6 +120,7 @@ def measure(model: Autoencoder, images: torch.Tensor, seed: int = 0, batch_size:
     directions = noise(_DIRECTIONS, 64, len(everything))
     found["aggregate"] = {name: _distances(z, rows, everything, active, directions) for name, rows in rivals.items()}
     found["aggregate"]["variance"] = float(z.var(0).mean())
+    found["aggregate"]["worst"] = _worst_axis(rivals, z)
     found["scale_factor"] = float(1 / z.std()) if float(z.std()) > 0 else None
     return found
 
@@ -244,19 +238,10 @@ def _jacobian_rank(mean, active, decode, num_codes: int = 8, most: int = 64) -> 
 
 
 def _intrinsic(rows: torch.Tensor) -> dict | None:
-    """Two estimates of the dimension, as they are and as the dimension of the cube that gives them."""
     try:
-        distances = nearest_distances(rows[:5_000], 10)
+        return corrected_dimensions(nearest_distances(rows[:5_000], 10))
     except ValueError:  # nearly all rows are copies
         return None
-    raw, likely, count = two_nn(distances), levina_bickel(distances), len(distances)
-    return {
-        "two_nn": raw,
-        "levina_bickel": likely,
-        "two_nn_corrected": dimension_of_cube(raw, count, CUBE_TWO_NN),
-        "levina_bickel_corrected": dimension_of_cube(likely, count, CUBE_LEVINA_BICKEL),
-        "num_points": count,
-    }
 
 
 def _small(images: torch.Tensor) -> torch.Tensor:
@@ -302,6 +287,19 @@ def _distances(z, others, everything, active, directions) -> dict:
         if float(ours.median()) > 0:
             found["holes"] = float(theirs.median() / ours.median())
     return found
+
+
+def _worst_axis(rivals: dict, z: torch.Tensor) -> dict:
+    """Densities of the unit in which codes and prior differ most, over 41 edges, for the figure."""
+    unit = int(_wasserstein(z, rivals["prior"]).argmax())
+    low, high = min(-4.0, float(z[:, unit].quantile(0.005))), max(4.0, float(z[:, unit].quantile(0.995)))
+    edges = torch.linspace(low, high, 41)
+    sets = {"codes": z, **{name: rows for name, rows in rivals.items() if name == "second_stage"}}
+    return {
+        "unit": unit,
+        "edges": edges.tolist(),
+        **{name: torch.histogram(rows[:, unit], edges, density=True).hist.tolist() for name, rows in sets.items()},
+    }
 
 
 def _wasserstein(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def _regularization(measures: dict) -> tuple[str, list[str], list[str], list[str
     redundancy = measures["redundancy"]["half"]
     over_error = gamma.get("over_error")
     of_images = measures["intrinsic_dimension"]["images"]
-    r = None if of_images is None else of_images["two_nn_corrected"]
+    r = None if of_images is None else of_images["middle"]
     doubts = []
     if r is None:
         doubts.append("nearly all images are copies: the dimension of the data is not known")

@@ -5,7 +5,7 @@ import math
 import torch
 
 
-def determined_share(codes: torch.Tensor, share: float = 0.5, max_points: int = 1_200, seed: int = 0) -> float:
+def determined_share(codes: torch.Tensor, share: float = 0.5, max_points: int = 900, seed: int = 0) -> float:
     """The share of the variance of some latent dimensions that the others determine, by regression.
 
     Codes that fill their space give about 0. Codes on a surface of fewer dimensions than they have numbers, the
