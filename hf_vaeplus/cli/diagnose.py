@@ -39,7 +39,9 @@ def add_diagnose(commands):
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
     add_json(parser)
     add_data(parser, "judge on")
-    parser.add_argument("--num_images", type=int, default=5_000, help="at most so many, evenly spaced (default: 5000)")
+    parser.add_argument(
+        "--num_images", type=int, default=5_000, help="at most so many, chosen at random (default: 5000)"
+    )
     parser.add_argument(
         "--resolution", type=int, default=64, help="for models that take images of any size (default: 64)"
     )

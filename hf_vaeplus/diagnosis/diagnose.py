@@ -9,11 +9,14 @@ import torch
 from PIL import Image
 
 from ..data.cache import ImageDataset, load_images
+from ..training.randomness import derived_seed
 from .figure import draw
 from .measures import MIN_IMAGES, measure
 from .models import Autoencoder, as_autoencoder, load_autoencoder
 from .text import as_text
 from .verdict import Verdict, judge
+
+_CHOICE = 19  # purpose of `derived_seed`: which images
 
 
 @dataclass
@@ -60,7 +63,7 @@ def diagnose(
             [0, 1] or uint8; an array `(n, height, width, channels)` of the same; PIL images of one size; an
             [`~hf_vaeplus.data.cache.ImageDataset`]; or a folder. For callables also rows `(n, dim)` or any other
             tensor with one row for each sample.
-        num_images (`int`): use at most so many, evenly spaced; 2,000 to 5,000 make the estimates steady.
+        num_images (`int`): use at most so many, chosen at random; 2,000 to 5,000 make the estimates steady.
         resolution (`int`, *optional*): pixels a side, for a folder and a model that takes images of any size.
         seed (`int`): of all noise.
         batch_size (`int`): images at a time.
@@ -85,14 +88,20 @@ def diagnose(
     if isinstance(model, str | os.PathLike):
         model = load_autoencoder(os.fspath(model))
     model = as_autoencoder(model)
-    images = _images(data, model, num_images, resolution)
+    images = _images(data, model, num_images, resolution, seed)
     if model.image_shape is not None and tuple(images.shape[1:]) != tuple(model.image_shape):
         raise ValueError(f"this model takes images of shape {model.image_shape}, got {tuple(images.shape[1:])}.")
     measures = measure(model, images, seed, batch_size)
     return Diagnosis(judge(measures), measures)
 
 
-def _images(data, model: Autoencoder, num_images: int, resolution: int | None) -> torch.Tensor:
+def _images(data, model: Autoencoder, num_images: int, resolution: int | None, seed: int) -> torch.Tensor:
+    """Some of the images, in random order, as `measure` takes them."""
+
+    def rows(count: int) -> np.ndarray:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(seed, _CHOICE)))
+        return order[:num_images].numpy()
+
     if isinstance(data, str | os.PathLike):
         size, channels = resolution or 64, model.num_channels or 3
         if model.image_shape is not None:
@@ -100,11 +109,11 @@ def _images(data, model: Autoencoder, num_images: int, resolution: int | None) -
         data = load_images(train_data_dir=data, resolution=size, num_channels=channels)
     if isinstance(data, ImageDataset):
         data = data.unmirrored()
-        return data.batch(_spaced(len(data), num_images))["pixel_values"]
+        return data.batch(rows(len(data)))["pixel_values"]
     if isinstance(data, Sequence) and len(data) and all(isinstance(each, Image.Image) for each in data):
         if len({(each.size, each.mode) for each in data}) > 1:
             raise ValueError("PIL images must have one size and one mode: name their folder instead.")
-        data = np.stack([np.asarray(data[number]) for number in _spaced(len(data), num_images)])
+        data = np.stack([np.asarray(data[number]) for number in rows(len(data))])
         data = data[..., None] if data.ndim == 3 else data
     if isinstance(data, np.ndarray):
         data = torch.from_numpy(np.ascontiguousarray(data))
@@ -115,7 +124,7 @@ def _images(data, model: Autoencoder, num_images: int, resolution: int | None) -
         raise ValueError(
             f"data must be uint8 or floats, one row for each sample, got {data.dtype} of shape {tuple(data.shape)}."
         )
-    data = data[_spaced(len(data), num_images)].cpu()
+    data = data[rows(len(data))].cpu()
     if data.is_floating_point():
         data = data.float()
         if not bool(data.isfinite().all()):
@@ -123,8 +132,3 @@ def _images(data, model: Autoencoder, num_images: int, resolution: int | None) -
         if model.image_shape is not None and data.ndim == 4 and not bool(((data >= 0) & (data <= 1)).all()):
             raise ValueError("images must lie in [0, 1] or be uint8: rescale them.")
     return data
-
-
-def _spaced(count: int, most: int) -> np.ndarray:
-    """Row numbers: evenly spaced, so that sorted data are not cut off."""
-    return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(np.int64)

@@ -7,7 +7,7 @@ import numpy as np
 from .text import title
 from .verdict import Verdict
 
-_COLOURS = {"under": "#d08a1d", "balanced": "#3b8f4e", "over": "#b5433a", "unknown": "#777777"}
+_COLOURS = {"under": "#d08a1d", "balanced": "#3b8f4e", "over": "#b5433a"}
 _GREY = "#c4c8cc"
 
 
@@ -15,9 +15,9 @@ def draw(verdict: Verdict, measures: dict, path: str | os.PathLike) -> None:
     """Write the figure to `path`: the verdict on a scale, and four panels that it follows from."""
     from matplotlib.figure import Figure  # no global state, no display
 
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
     axes = figure.subplot_mosaic(
-        [["scale", "scale", "scale", "scale"], ["units", "dimensions", "error", "prior"]], height_ratios=[1, 3]
+        [["scale", "scale", "scale", "scale"], ["units", "dimensions", "error", "prior"]], height_ratios=[0.7, 3]
     )
     _scale(axes["scale"], verdict, measures)
     _units(axes["units"], verdict, measures)
@@ -47,12 +47,12 @@ def _units(axis, verdict: Verdict, measures: dict):
     units = measures["units"]
     bars = [("all", measures["latent_dim"], _GREY), ("active", units["active"], _COLOURS[verdict.regularization])]
     if verdict.estimated_r is not None:
-        bars.append(("data need\n(estimate)", verdict.estimated_r, "#44607a"))
-    bars.append(("Jacobian\nrank", measures["jacobian_rank"], "#9fb3c4"))
+        bars.append(("data\nhave ~", verdict.estimated_r, "#44607a"))
+    bars.append(("decoder\nrank", measures["jacobian_rank"], "#9fb3c4"))
     names, values, colours = zip(*bars, strict=True)
     drawn = axis.bar(range(len(bars)), values, color=colours)
     axis.bar_label(drawn, [f"{value:.1f}".removesuffix(".0") for value in values], fontsize=9)
-    axis.set_xticks(range(len(bars)), names, fontsize=9)
+    axis.set_xticks(range(len(bars)), names, fontsize=8)
     if max(values) > 20 * max(1e-9, min(values)):
         axis.set_yscale("symlog", linthresh=1)
     axis.set_title("dimensions of the code", fontsize=10)
@@ -70,7 +70,7 @@ def _dimensions(axis, verdict: Verdict, measures: dict):
     )
     axis.set_xlabel(f"{unit}s, sorted")
     other = axis.twinx()
-    other.plot(range(len(values)), [100 * loss for loss in losses[:64]], ".", color="#222222", ms=4)
+    other.plot(range(len(values)), [100 * (loss or 0.0) for loss in losses[:64]], ".", color="#222222", ms=4)
     other.set_ylabel("% of the variance", fontsize=8)
     other.set_ylim(bottom=0)
 
@@ -98,6 +98,6 @@ def _prior(axis, measures: dict):
     axis.plot(middle, np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi), color="#222222", label="prior N(0, 1)")
     if "second_stage" in worst:
         axis.step(middle, worst["second_stage"], where="mid", color="#3b8f4e", label="second stage")
-    axis.set_title(f"codes beside the prior\n(dimension {worst['unit']}, where they differ most)", fontsize=10)
+    axis.set_title(f"codes beside the prior where they\ndiffer most (number {worst['unit']})", fontsize=10)
     axis.set_yticks([])
     axis.legend(fontsize=8)

@@ -28,7 +28,7 @@ def measure(model: Autoencoder, images: torch.Tensor, seed: int = 0, batch_size:
     Args:
         model ([`~hf_vaeplus.diagnosis.models.Autoencoder`]).
         images (`torch.Tensor` of shape `(n >= 100, *shape)`): uint8, or floats in the range that the model was
-            trained on. Best images that it was not trained on.
+            trained on, in random order. Best images that it was not trained on.
         seed (`int`): of all noise.
         batch_size (`int`): images at a time.
 
@@ -85,7 +85,7 @@ def measure(model: Autoencoder, images: torch.Tensor, seed: int = 0, batch_size:
         spread,
         torch.Generator().manual_seed(derived_seed(seed, _SHUFFLE)),
     )
-    losses = [row["loss"] for row in found["dimensions"]]
+    losses = [row["loss"] for row in found["dimensions"] if row["loss"] is not None]
     found["units"]["by_loss"] = sum(loss > LOSS_OF_UNIT for loss in losses)
     found["units"]["by_loss_of"] = len(losses)
     found["jacobian_rank"] = _jacobian_rank(mean, active, decode)
@@ -202,7 +202,7 @@ def _dimensions(mean, logvar, z, code_shape, decode, spread, generator) -> list[
             "kl": None if kl is None else float(kl[positions].sum()),
             "posterior_variance": None if posterior is None else float(posterior[positions].mean()),
             "variance_of_mean": float(variances[positions].mean()),
-            "loss": 0.0,
+            "loss": None,  # of the weakest units of a long code it is not measured
         }
         if unit in probed:
             replaced = z[:count].clone()

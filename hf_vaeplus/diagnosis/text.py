@@ -6,7 +6,6 @@ _NAMES = {
     "over": "over-regularised",
     "under": "under-regularised",
     "balanced": "balanced",
-    "unknown": "unknown",
 }
 _MOST_ROWS = 16
 
@@ -41,10 +40,10 @@ def figures(verdict: Verdict, measures: dict) -> list[tuple[str, str]]:
     error, units, gamma = measures["error"], measures["units"], measures["gamma"]
     pca = error["unexplained_by_pca"]
     rows = [
-        ("squared error per image", f"{error['squared_error']:.4g} at the mean, {error['squared_error_of_samples']:.4g}"
-         " at samples of the posterior"),
+        ("squared error per image", f"{error['squared_error']:.4g} at the mean of the posterior"),
+        ("", f"{error['squared_error_of_samples']:.4g} at samples of it"),
         ("variance left unexplained", f"{error['unexplained']:.2%}"),
-    ]  # fmt: skip
+    ]
     if verdict.estimated_r is not None:
         components = min(len(pca) - 1, max(1, round(verdict.estimated_r)))
         rows.append((f"  by PCA with {components} components", f"{pca[components]:.2%}"))
@@ -76,6 +75,7 @@ def figures(verdict: Verdict, measures: dict) -> list[tuple[str, str]]:
     if "second_stage" in measures:
         stage = measures["second_stage"]
         rows.append(("active units of the second stage", f"{stage['active_units']} of {stage['latent_dim']}"))
+    rows.append(("a second stage", verdict.second_stage))
     if measures["scale_factor"] is not None:
         rows.append(("latent scale factor for unit variance", f"{measures['scale_factor']:.4g}"))
     return rows
@@ -94,7 +94,7 @@ def _dimensions(measures: dict) -> list[str]:
     for row in rows[:_MOST_ROWS]:
         lines.append(
             f"{row['unit']:<10}{shown(row['kl'], '.2f'):>10}{shown(row['posterior_variance'], '.4f'):>20}"
-            f"{row['variance_of_mean']:>18.3f}{row['loss']:>18.2%}"
+            f"{row['variance_of_mean']:>18.3f}{shown(row['loss'], '.2%'):>18}"
         )
     if len(rows) > _MOST_ROWS:
         lines.append(f"and {len(rows) - _MOST_ROWS} more, all of them in the JSON file")

@@ -4,7 +4,6 @@
     "over"      dimensions are missing, or drowned in noise, and the reconstruction suffers   (Section 1; Section 4)
     "under"     the code has more active dimensions than the data need                        (Section 1; Section 5)
     "balanced"  near perfect reconstructions from about as many dimensions as the data have
-    "unknown"   the measures contradict each other
 
 Beside it stand findings that any of the three can have: a hole in the prior, a second stage that is dead or leaves
 the hole open, a gamma far from the error, channels without information.
@@ -35,7 +34,15 @@ class Finding:
 
 @dataclass
 class Verdict:
-    """See the top of this file; `confidence` is "high", "medium" or "low", and `doubts` says why it is not high."""
+    """See the top of this file.
+
+    Args:
+        confidence (`str`): "high", "medium" or "low"; `doubts` say why it is not high.
+        reasons, prescriptions (list of `str`): of `regularization`.
+        findings (list of [`Finding`]): what else was found.
+        estimated_r (`float`, *optional*): dimensions of the data, from the distances between images.
+        second_stage (`str`): "helps", "does not help", "would help" or "is not needed".
+    """
 
     regularization: str
     confidence: str
@@ -44,6 +51,7 @@ class Verdict:
     findings: list[Finding]
     doubts: list[str]
     estimated_r: float | None
+    second_stage: str
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +66,8 @@ def judge(measures: dict) -> Verdict:
     if measures["num_images"] < 1_000:
         doubts.append(f"only {measures['num_images']} images: dimensions and distances want 2,000 or more")
     confidence = ("high", "medium", "low")[min(2, len(doubts))]
-    return Verdict(regularization, confidence, reasons, prescriptions, findings, doubts, estimated_r)
+    helps = _second_stage_helps(measures)
+    return Verdict(regularization, confidence, reasons, prescriptions, findings, doubts, estimated_r, helps)
 
 
 def _regularization(measures: dict) -> tuple[str, list[str], list[str], list[str], float | None]:
@@ -172,7 +181,7 @@ def _gamma(measures: dict) -> list[Finding]:
 
 
 def _has_hole(distances: dict) -> bool:
-    return distances["sliced"] > HOLE_SLICED or distances["worst_axis"] > HOLE_AXIS or distances["holes"] > HOLE_NEAR
+    return _misfit(distances) > 1
 
 
 def _shown(distances: dict) -> str:
@@ -201,14 +210,34 @@ def _second_stage(measures: dict) -> list[Finding]:
         return []
     before, after = aggregate["prior"], aggregate["second_stage"]
     units = f"{stage['active_units']} of {stage['latent_dim']} dimensions of the second stage are active"
-    if stage["active_units"] <= 0.5 * measures["units"]["active"] and (_has_hole(after) or _has_hole(before)):
-        if _has_hole(after) or after["holes"] > 1.1:
-            cure = "start its gamma well below 1 (gamma_init=0.1), cap it (max_gamma) or warm up the KL term"
-            return [Finding("dead_second_stage", f"{units}; {_shown(after)}", cure)]
+    # A silent second stage draws N(mean, gamma I), which is right where q(z) is normal.
+    if stage["active_units"] <= 0.5 * measures["units"]["active"] and max(map(_misfit, (before, after))) > 1:
+        cure = "start its gamma well below 1 (gamma_init=0.1), cap it (max_gamma) or warm up the KL term"
+        return [Finding("dead_second_stage", f"{units}; {_shown(after)}", cure)]
     if _has_hole(after):
         return [Finding("second_stage_leaves_hole", f"{units}; {_shown(after)}",
                         "train the second stage longer or make it larger")]  # fmt: skip
     return []
+
+
+def _second_stage_helps(measures: dict) -> str:
+    aggregate = measures["aggregate"]
+    before = _misfit(aggregate["prior"])
+    if "second_stage" in aggregate:
+        after = _misfit(aggregate["second_stage"])
+        if max(before, after) <= 1:
+            return "is not needed"
+        return "helps" if after < 0.8 * before else "does not help"
+    return "would help" if before > 1 and measures["units"]["active"] else "is not needed"
+
+
+def _misfit(distances: dict) -> float:
+    """The largest of the three distances in units of its threshold: above 1 there is a hole."""
+    return max(
+        distances["sliced"] / HOLE_SLICED,
+        distances["worst_axis"] / HOLE_AXIS,
+        (distances["holes"] - 1) / (HOLE_NEAR - 1),
+    )
 
 
 def _channels(measures: dict) -> list[Finding]:
@@ -219,7 +248,7 @@ def _channels(measures: dict) -> list[Finding]:
     unused = [
         row["unit"]
         for row in rows
-        if row["loss"] < UNUSED_LOSS and (row["kl"] is None or row["kl"] / positions < UNUSED_KL)
+        if (row["loss"] or 0.0) < UNUSED_LOSS and (row["kl"] is None or row["kl"] / positions < UNUSED_KL)
     ]
     if not unused:
         return []
