@@ -193,7 +193,7 @@ def _dimensions(mean, logvar, z, code_shape, decode, spread, generator) -> list[
     variances = mean.double().var(0)
     weight = kl if kl is not None else variances
     probed = weight[groups].sum(1).argsort(descending=True)[:MOST_UNITS].tolist()
-    count = max(16, min(128, 4_096 // len(probed)))
+    count = min(len(z), max(16, min(128, 4_096 // len(probed))))
     before = decode(z[:count]).flatten(1)
     rows = []
     for unit, positions in enumerate(groups):
