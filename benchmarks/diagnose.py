@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL
 from hf_vaeplus import VAEPlusVAEConfig, VAEPlusVAEModel
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.rendered_faces import factors_of, render_faces
+from hf_vaeplus.diagnosis.figure import draw
 from hf_vaeplus.diagnosis.measures import measure
 from hf_vaeplus.diagnosis.models import Autoencoder, as_autoencoder
 from hf_vaeplus.diagnosis.verdict import judge
@@ -41,7 +42,6 @@ class Case:
     findings: tuple[str, ...] = ()
     not_findings: tuple[str, ...] = ()
     r: int | None = None
-    extra: dict = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -372,6 +372,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work_dir", default="runs/diagnose", help="where measures are kept")
     parser.add_argument("--output", default="results/diagnose.json")
+    parser.add_argument("--figures", default=None, help="folder to draw the diagnosis of every case to")
     args = parser.parse_args()
 
     count, held_out, steps = (400, 200, 20) if args.smoke else (5_000, 2_500, 1_500)
@@ -396,8 +397,11 @@ def main():
                 write_json(path, {"seconds": seconds, "measures": measures})
             kept = json.loads(path.read_text(encoding="utf-8"))
             verdict = judge(kept["measures"])
+            if args.figures and seed == seeds[0]:
+                Path(args.figures).mkdir(parents=True, exist_ok=True)
+                draw(verdict, kept["measures"], Path(args.figures, path.stem + ".png"))
             rows.append(row_of(case, seed, kept, verdict))
-            print({k: v for k, v in rows[-1].items() if k not in ("reasons",)}, flush=True)
+            print(rows[-1], flush=True)
     if not args.calibration and not args.smoke and not args.only:
         write_json(Path(args.output), {**made, "seeds": seeds, "num_images": held_out, **summary(rows)})
     print(json.dumps({key: value for key, value in summary(rows).items() if key != "rows"}, indent=2))
@@ -420,7 +424,9 @@ def row_of(case: Case, seed: int, kept: dict, verdict) -> dict:
         "gamma_over_error": (measures["gamma"] or {}).get("over_error"),
         "prior": {k: round(v, 3) for k, v in measures["aggregate"]["prior"].items()},
         "seconds": kept["seconds"],
-        "reasons": verdict.reasons,
+        "jacobian_rank": measures["jacobian_rank"],
+        "second_stage": verdict.second_stage,
+        "doubts": verdict.doubts,
     }
 
 

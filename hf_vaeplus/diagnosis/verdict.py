@@ -14,10 +14,13 @@ from dataclasses import dataclass
 # Every threshold of the rules. docs/diagnose.md says where each comes from.
 MISSING = 0.8  # active dimensions below this share of r are too few (and at least one is missing)
 SURPLUS = 1.25  # above this multiple of r, too many (and at least two)
-REDUNDANT = 0.5  # share of half the dimensions that the other half determines: beyond, the code repeats itself
+# Shares of the active dimensions that the others determine, from half and from three quarters of them: from either of
+# these on, the code repeats itself.
+REDUNDANT, REDUNDANT_FROM_MOST = 0.5, 0.7
 PERFECT = 0.02  # unexplained share of the variance up to which a reconstruction is near perfect
 POOR = 0.5  # and from which hardly anything is left
 LARGE_GAMMA, SMALL_GAMMA = 10.0, 0.1  # gamma over the error per value; 1 at the optimum
+NOISE_COST = 0.02  # share of the variance that the noise of the posteriors costs, beyond which a large gamma matters
 HOLE_SLICED, HOLE_AXIS, HOLE_NEAR = 0.15, 0.4, 1.25  # distances of q(z) to the prior that leave a hole
 UNUSED_KL, UNUSED_LOSS = 0.05, 1e-3  # nats a position, and share of the variance, below which a channel is unused
 MOST_DIMENSIONS = 20.0  # beyond, thousands of images do not tell the dimension of the data
@@ -74,7 +77,8 @@ def _regularization(measures: dict) -> tuple[str, list[str], list[str], list[str
     error, units, gamma = measures["error"], measures["units"], measures["gamma"] or {}
     active, dim = units["active"], measures["latent_dim"]
     left = error["unexplained"]
-    redundancy = measures["redundancy"]["half"]
+    redundancy, from_most = (measures["redundancy"][name] for name in ("half", "three_quarters"))
+    redundant = redundancy >= REDUNDANT or from_most >= REDUNDANT_FROM_MOST
     over_error = gamma.get("over_error")
     of_images = measures["intrinsic_dimension"]["images"]
     r = None if of_images is None else of_images["middle"]
@@ -88,10 +92,12 @@ def _regularization(measures: dict) -> tuple[str, list[str], list[str], list[str
         )
     said = f"{active} of {dim} dimensions are active" + ("" if r is None else f", the data have about {r:.1f}")
 
+    surplus = r is None or active >= max(r * SURPLUS, r + 1.5)
+    determined = f"half of them determine {redundancy:.0%} of the others, three quarters {from_most:.0%}"
     if measures["deterministic"]:
-        if redundancy >= REDUNDANT and (r is None or active >= max(r * SURPLUS, r + 1.5)):
+        if redundant and surplus:
             reasons = [
-                f"{said}; half of them determine {redundancy:.0%} of the other half",
+                f"{said}; {determined}",
                 "the encoder adds no noise and pays for no dimension, so nothing makes it drop one",
             ]
             return "under", reasons, [_TRAIN_VAE], doubts, r
@@ -106,30 +112,26 @@ def _regularization(measures: dict) -> tuple[str, list[str], list[str], list[str
             reasons.append("every dimension is in use: the bottleneck kappa is below r")
         return "over", reasons, _against_over(measures, over_error), doubts, r
     noisy = error["unexplained_of_samples"]
-    if over_error is not None and over_error > LARGE_GAMMA and noisy > PERFECT:
+    if over_error is not None and over_error > LARGE_GAMMA and noisy - left > NOISE_COST:
         reasons = [
             f"gamma is {over_error:.0f} times the error per value: the noise of the posteriors costs detail, samples"
             f" of them leave {noisy:.1%} of the variance unexplained, their means {left:.1%}"
         ]
         return "over", reasons, _against_over(measures, over_error), doubts, r
-    surplus = r is None or active >= max(r * SURPLUS, r + 2)
-    if redundancy >= REDUNDANT and surplus:
-        reasons = [f"{said}; half of them determine {redundancy:.0%} of the other half"]
+    if redundant and surplus:
+        reasons = [f"{said}; {determined}"]
         prescriptions = [_LEARN_GAMMA]
         if over_error is not None and over_error < SMALL_GAMMA:
             reasons.append(f"gamma is {over_error:.2g} times the error per value: dimensions cost next to nothing")
-        if measures["deterministic"]:
-            prescriptions = [_TRAIN_VAE]
+        if redundancy < REDUNDANT + 0.1 and from_most < REDUNDANT_FROM_MOST + 0.1:
+            doubts.append("the redundancy is near its threshold")
         return "under", reasons, prescriptions, doubts, r
 
     reasons = [f"{said}; the reconstruction leaves {left:.1%} of the variance unexplained"]
     if redundancy > REDUNDANT / 2:
-        doubts.append(f"half of the active dimensions determine {redundancy:.0%} of the others")
+        doubts.append(f"some redundancy: of the active dimensions {determined}")
     if surplus and r is not None:
-        reasons.append(
-            f"the active dimensions exceed the estimate of r, but half of them determine only {redundancy:.0%} of the"
-            " other half: none is superfluous"
-        )
+        reasons.append(f"the active dimensions exceed the estimate of r, but {determined}: none is superfluous")
         if r <= MOST_DIMENSIONS:
             doubts.append(f"{active} active dimensions, but the data seem to have {r:.1f}")
     if missing:
@@ -171,7 +173,9 @@ def _gamma(measures: dict) -> list[Finding]:
     if not gamma or gamma["over_error"] is None:
         return []
     ratio, source = gamma["over_error"], "stated" if gamma["stated"] is not None else "implied by the posteriors"
-    if ratio > LARGE_GAMMA and measures["error"]["unexplained_of_samples"] > PERFECT:
+    error = measures["error"]
+    costs = error["unexplained_of_samples"] - error["unexplained"] > NOISE_COST
+    if ratio > LARGE_GAMMA and (costs or error["unexplained"] >= POOR):
         return [Finding("large_gamma", f"gamma ({source}) is {ratio:.0f} times the error per value",
                         "learn gamma or lower the weight of the KL term")]  # fmt: skip
     if ratio < SMALL_GAMMA:
