@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from torch.nn.functional import adaptive_avg_pool2d
 
 from hf_vaeplus import VAEPlusVAEConfig, VAEPlusVAEModel
 from hf_vaeplus.data.cache import load_images
@@ -92,17 +93,17 @@ def train_vae(rows, config: dict, steps=1500, seed=0, kl_weight=1.0, determinist
 # ---------------------------------------------------------------------------------------------------------- drawings
 
 
+def drawn(r: int, seed: int, which: int, number: int) -> torch.Tensor:
+    """`(number, 3, 32, 32)` in [0, 1]; `which` tells training images from those held out."""
+    pixels = render_faces(factors_of(range(number), r, derived_seed(seed, which) % 2**31), 32)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
 class Drawings:
     """Drawings of r factors, and their first 64 principal components in the place of a trained autoencoder."""
 
-    def __init__(self, r: int, seed: int, count: int, held_out: int, size: int = 32):
-        self.r, self.seed = r, seed
-
-        def drawn(which, number):
-            pixels = render_faces(factors_of(range(number), r, derived_seed(seed, which) % 2**31), size)
-            return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-
-        images, self.images = drawn(60, count), drawn(61, held_out)
+    def __init__(self, r: int, seed: int, count: int, held_out: int):
+        images, self.images = drawn(r, seed, 60, count), drawn(r, seed, 61, held_out)
         rows = images.flatten(1)
         self.num_values, self.shape = rows.shape[1], images.shape[1:]
         self.mean = rows.mean(0)
@@ -319,10 +320,10 @@ def affine_cases(dim: int, kappa: int, rank: int, held_out: int) -> list[Case]:
 def small_autoencoder_kl(images, kl_weight: float, channels: int, steps: int, seed: int) -> AutoencoderKL:
     """diffusers' class made small, trained on squared errors in [-1, 1] plus the weighted KL term."""
     torch.manual_seed(derived_seed(seed, 52))
-    blocks = 3
+    blocks = 2
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(8, 16, 16), norm_num_groups=4, latent_channels=channels, layers_per_block=1,
+        block_out_channels=(12, 24), norm_num_groups=4, latent_channels=channels, layers_per_block=1,
         mid_block_add_attention=False, sample_size=images.shape[2],
     )  # fmt: skip
 
@@ -334,20 +335,22 @@ def small_autoencoder_kl(images, kl_weight: float, channels: int, steps: int, se
         error = (decoded - pixels).square().flatten(1).sum(1).mean()
         return error + kl_weight * posterior.kl().mean()
 
-    fit(loss_of, list(model.parameters()), len(images), steps, seed, batch=24, rate=4e-3)
+    fit(loss_of, list(model.parameters()), len(images), steps, seed, batch=16, rate=4e-3)
     return model.eval()
 
 
 def kl_cases(r: int, count: int, held_out: int, steps: int) -> list[Case]:
     def build_with(kl_weight, channels):
         def build(seed):
-            drawn = Drawings(r, seed, count, held_out)
-            images = drawn.decode(drawn.codes)
-            return as_autoencoder(small_autoencoder_kl(images, kl_weight, channels, steps, seed)), drawn.images
+            images, held = (
+                adaptive_avg_pool2d(drawn(r, seed, which, number), 16)
+                for which, number in ((60, count), (61, held_out))
+            )
+            return as_autoencoder(small_autoencoder_kl(images, kl_weight, channels, steps, seed)), held
 
         return build
 
-    text = f"AutoencoderKL on drawings r={r}"
+    text = f"AutoencoderKL, 16 x 16 drawings r={r}"
     return [
         Case(f"{text}: KL weight 1e-6", build_with(1e-6, 2), "under", (), ("unused_channels",), r=r),
         Case(f"{text}: 8 channels, KL weight 1", build_with(1.0, 8), "any", ("unused_channels",), r=r),
@@ -378,10 +381,10 @@ def main():
     count, held_out, steps = (400, 200, 20) if args.smoke else (5_000, 2_500, 1_500)
     if args.calibration:
         cases = [*drawing_cases((3, 6, 10), count, held_out, steps), *mnist_cases(None, count, held_out, steps),
-                 *affine_cases(48, 12, 5, held_out), *kl_cases(5, count, held_out, steps // 3)]  # fmt: skip
+                 *affine_cases(48, 12, 5, held_out), *kl_cases(5, count, held_out, steps // 4)]  # fmt: skip
     else:
         cases = [*drawing_cases((4, 8, 12), count, held_out, steps), *mnist_cases(args.mnist, count, held_out, steps),
-                 *affine_cases(64, 16, 6, held_out), *kl_cases(8, count, held_out, steps // 3)]  # fmt: skip
+                 *affine_cases(64, 16, 6, held_out), *kl_cases(8, count, held_out, steps // 4)]  # fmt: skip
     seeds = args.seeds or ([100] if args.calibration else [0, 1, 2])
     made, rows = provenance(), []
     for seed in seeds:
