@@ -193,7 +193,7 @@ def _dimensions(mean, logvar, z, code_shape, decode, spread, generator) -> list[
     variances = mean.double().var(0)
     weight = kl if kl is not None else variances
     probed = weight[groups].sum(1).argsort(descending=True)[:MOST_UNITS].tolist()
-    count = min(len(z), max(16, min(128, 4_096 // len(probed))))
+    count = min(len(z), max(16, min(128, 3_072 // len(probed))))
     before = decode(z[:count]).flatten(1)
     rows = []
     for unit, positions in enumerate(groups):
@@ -214,7 +214,7 @@ def _dimensions(mean, logvar, z, code_shape, decode, spread, generator) -> list[
     return rows
 
 
-def _jacobian_rank(mean, active, decode, num_codes: int = 8, most: int = 64) -> float | None:
+def _jacobian_rank(mean, active, decode, most: int = 64) -> float | None:
     """exp of the entropy of the squared singular values of J S, as shares: J of the decoder, by central differences at
     a few codes; S the standard deviations of the active units. r equal directions give r (Roy and Vetterli, 2007).
     """
@@ -224,7 +224,7 @@ def _jacobian_rank(mean, active, decode, num_codes: int = 8, most: int = 64) -> 
     deviation = mean.double().std(0).float()[units]
     step = 0.05 * deviation
     ranks = []
-    for code in mean[:num_codes]:
+    for code in mean[: 8 if len(units) <= 32 else 4]:
         moved = code.repeat(2 * len(units), 1)
         moved[torch.arange(len(units)), units] += step
         moved[torch.arange(len(units)) + len(units), units] -= step

@@ -131,7 +131,9 @@ def _regularization(measures: dict) -> tuple[str, list[str], list[str], list[str
     if redundancy > REDUNDANT / 2:
         doubts.append(f"some redundancy: of the active dimensions {determined}")
     if surplus and r is not None:
-        reasons.append(f"the active dimensions exceed the estimate of r, but {determined}: none is superfluous")
+        reasons.append(
+            f"the active dimensions exceed the estimate of r, but {determined}: too little to call them superfluous"
+        )
         if r <= MOST_DIMENSIONS:
             doubts.append(f"{active} active dimensions, but the data seem to have {r:.1f}")
     if missing:
