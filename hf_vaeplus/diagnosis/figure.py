@@ -69,6 +69,7 @@ def _dimensions(axis, verdict: Verdict, measures: dict):
         f"{'KL (nats)' if known else 'variance'} of each {unit}\ndots: loss if replaced by noise", fontsize=10
     )
     axis.set_xlabel(f"{unit}s, sorted")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     other = axis.twinx()
     other.plot(range(len(values)), [100 * (loss or 0.0) for loss in losses[:64]], ".", color="#222222", ms=4)
     other.set_ylabel("% of the variance", fontsize=8)
@@ -84,7 +85,10 @@ def _error(axis, verdict: Verdict, measures: dict):
         axis.plot(
             active, 100 * max(error[name], 1e-5), mark, color=_COLOURS[verdict.regularization], label=label, ms=8
         )
-    axis.set(yscale="log", xlabel="dimensions in use")
+    axis.set(
+        yscale="log",
+        xlabel=f"dimensions in use{'' if active == measures['units']['active'] else ' (more than shown)'}",
+    )
     axis.set_title("% of the variance\nthat the reconstruction misses", fontsize=10)
     axis.legend(fontsize=8)
 

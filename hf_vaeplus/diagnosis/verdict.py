@@ -205,6 +205,8 @@ def _prior(measures: dict) -> list[Finding]:
         return []
     reason = f"samples of N(0, I) do not lie where the codes are: {_shown(aggregate['prior'])}"
     cure = "train a second stage on the codes, and sample from it (Section 4)"
+    if measures["deterministic"]:
+        cure = "train a VAE on the codes, and a second stage on its latents (stages 1 and 2 of VAE+, Section 4)"
     if not _has_hole(aggregate["scaled_prior"]):
         cure = f"multiply codes by {measures['scale_factor']:.4g}, dimension by dimension if need be; or {cure}"
     return [Finding("prior_hole", reason, cure)]
