@@ -25,7 +25,8 @@ def add_diagnose(commands):
         "Prints a text, writes all figures as JSON and draws one picture beside it. Use images that the model was\n"
         "not trained on.",
         epilog="examples:\n"
-        "  vaeplus diagnose vaeplus-quickstart/pipeline --dataset_name rendered-faces --split 'train[15000:]'\n"
+        "  vaeplus diagnose vaeplus-quickstart/pipeline --dataset_name rendered-faces --max_images 22500 --split"
+        " 'train[20000:]'\n"
         "  vaeplus diagnose stabilityai/sd-vae-ft-mse --train_data_dir photographs --resolution 128 --num_images 1000",
     )
     parser.add_argument(
