@@ -161,6 +161,11 @@ def test_every_rule_from_the_measures_alone(affine):
     assert verdict(gamma__over_error=0.01).names == ["small_gamma"]
     for name, limit in (("sliced", rules.HOLE_SLICED), ("worst_axis", rules.HOLE_AXIS), ("holes", rules.HOLE_NEAR)):
         assert verdict(**{f"aggregate__prior__{name}": 1.01 * limit}).names == ["prior_hole"]
+    silent = {"second_stage": {"latent_dim": 10, "active_units": 0, "gamma": 1.0}}
+    silent["aggregate__second_stage"] = base["aggregate"]["prior"] | {"sliced": 0.03, "worst_axis": 0.06}
+    normal = {"aggregate__prior__sliced": 0.03, "aggregate__prior__worst_axis": 0.06}
+    assert not verdict(**silent, **normal).names  # q(z) is normal: nothing is left to learn
+    assert verdict(**silent, **normal | {"aggregate__prior__worst_axis": 0.2}).names == ["dead_second_stage"]
     assert verdict(num_images=300).confidence == "medium"
     unknown = verdict(intrinsic_dimension__images=None)
     assert unknown.estimated_r is None and unknown.confidence == "medium"

@@ -219,13 +219,20 @@ def _second_stage(measures: dict) -> list[Finding]:
     before, after = aggregate["prior"], aggregate["second_stage"]
     units = f"{stage['active_units']} of {stage['latent_dim']} dimensions of the second stage are active"
     # A silent second stage draws N(mean, gamma I), which is right where q(z) is normal.
-    if stage["active_units"] <= 0.5 * measures["units"]["active"] and max(map(_misfit, (before, after))) > 1:
+    differ = any(_differs(each, measures["num_images"]) for each in (before, after))
+    if stage["active_units"] <= 0.5 * measures["units"]["active"] and differ:
         cure = "start its gamma well below 1 (gamma_init=0.1), cap it (max_gamma) or warm up the KL term"
         return [Finding("dead_second_stage", f"{units}; {_shown(after)}", cure)]
     if _has_hole(after):
         return [Finding("second_stage_leaves_hole", f"{units}; {_shown(after)}",
                         "train the second stage longer or make it larger")]  # fmt: skip
     return []
+
+
+def _differs(distances: dict, num_images: int) -> bool:
+    """Whether two sets of latents differ by more than twice the distances of two samples of one distribution."""
+    chance = num_images**-0.5
+    return distances["sliced"] > 5 * chance or distances["worst_axis"] > 8 * chance or _has_hole(distances)
 
 
 def _second_stage_helps(measures: dict) -> str:
