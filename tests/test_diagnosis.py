@@ -167,6 +167,9 @@ def test_every_rule_from_the_measures_alone(affine):
     assert not verdict(**silent, **normal).names  # q(z) is normal: nothing is left to learn
     assert verdict(**silent, **normal | {"aggregate__prior__worst_axis": 0.2}).names == ["dead_second_stage"]
     assert verdict(num_images=300).confidence == "medium"
+    rows = copy.deepcopy(base["dimensions"])
+    rows[2]["variance_of_mean"], rows[7]["loss"] = 0.005, 0.1  # active in name alone; silent, and yet it costs
+    assert verdict().disagreements == [] and verdict(dimensions=rows).disagreements == [2, 7]
     unknown = verdict(intrinsic_dimension__images=None)
     assert unknown.estimated_r is None and unknown.confidence == "medium"
 

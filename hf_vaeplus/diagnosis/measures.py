@@ -13,9 +13,9 @@ from ..metrics.redundancy import determined_share
 from ..metrics.running import RunningMoments
 from ..training.randomness import derived_seed
 from .models import Autoencoder, as_floats, decode_all, encode_all
+from .verdict import LOSS_OF_UNIT
 
 MOST_UNITS = 256  # units of a large code that distances and dimensions are measured on
-LOSS_OF_UNIT = 1e-3  # share of the data's variance that an active unit costs when it is replaced
 MIN_IMAGES = 100
 
 _SAMPLES, _PRIOR, _SECOND, _SHUFFLE, _DIRECTIONS, _GAUSSIAN = range(20, 26)  # purposes of `derived_seed`

@@ -51,6 +51,9 @@ def figures(verdict: Verdict, measures: dict) -> list[tuple[str, str]]:
     counts = [] if by_variance is None else [f"{by_variance} by posterior variance"]
     counts += [f"{units['by_mean']} by variance of the mean", f"{units['by_loss']} of {units['by_loss_of']} by loss"]
     rows.append((f"active units of {measures['latent_dim']}", ", ".join(counts)))
+    if unsure := verdict.disagreements:
+        shown = ", ".join(map(str, unsure[:_MOST_ROWS])) + (", ..." if len(unsure) > _MOST_ROWS else "")
+        rows.append(("  where these disagree", f"number {shown}"))
     rows.append(("effective rank of the decoder's Jacobian", f"{measures['jacobian_rank']:.1f}"))
     for name, found in measures["intrinsic_dimension"].items():
         if found is not None:

@@ -22,7 +22,8 @@ POOR = 0.5  # and from which hardly anything is left
 LARGE_GAMMA, SMALL_GAMMA = 10.0, 0.1  # gamma over the error per value; 1 at the optimum
 NOISE_COST = 0.02  # share of the variance that the noise of the posteriors costs, beyond which a large gamma matters
 HOLE_SLICED, HOLE_AXIS, HOLE_NEAR = 0.15, 0.4, 1.25  # distances of q(z) to the prior that leave a hole
-UNUSED_KL, UNUSED_LOSS = 0.05, 1e-3  # nats a position, and share of the variance, below which a channel is unused
+LOSS_OF_UNIT = 1e-3  # share of the data's variance that an active unit costs when it is replaced
+UNUSED_KL = 0.05  # nats a position; a channel with less, and with less loss than that, is unused
 MOST_DIMENSIONS = 20.0  # beyond, thousands of images do not tell the dimension of the data
 
 
@@ -45,6 +46,7 @@ class Verdict:
         findings (list of [`Finding`]): what else was found.
         estimated_r (`float`, *optional*): dimensions of the data, from the distances between images.
         second_stage (`str`): "helps", "does not help", "would help" or "is not needed".
+        disagreements (list of `int`): dimensions, or channels, that one criterion counts as active and another not.
     """
 
     regularization: str
@@ -55,6 +57,7 @@ class Verdict:
     doubts: list[str]
     estimated_r: float | None
     second_stage: str
+    disagreements: list[int]
 
     @property
     def names(self) -> list[str]:
@@ -70,7 +73,19 @@ def judge(measures: dict) -> Verdict:
         doubts.append(f"only {measures['num_images']} images: dimensions and distances want 2,000 or more")
     confidence = ("high", "medium", "low")[min(2, len(doubts))]
     helps = _second_stage_helps(measures)
-    return Verdict(regularization, confidence, reasons, prescriptions, findings, doubts, estimated_r, helps)
+    unsure = _disagreements(measures["dimensions"])
+    return Verdict(regularization, confidence, reasons, prescriptions, findings, doubts, estimated_r, helps, unsure)
+
+
+def _disagreements(rows: list[dict]) -> list[int]:
+    found = []
+    for row in rows:
+        says = set() if row["loss"] is None else {row["loss"] > LOSS_OF_UNIT}
+        if row["posterior_variance"] is not None:
+            says |= {row["posterior_variance"] < 0.5, row["variance_of_mean"] > 0.01}
+        if len(says) > 1:
+            found.append(row["unit"])
+    return found
 
 
 def _regularization(measures: dict) -> tuple[str, list[str], list[str], list[str], float | None]:
@@ -263,7 +278,7 @@ def _channels(measures: dict) -> list[Finding]:
     unused = [
         row["unit"]
         for row in rows
-        if (row["loss"] or 0.0) < UNUSED_LOSS and (row["kl"] is None or row["kl"] / positions < UNUSED_KL)
+        if (row["loss"] or 0.0) < LOSS_OF_UNIT and (row["kl"] is None or row["kl"] / positions < UNUSED_KL)
     ]
     if not unused:
         return []
