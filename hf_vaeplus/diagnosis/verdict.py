@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 # Every threshold of the rules. docs/diagnose.md says where each comes from.
 MISSING = 0.8  # active dimensions below this share of r are too few (and at least one is missing)
-SURPLUS = 1.25  # above this multiple of r, too many (and at least two)
+SURPLUS = 1.25  # above this multiple of r, and above r + 1.5, too many
 # Shares of the active dimensions that the others determine, from half and from three quarters of them: from either of
 # these on, the code repeats itself.
 REDUNDANT, REDUNDANT_FROM_MOST = 0.5, 0.7
@@ -23,7 +23,7 @@ LARGE_GAMMA, SMALL_GAMMA = 10.0, 0.1  # gamma over the error per value; 1 at the
 NOISE_COST = 0.02  # share of the variance that the noise of the posteriors costs, beyond which a large gamma matters
 HOLE_SLICED, HOLE_AXIS, HOLE_NEAR = 0.15, 0.4, 1.25  # distances of q(z) to the prior that leave a hole
 LOSS_OF_UNIT = 1e-3  # share of the data's variance that an active unit costs when it is replaced
-UNUSED_KL = 0.05  # nats a position; a channel with less, and with less loss than that, is unused
+UNUSED_KL, UNUSED_LOSS = 0.05, 0.01  # nats a position, and share of the largest loss, below which a channel is unused
 MOST_DIMENSIONS = 20.0  # beyond, thousands of images do not tell the dimension of the data
 
 
@@ -275,10 +275,11 @@ def _channels(measures: dict) -> list[Finding]:
     if len(shape) < 2:  # of a vector: unused dimensions are what balance consists of
         return []
     positions = measures["latent_dim"] / shape[0]
+    least = max(LOSS_OF_UNIT, UNUSED_LOSS * max(row["loss"] or 0.0 for row in rows))
     unused = [
         row["unit"]
         for row in rows
-        if (row["loss"] or 0.0) < LOSS_OF_UNIT and (row["kl"] is None or row["kl"] / positions < UNUSED_KL)
+        if (row["loss"] or 0.0) < least and (row["kl"] is None or row["kl"] / positions < UNUSED_KL)
     ]
     if not unused:
         return []
