@@ -5,6 +5,7 @@ from .version import __version__ as __version__
 
 TYPE_CHECKING = False  # that of `typing`, whose import takes longer than this file
 if TYPE_CHECKING:
+    from .diagnosis.diagnose import diagnose
     from .hub.pipeline import VAEPlusPipeline
     from .image_processing_vaeplus import VAEPlusImageProcessor
     from .modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
@@ -46,13 +47,16 @@ __all__ = [
     "VAEPlusPreTrainedModel",
     "VAEPlusVAEConfig",
     "VAEPlusVAEModel",
+    "diagnose",
 ]
 
 
 def __getattr__(name: str):  # on first use: `vaeplus --help` imports no torch
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "VAEPlusPipeline":
+    if name == "diagnose":
+        from .diagnosis import diagnose as home
+    elif name == "VAEPlusPipeline":
         from .hub import pipeline as home
     elif name == "VAEPlusImageProcessor":
         from . import image_processing_vaeplus as home

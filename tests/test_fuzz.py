@@ -128,6 +128,7 @@ COMMANDS = next(action for action in build_parser()._actions if action.dest == "
 STARTS = {
     "train": "--config home/tiny.yaml",
     "evaluate": "home/pipeline --dataset_name digits --max_images 9 --num_images 2 --output out.json",
+    "diagnose": "home/pipeline --dataset_name digits --max_images 9 --output out.json",
     "sample": "home/pipeline --num_images 2 --output out.png",
     "reconstruct": "home/pipeline home/0.png --output out.png",
     "interpolate": "home/pipeline home/0.png home/1.png --output out.png",

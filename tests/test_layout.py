@@ -15,7 +15,7 @@ FLOORS = (
     {"image_processing_vaeplus", "modeling_baselines", "modeling_priors", "modeling_vaeplus"},
     {"data"},
     {"pictures", "pipeline_vaeplus"},
-    {"evaluation", "hub", "training"},
+    {"diagnosis", "evaluation", "hub", "training"},
     {"cli", "demo", "registration"},
     {"__init__"},
 )

@@ -240,9 +240,14 @@ def add_data(parser, purpose: str):
 
 def data_options(args, pipe, **options):
     """What `add_data` parsed, as the options of a stage: images as the pipeline takes them."""
+    channels, size, _ = pipe.image_shape
+    return image_options_of(args, size, channels, **options)
+
+
+def image_options_of(args, size: int, channels: int | None, **options):
+    """What `add_data` parsed, as the options of a stage: images of this size and number of channels."""
     from ..training.options import StageOptions
 
-    channels, size, _ = pipe.image_shape
     source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
     names = _data_options()
     source |= {name: value for name, value in given_options(args).items() if name in names}
@@ -332,7 +337,8 @@ def written_record(args, files: list[Path], *options: str, **found) -> dict:
     return {"files": [str(file) for file in files], **named, **found}
 
 
-def load_pipeline(args):
+def usable_device(args) -> str:
+    """`--device`, or the best there is."""
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -340,6 +346,11 @@ def load_pipeline(args):
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # AssertionError: built without CUDA
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_pipeline(args):
+    device = usable_device(args)
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", args.pipeline)
     if not Path(args.pipeline, "model_index.json").is_file() and (Path(args.pipeline).exists() or not is_hub_id):
         raise FileNotFoundError(

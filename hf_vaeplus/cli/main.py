@@ -155,6 +155,7 @@ def build_parser():
     """The parser of `vaeplus`; what it parses has a `run` that takes the result and returns what `--json` prints."""
     from ..version import __version__
     from .demo import add_demo
+    from .diagnose import add_diagnose
     from .evaluate import add_evaluate
     from .flags import CommandParser
     from .inference import add_interpolate, add_reconstruct, add_sample
@@ -172,6 +173,7 @@ def build_parser():
         add_quickstart,
         add_train,
         add_evaluate,
+        add_diagnose,
         add_sample,
         add_reconstruct,
         add_interpolate,
@@ -203,7 +205,7 @@ def _completion(args):
     import shtab
 
     kinds = dict.fromkeys(("output", "images", "config", "evaluation", "train_data_files"), shtab.FILE)
-    folders = ("pipeline", "run_dir", "output_dir", "folder", "train_data_dir", "cache_dir")
+    folders = ("pipeline", "source", "run_dir", "output_dir", "folder", "train_data_dir", "cache_dir")
     kinds |= dict.fromkeys(folders, shtab.DIRECTORY)
     parser = build_parser()
     (commands,) = (action for action in parser._actions if action.dest == "command")
