@@ -246,7 +246,8 @@ def bimodal(args) -> dict:
 
             rows.append({"prior": name, "seed": seed, **once(folder / "row.json", measure)})
     flows = [row["between"] for row in rows if row["prior"] == "flow_matching"]
-    return {"bimodal": rows, "goals_of_bimodal": [goal("share between the modes, one pass", max(flows, default=None), "<= 0.05")]}
+    goals = [goal("share between the modes, one pass", max(flows, default=None), "<= 0.05")]
+    return {"bimodal": rows, "goals_of_bimodal": goals}
 
 
 def measure(args) -> dict:

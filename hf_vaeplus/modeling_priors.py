@@ -100,7 +100,7 @@ class VAEPlusFlowMatchingConfig(VAEPlusPriorConfig):
     hidden_dim: int = 512
     num_blocks: int = 3
     num_inference_steps: int = 16
-    distillation_steps: int = 4
+    distillation_steps: int = 8
     max_exact_dim: int = 512
 
     def __post_init__(self, **kwargs):

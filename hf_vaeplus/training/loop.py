@@ -506,7 +506,9 @@ class _Run:
         self.names, self.grad_norm = step.names, step.grad_norm
         state.scheduler.step()
         if state.ema is not None:
-            _update_average(self.averages, self.parameters, state.step, self.options.ema_decay)
+            # A second phase begins with weights of the first, which its average must not remember for long.
+            first = self.stage.turn[0] if self.stage.turn is not None and state.step >= self.stage.turn[0] else 0
+            _update_average(self.averages, self.parameters, state.step - first, self.options.ema_decay)
         state.step += 1
 
     def _settle(self):
