@@ -8,6 +8,14 @@ if TYPE_CHECKING:
     from .hub.pipeline import VAEPlusPipeline
     from .image_processing_vaeplus import VAEPlusImageProcessor
     from .modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
+    from .modeling_priors import (
+        VAEPlusCouplingFlowConfig,
+        VAEPlusCouplingFlowModel,
+        VAEPlusFlowMatchingConfig,
+        VAEPlusFlowMatchingModel,
+        VAEPlusMixtureConfig,
+        VAEPlusMixtureModel,
+    )
     from .modeling_vaeplus import (
         GaussianPosterior,
         VAEPlusAutoencoderConfig,
@@ -25,9 +33,15 @@ __all__ = [
     "PenalizedAutoencoderModel",
     "VAEPlusAutoencoderConfig",
     "VAEPlusAutoencoderModel",
+    "VAEPlusCouplingFlowConfig",
+    "VAEPlusCouplingFlowModel",
     "VAEPlusEncoderConfig",
     "VAEPlusEncoderModel",
+    "VAEPlusFlowMatchingConfig",
+    "VAEPlusFlowMatchingModel",
     "VAEPlusImageProcessor",
+    "VAEPlusMixtureConfig",
+    "VAEPlusMixtureModel",
     "VAEPlusPipeline",
     "VAEPlusPreTrainedModel",
     "VAEPlusVAEConfig",
@@ -44,6 +58,8 @@ def __getattr__(name: str):  # on first use: `vaeplus --help` imports no torch
         from . import image_processing_vaeplus as home
     elif name.startswith("PenalizedAutoencoder"):
         from . import modeling_baselines as home
+    elif name.startswith(("VAEPlusCouplingFlow", "VAEPlusFlowMatching", "VAEPlusMixture")):
+        from . import modeling_priors as home
     else:
         from . import modeling_vaeplus as home
     return getattr(home, name)

@@ -87,6 +87,7 @@ class Handlers:
     """
 
     def __init__(self, pipe: "VAEPlusPipeline"):
+        pipe.need_vae("posteriors to show")
         self.pipe = pipe
         self.sharpens = pipe.autoencoder is not None and pipe.autoencoder.config.matched_spectrum
         generator = torch.Generator().manual_seed(0)

@@ -52,8 +52,10 @@ def plot_curves(run_dirs: dict[str, Path], path: str | Path, num_factors: int | 
     figure = Figure(figsize=(3.2 * len(CURVES), 2.6 * len(run_dirs)), layout="constrained")
     axes = figure.subplots(len(run_dirs), len(CURVES), squeeze=False)
     for row, (stage, run_dir) in zip(axes, run_dirs.items(), strict=True):
-        lines = [json.loads(line) for line in (Path(run_dir) / "stats.jsonl").read_text(encoding="utf-8").splitlines()]
-        if not any("kl" in line for line in lines):  # an autoencoder: its loss is its squared error
+        path_of_lines = Path(run_dir) / "stats.jsonl"
+        text = path_of_lines.read_text(encoding="utf-8") if path_of_lines.exists() else ""  # a mixture has no steps
+        lines = [json.loads(line) for line in text.splitlines()]
+        if stage == "autoencoder":  # its loss is its squared error
             lines = [{"squared_error" if name == "loss" else name: line[name] for name in line} for line in lines]
         shown = [name for name in CURVES if any(line.get(name) is not None for line in lines)]
         for axis in row[len(shown) :]:

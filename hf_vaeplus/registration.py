@@ -14,9 +14,12 @@ def _register_configs():
     from transformers import AutoConfig
 
     from .modeling_baselines import PenalizedAutoencoderConfig
+    from .modeling_priors import VAEPlusCouplingFlowConfig, VAEPlusFlowMatchingConfig, VAEPlusMixtureConfig
     from .modeling_vaeplus import VAEPlusAutoencoderConfig, VAEPlusEncoderConfig, VAEPlusVAEConfig
 
-    for config in (VAEPlusAutoencoderConfig, VAEPlusVAEConfig, VAEPlusEncoderConfig, PenalizedAutoencoderConfig):
+    priors = (VAEPlusCouplingFlowConfig, VAEPlusFlowMatchingConfig, VAEPlusMixtureConfig)
+    first = (VAEPlusAutoencoderConfig, VAEPlusVAEConfig, VAEPlusEncoderConfig, PenalizedAutoencoderConfig)
+    for config in (*first, *priors):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
@@ -24,9 +27,12 @@ def _register_models():
     from transformers import AutoModel
 
     from .modeling_baselines import PenalizedAutoencoderModel
+    from .modeling_priors import VAEPlusCouplingFlowModel, VAEPlusFlowMatchingModel, VAEPlusMixtureModel
     from .modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusEncoderModel, VAEPlusVAEModel
 
-    for model in (VAEPlusAutoencoderModel, VAEPlusVAEModel, VAEPlusEncoderModel, PenalizedAutoencoderModel):
+    priors = (VAEPlusCouplingFlowModel, VAEPlusFlowMatchingModel, VAEPlusMixtureModel)
+    first = (VAEPlusAutoencoderModel, VAEPlusVAEModel, VAEPlusEncoderModel, PenalizedAutoencoderModel)
+    for model in (*first, *priors):
         AutoModel.register(model.config_class, model, exist_ok=True)
 
 

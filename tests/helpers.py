@@ -20,12 +20,20 @@ from unittest import mock
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from hf_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
+    VAEPlusCouplingFlowConfig,
+    VAEPlusCouplingFlowModel,
+    VAEPlusFlowMatchingConfig,
+    VAEPlusFlowMatchingModel,
+    VAEPlusMixtureConfig,
+    VAEPlusMixtureModel,
     VAEPlusPipeline,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
@@ -67,6 +75,41 @@ def make_pipeline(
         autoencoder=perturbed(VAEPlusAutoencoderModel(VAEPlusAutoencoderConfig(**image))) if autoencoder else None,
         second_stage=perturbed(VAEPlusVAEModel(VAEPlusVAEConfig(**small | second))) if second_stage else None,
     )
+
+
+SMALL_PRIOR = dict(hidden_dim=16, num_blocks=1)
+
+
+def make_prior(kind: str, latent_dim: int = 2, **options) -> PreTrainedModel:
+    """A tiny model of a bent, shifted density, with the moments of some data."""
+    if kind == "coupling_flow":
+        pytest.importorskip("zuko", reason="zuko is not installed: pip install 'hf-vaeplus[flows]'")
+    torch.manual_seed(0)
+    config_class, model_class, own = {
+        "flow_matching": (VAEPlusFlowMatchingConfig, VAEPlusFlowMatchingModel, SMALL_PRIOR),
+        "coupling_flow": (VAEPlusCouplingFlowConfig, VAEPlusCouplingFlowModel, {**SMALL_PRIOR, "num_couplings": 4}),
+        "mixture": (VAEPlusMixtureConfig, VAEPlusMixtureModel, {"num_components": 3}),
+    }[kind]
+    model = model_class(config_class(latent_dim=latent_dim, **own | options))
+    if kind == "mixture":
+        dim = model.config.num_active
+        roots = torch.eye(dim) + 0.3 * torch.randn(3, dim, dim)
+        model.set_mixture(torch.tensor([0.5, 0.3, 0.2]), torch.randn(3, dim), 0.3 * roots @ roots.mT)
+    else:
+        perturbed(model)
+    if kind == "flow_matching" and model.teacher is not None:
+        model.start_distillation(model)
+        with torch.no_grad():  # the one pass is another map than the teacher
+            model.network.exit.bias += 0.1
+    root = torch.eye(latent_dim) + 0.2 * torch.randn(latent_dim, latent_dim)
+    model.set_input_moments(torch.linspace(-0.5, 0.5, latent_dim), root @ root.T)
+    return model.eval().requires_grad_(False)
+
+
+def with_prior(kind: str, autoencoder: bool = True, vae: bool = True, **options) -> VAEPlusPipeline:
+    pipe = make_pipeline(autoencoder, second_stage=False)
+    prior = make_prior(kind, 4 if vae else 6, **options)
+    return VAEPlusPipeline(pipe.vae if vae else None, pipe.autoencoder, prior)
 
 
 # The command line.

@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from helpers import code_blocks, make_pipeline
+from helpers import code_blocks, make_pipeline, with_prior
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import READ_ONLY_TOKEN, TOKEN, Fault
@@ -101,6 +101,23 @@ def test_features_of_what_was_pushed(hub, pipe, saved):
     assert "image_processing_vaeplus.py" in hub[REPO].files()
     VAEPlusPipeline.from_pretrained(REPO).push_to_hub("org/copy")
     assert json.loads(hub["org/copy"].files()["preprocessor_config.json"])["crop"] == 40
+
+
+@pytest.mark.parametrize(
+    "kind, vae", [("flow_matching", True), ("flow_matching", False), ("coupling_flow", True), ("mixture", True)]
+)  # fmt: skip
+def test_a_second_stage_with_a_density(hub, kind, vae):
+    pipe = with_prior(kind, vae=vae)
+    pipe.push_to_hub(REPO)
+    files = hub[REPO].files()
+    assert {"modeling_priors.py", "modeling_vaeplus.py", "second_stage/modeling_priors.py"} <= files.keys()
+    assert ("vae/model.safetensors" in files) is vae
+    pulled = VAEPlusPipeline.from_pretrained(REPO)
+    model = AutoModel.from_pretrained(REPO, subfolder="second_stage")
+    assert type(model) is type(pulled.second_stage) is type(pipe.second_stage)
+    assert torch.equal(samples(pulled), samples(pipe))
+    z = torch.randn(3, pipe.second_stage.config.latent_dim)
+    assert torch.equal(model.log_prob(z), pipe.second_stage.log_prob(z))
 
 
 def test_a_pipeline_without_its_optional_stages(hub):
@@ -196,12 +213,19 @@ except ValueError as error:
 else:
     raise AssertionError("code of a repository ran without trust")
 pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
-images = pipe(3, torch.Generator().manual_seed(3), output_type="pt").images
+images_of_vae = pipe(3, torch.Generator().manual_seed(3), output_type="pt").images
 vae = AutoModel.from_pretrained(repo, subfolder="vae", trust_remote_code=True)
 assert type(vae).__name__ == "VAEPlusVAEModel"
 assert vae.config.later == pipe.vae.config.later == ["a", "newer", "version"]
 pipe.save_pretrained("again")
-save_file({"images": images, "log_gamma": vae.log_gamma.detach()}, output)
+for kind in ("flow_matching", "coupling_flow", "mixture") if repo != folder else ():
+    other = DiffusionPipeline.from_pretrained(f"org/{kind}", trust_remote_code=True)
+    prior = AutoModel.from_pretrained(f"org/{kind}", subfolder="second_stage", trust_remote_code=True)
+    z = torch.linspace(-1, 1, 4)[None]
+    assert torch.equal(prior.log_prob(z), other.second_stage.log_prob(z)), kind
+    images = other(3, torch.Generator().manual_seed(3), output_type="pt").images
+    save_file({"images": images, "log_prob": prior.log_prob(z).detach()}, f"{kind}.safetensors")
+save_file({"images": images_of_vae, "log_gamma": vae.log_gamma.detach()}, output)
 """
 
 
@@ -219,6 +243,9 @@ def environment_without_the_package(folder: Path) -> Path:
 def test_without_the_package_by_trust_online_then_offline(hub, pipe, tmp_path):
     pipe.vae.config.later = ["a", "newer", "version"]
     pipe.push_to_hub(REPO)
+    others = {kind: with_prior(kind) for kind in ("flow_matching", "coupling_flow", "mixture")}
+    for kind, other in others.items():
+        other.push_to_hub(f"org/{kind}")
     python = environment_without_the_package(tmp_path / "venv")
     for offline in ("0", "1"):
         environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": offline}
@@ -232,6 +259,10 @@ def test_without_the_package_by_trust_online_then_offline(hub, pipe, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         found = load_file(output)
         assert torch.equal(found["images"], samples(pipe)) and torch.equal(found["log_gamma"], pipe.vae.log_gamma)
+    for kind, other in others.items():
+        found = load_file(tmp_path / f"{kind}.safetensors")
+        assert torch.equal(found["images"], samples(other)), kind
+        assert torch.equal(found["log_prob"], other.second_stage.log_prob(torch.linspace(-1, 1, 4)[None])), kind
 
 
 def test_an_export_is_a_folder_that_loads(pipe, tmp_path):

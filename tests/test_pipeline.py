@@ -612,7 +612,7 @@ def test_importing_the_models_does_not_import_diffusers():
 def test_components_that_do_not_fit_are_refused():
     code_vae, autoencoder = make_vae(), make_autoencoder()
     for components, error, match in (
-        (dict(vae=None), TypeError, "vae must be a VAEPlusVAEModel, got NoneType"),
+        (dict(vae=None), ValueError, "without a vae needs an autoencoder and a second_stage of its codes"),
         (dict(vae=autoencoder), TypeError, "vae must be a VAEPlusVAEModel, got VAEPlusAutoencoderModel"),
         (dict(vae=code_vae, autoencoder=code_vae), TypeError, "autoencoder must be a VAEPlusAutoencoderModel"),
         (dict(vae=code_vae, autoencoder=torch.nn.Linear(1, 1)), TypeError, "got Linear"),

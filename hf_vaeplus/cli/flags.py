@@ -355,6 +355,8 @@ def load_pipeline(args):
     diffusers.utils.logging.set_verbosity_error()
     try:
         pipe = VAEPlusPipeline.from_pretrained(args.pipeline)
+    except ImportError as error:  # of a package that only this second stage needs
+        raise ValueError(str(error)) from error
     except OSError as error:
         if Path(args.pipeline).exists():
             raise

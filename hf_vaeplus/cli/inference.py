@@ -32,6 +32,8 @@ def add_sample(commands):
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
     add_sharpness(parser)
+    told = "solve the ODE of a flow-matching second stage in so many steps (default: its one pass)"
+    parser.add_argument("--num_inference_steps", type=int, default=None, help=told)
     parser.add_argument("--separate", action="store_true", help="write one file per image into the folder --output")
     add_overwrite(parser)
     parser.set_defaults(run=_sample)
@@ -55,7 +57,7 @@ def _sample(args):
     pipe = load_pipeline(args)
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
     wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
-    wanted["decode_batch_size"] = args.batch_size
+    wanted |= dict(decode_batch_size=args.batch_size, num_inference_steps=args.num_inference_steps)
     if args.separate:
         files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
         for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
@@ -64,7 +66,7 @@ def _sample(args):
         files = [output]
         write_output(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
     print(f"saved {args.num_images} pictures in {folder}" if args.separate else f"saved {output}")
-    return written_record(args, files, "num_images", "seed", "temperature", "sharpness")
+    return written_record(args, files, "num_images", "seed", "temperature", "sharpness", "num_inference_steps")
 
 
 def add_reconstruct(commands):

@@ -190,6 +190,7 @@ def _encode(args):
     if args.private and not args.push_to_hub:
         raise ValueError("--private is of --push_to_hub, which is missing: name a repository, or leave it out.")
     pipe = load_pipeline(args)
+    pipe.need_vae("posteriors to encode")
     options = data_options(args, pipe, streaming=args.streaming)
     images = open_images(options)
     if args.push_to_hub:

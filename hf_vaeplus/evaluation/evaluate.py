@@ -246,7 +246,7 @@ def evaluate(
 
     Raises:
         ValueError: images of another size, an unknown sampler, a number out of range, or something asked for that the
-            pipeline or the images cannot give.
+            pipeline or the images cannot give; a pipeline without a first VAE.
     """
     count = min(num_images, len(images))
     num_training = 0 if training_images is None else min(num_training_images, len(training_images))
@@ -332,6 +332,7 @@ def evaluate(
 def _check(
     pipe, images, extractors, samplers, count, num_training, num_bins, num_importance_samples, seed, batch_size
 ):
+    pipe.need_vae("posteriors to measure")
     channels, size, _ = pipe.image_shape
     if (images.num_channels, images.resolution) != (channels, size):
         raise ValueError(

@@ -33,8 +33,13 @@ def summarize(
         `dict` with `num_images`; `autoencoder_squared_error` and `squared_error` (per-image sums of squares on
         [0, 1] pixels, through the autoencoder alone and through the posterior mean of the whole model); and for `vae`
         and `second_stage` a `dict` of `gamma`, `kl` (nats), `kl_per_dimension`, `active_units` (variance of posterior
-        means above 0.01), `active_units_by_variance` (mean posterior variance below 1/2), `latent_dim`.
+        means above 0.01), `active_units_by_variance` (mean posterior variance below 1/2), `latent_dim`. A second stage
+        that is no VAE has `model`, its name, `active_dims`, how many dimensions it learns, and `latent_dim`.
+
+    Raises:
+        ValueError: a pipeline without a first VAE.
     """
+    pipe.need_vae("posteriors to summarise")
     count = min(max_images, len(images))
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -60,7 +65,7 @@ def pass_through(pipe: "VAEPlusPipeline", pixels: torch.Tensor, noise: torch.Ten
     reconstructions["reconstruction"] = pipe.decode(posterior.mean, "pt", len(pixels))
     z = posterior.sample(noise.to(posterior.mean.device))
     posteriors = {"vae": posterior}
-    if pipe.second_stage is not None:
+    if hasattr(pipe.second_stage, "encode"):
         posteriors["second_stage"] = pipe.second_stage.encode(z)
     rows = {f"{name}_error": squared_error(images, pixels) for name, images in reconstructions.items()}
     for stage, each in posteriors.items():
@@ -79,7 +84,7 @@ def summary_of(pipe: "VAEPlusPipeline", rows: dict) -> dict:
         summary["autoencoder_squared_error"] = float(rows["autoencoder_error"].mean())
     summary["squared_error"] = float(rows["reconstruction_error"].mean())
     for stage in ("vae", "second_stage"):
-        if getattr(pipe, stage) is not None:
+        if f"{stage}_mean" in rows:
             means, logvars = rows[f"{stage}_mean"], rows[f"{stage}_logvar"]
             kl = kl_per_dimension(means, logvars)
             summary[stage] = {
@@ -90,6 +95,10 @@ def summary_of(pipe: "VAEPlusPipeline", rows: dict) -> dict:
                 "latent_dim": means.shape[1],
                 "kl_per_dimension": kl.tolist(),
             }
+    if pipe.second_stage is not None and "second_stage" not in summary:
+        config = pipe.second_stage.config
+        kind = config.model_type.removeprefix("vaeplus_")
+        summary["second_stage"] = {"model": kind, "active_dims": config.num_active, "latent_dim": config.latent_dim}
     return summary
 
 

@@ -32,7 +32,10 @@ def results_table(results: dict) -> str:
             shown = "no PSNR" if decibels is None else f"PSNR {decibels:.2f} dB"
             block.append([f"squared error per image, {title}", f"{error:.2f}", shown])
     for stage, title in (("vae", "first VAE"), ("second_stage", "second stage")):
-        if each := results.get(stage):
+        each = results.get(stage)
+        if each and "model" in each:
+            block.append([f"{title}: {each['model']}", f"{each['active_dims']} of {each['latent_dim']} dimensions"])
+        elif each:
             units = f"{each['active_units_by_variance']} of {each['latent_dim']}"
             block.append([f"{title}: active units", units, f"by Burda's count {each['active_units']}"])
             block.append([f"{title}: KL", f"{each['kl']:.2f} nats", f"gamma {each['gamma']:.3g}"])
@@ -55,8 +58,15 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def second_stage_row(second: dict) -> tuple[str, str]:
+    """What a summary says of its second stage."""
+    if "model" in second:
+        return f"second stage: {second['model']}", f"{second['active_dims']} of {second['latent_dim']} dimensions"
+    return "second stage: KL, gamma", f"{second['kl']:.2f} nats, {second['gamma']:.3g}"
+
+
 def summary_table(summary: dict, seconds: float) -> str:
-    vae, second = summary["vae"], summary["second_stage"]
+    vae = summary["vae"]
     known = f" (known factors: r = {summary['num_factors']})" if summary["num_factors"] else ""
     rows = [
         ("squared error per image, autoencoder alone", f"{summary['autoencoder_squared_error']:.2f}"),
@@ -64,7 +74,7 @@ def summary_table(summary: dict, seconds: float) -> str:
         ("first VAE: active units", f"{vae['active_units_by_variance']} of {vae['latent_dim']}{known}"),
         ("first VAE: active units by Burda's count", f"{vae['active_units']}"),
         ("first VAE: KL, gamma", f"{vae['kl']:.2f} nats, {vae['gamma']:.3g}"),
-        ("second stage: KL, gamma", f"{second['kl']:.2f} nats, {second['gamma']:.3g}"),
+        second_stage_row(summary["second_stage"]),
         ("wall time", f"{seconds:.0f} s"),
     ]
     width = max(len(name) for name, _ in rows)

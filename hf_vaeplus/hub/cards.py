@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..data.catalogue import CARD_FACTS
-from ..evaluation.tables import results_table
+from ..evaluation.tables import results_table, second_stage_row
 from ..provenance import folder_fingerprint
 from ..training.options import STAGES, read_record
 
@@ -222,12 +222,14 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]
     parameters = sum(math.prod(shape) for shape in shapes)
     told = ("latent_dim", "hidden_channels", "hidden_dim", "num_blocks", "gamma", "reconstruction_space")
+    told += ("num_couplings", "num_components")
     model = ", ".join(f"{name} {config[name]}" for name in told if name in config)
-    if stage != "autoencoder":
+    if config["model_type"] == "vaeplus_vae":
         model = model.replace(f"hidden_channels {config['hidden_channels']}, ", "")
     batch = options["train_batch_size"] * options["gradient_accumulation_steps"] * options["num_processes"]
+    kind = options.get("second_stage", "vae")
     row = [
-        _TITLES[stage],
+        _TITLES[stage] + f", {kind}" * (stage == "second_stage" and kind != "vae"),
         f"{parameters / 1e6:.2f} M",
         f"{options['max_train_steps']:,} x {batch}",
         f"{options['learning_rate']:g}",
@@ -238,13 +240,13 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
 
 
 def figures(summary: dict) -> list[tuple[str, str]]:
-    vae, second = summary["vae"], summary["second_stage"]
+    vae = summary["vae"]
     return [
         ("squared error per image, autoencoder alone", f"{summary['autoencoder_squared_error']:.2f}"),
         ("squared error per image, whole model", f"{summary['squared_error']:.2f}"),
         ("first VAE: active units", f"{vae['active_units_by_variance']} of {vae['latent_dim']}"),
         ("first VAE: KL, gamma (a variance)", f"{vae['kl']:.2f} nats, {vae['gamma']:.3g}"),
-        ("second stage: KL, gamma", f"{second['kl']:.2f} nats, {second['gamma']:.3g}"),
+        second_stage_row(summary["second_stage"]),
     ]
 
 

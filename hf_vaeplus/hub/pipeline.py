@@ -93,7 +93,7 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
             if not isinstance(entry, list) or [type(word) for word in entry] not in ([str, str], [type(None)] * 2):
                 raise ValueError(f"{json_file} must name the library and the class of its {name}, got {entry!r}.")
             library, class_name = entry
-            if library == "modeling_vaeplus":
+            if library in ("modeling_vaeplus", "modeling_priors"):
                 index[name] = ["hf_vaeplus", class_name]
             elif library not in ("hf_vaeplus", None):  # diffusers would import any module that an index names
                 raise ValueError(
@@ -120,7 +120,7 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
             for index in ("model_index.json", "config.json"):
                 Path(save_directory, index).unlink(missing_ok=True)
         super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
-        stages = ["vae"] if self.autoencoder is None else ["autoencoder", "vae"]
+        stages = [name for name in ("autoencoder", "vae") if getattr(self, name) is not None]
         VAEPlusEncoderConfig(stages=stages).save_pretrained(save_directory)
         self.image_processor.save_pretrained(save_directory)
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .. import image_processing_vaeplus, modeling_vaeplus, pipeline_vaeplus
+from .. import image_processing_vaeplus, modeling_priors, modeling_vaeplus, pipeline_vaeplus
 from ..files import follow_umask
 from .cards import check_weights_of_card, short_card
 from .client import full_repo_id, upload_folder
@@ -45,8 +45,9 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
         for name, component in pipe.components.items():
             if component is not None:
                 _store_in_bf16(component, folder / name / "model.safetensors")
-    code = inspect.getsource(modeling_vaeplus)
-    (folder / "modeling_vaeplus.py").write_text(code, encoding="utf-8")  # where transformers looks
+    code = {
+        module.__name__.split(".")[-1]: inspect.getsource(module) for module in (modeling_vaeplus, modeling_priors)
+    }
     (folder / "pipeline.py").write_text(inspect.getsource(pipeline_vaeplus), encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["_class_name"] = ["pipeline", "VAEPlusPipeline"]
@@ -55,15 +56,27 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
         if component is None:
             continue
         model, config = type(component).__name__, type(component.config).__name__
-        index[name] = ["modeling_vaeplus", model]
-        (folder / name / "modeling_vaeplus.py").write_text(code, encoding="utf-8")  # where diffusers looks
-        _name_classes(folder / name / "config.json", AutoConfig=config, AutoModel=model)
+        module = "modeling_priors" if isinstance(component, modeling_priors.VAEPlusPriorModel) else "modeling_vaeplus"
+        index[name] = [module, model]
+        for each in {"modeling_vaeplus", module}:
+            (folder / f"{each}.py").write_text(code[each], encoding="utf-8")  # where transformers looks
+        # Where diffusers looks. It brings no other file of the folder, so one file holds what the other imports.
+        whole = code[module] if module == "modeling_vaeplus" else _joined(code["modeling_vaeplus"], code[module])
+        (folder / name / f"{module}.py").write_text(whole, encoding="utf-8")
+        _name_classes(folder / name / "config.json", module, AutoConfig=config, AutoModel=model)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / "image_processing_vaeplus.py").write_text(inspect.getsource(image_processing_vaeplus), encoding="utf-8")
     _name_classes(folder / "config.json", AutoConfig="VAEPlusEncoderConfig", AutoModel="VAEPlusEncoderModel")
     _name_classes(
         folder / "preprocessor_config.json", "image_processing_vaeplus", AutoImageProcessor="VAEPlusImageProcessor"
     )
+
+
+def _joined(code: str, later: str) -> str:
+    """Two modules as one: the later one without its import of the other."""
+    without, count = re.subn(r"^from \.modeling_vaeplus import \(.*?\)\n", "", later, flags=re.DOTALL | re.MULTILINE)
+    assert count == 1, "modeling_priors.py must have one import of modeling_vaeplus.py, in parentheses"
+    return f"{code}\n\n{without}"
 
 
 def _store_in_bf16(model: PreTrainedModel, path: Path):

@@ -1,6 +1,7 @@
 """Where a run takes place: this process among the others, what its launcher asks for, and what cannot run there."""
 
 import os
+from importlib.util import find_spec
 
 from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
@@ -18,14 +19,19 @@ def refuse_what_cannot_run(options: TrainingOptions):
     """Look before the data is read at what the options and the launcher ask for.
 
     Raises:
-        ValueError: a distributed type that splits the model, a tracker that is not installed, fp16 on a CPU, or a
-            batch that cannot be split evenly.
+        ValueError: a distributed type that splits the model, a tracker or zuko that is not installed, fp16 on a CPU,
+            or a batch that cannot be split evenly.
     """
     _refuse_split_models()
     if options.report_to not in ("none", "all", *(each.value for each in get_available_trackers())):
         raise ValueError(
             f"report_to {options.report_to} needs a package that is not installed: run `pip install"
             f" {options.report_to}`, or leave out --report_to."
+        )
+    if getattr(options, "second_stage", None) == "coupling_flow" and find_spec("zuko") is None:
+        raise ValueError(
+            "second_stage coupling_flow needs the package zuko, which is not installed: run pip install"
+            " 'hf-vaeplus[flows]'."
         )
     state = process_state()
     refuse_fp16_on_cpu(options, state.device)

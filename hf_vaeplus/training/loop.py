@@ -83,6 +83,9 @@ class Stage:
         preview: draws a picture of what the model does, for `samples/`.
         finish: changes the trained model in place, once, before it is drawn and saved; the same in every process.
         made_from: fingerprints of what the stage is trained on: `images`, and the weights of the stages before it.
+        turn: between two phases: the first step of the second one, and what changes the model and the trained one, its
+            moving average if there is one, in place before that step. A run that is resumed later finds the change in
+            its checkpoint.
     """
 
     model: PreTrainedModel
@@ -91,6 +94,7 @@ class Stage:
     preview: Callable[[PreTrainedModel], Image.Image] | None = None
     finish: Callable[[PreTrainedModel], None] | None = None
     made_from: dict[str, str] = field(default_factory=dict)
+    turn: tuple[int, Callable[[PreTrainedModel, PreTrainedModel], None]] | None = None
 
 
 class TrainingDiverged(RuntimeError):
@@ -430,6 +434,9 @@ class _Run:
             TrainingDiverged: the gradient of the step before was not finite.
         """
         state, options = self.state, self.options
+        if self.stage.turn is not None and self.step == self.stage.turn[0]:
+            self._settle()
+            self.stage.turn[1](state.model, self.trained)
         buffers = self._buffers_now()
         passes = [self._accumulate_gradient(number) for number in range(options.gradient_accumulation_steps)]
         if state.scaler is not None:

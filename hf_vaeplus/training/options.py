@@ -45,6 +45,7 @@ Tracker = Literal[
 ]  # fmt: skip
 Stage = Literal["autoencoder", "vae", "second_stage"]
 STAGES = get_args(Stage)
+SecondStage = Literal["vae", "flow_matching", "coupling_flow", "mixture"]
 
 
 def _is_inside(folder: str) -> bool:
@@ -198,7 +199,12 @@ _NAMES_OF_CONTENT = frozenset("train_data_dir train_data_files dataset_revision 
 
 def run_identity(record: dict) -> dict:
     """What two parts of one run have in common, wherever its folders lie."""
-    return {name: value for name, value in record.items() if name not in _FREE_OPTIONS | LOCAL_OPTIONS}
+    return {name: value for name, value in record.items() if name not in _free_options(record) | LOCAL_OPTIONS}
+
+
+def _free_options(record: dict) -> frozenset[str]:
+    """Of flow matching the number of steps is fixed: its two phases are shares of it."""
+    return _FREE_OPTIONS - ({"max_train_steps"} if record.get("second_stage") == "flow_matching" else set())
 
 
 def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: bool = False) -> bool:
@@ -216,11 +222,13 @@ def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: boo
             new one.
     """
     old, new = dict(old), json.loads(json.dumps(new))
+    if old and "second_stage" in new:
+        old.setdefault("second_stage", "vae")  # an earlier version knew no other
     known, given = old.get("made_from"), new["made_from"]
     stale = [] if known is None else [name for name in given if known.get(name) != given[name]]
     if stale and retrain:
         return False
-    free = set(_FREE_OPTIONS) | (set() if known is None else _NAMES_OF_CONTENT)
+    free = set(_free_options(new)) | (set() if known is None else _NAMES_OF_CONTENT)
     if old and new.get("global_batch_size"):
         if not old.get("global_batch_size"):
             parts = old["num_processes"] * old["gradient_accumulation_steps"]
@@ -295,6 +303,19 @@ class StageOptions(ImageOptions, TrainingOptions):
     pullback_codes: int = option(
         16, "first VAE, reconstruction_space pullback: codes that its metric is a mean of", at_least_one
     )
+    second_stage: SecondStage = option(
+        "vae", "second stage: which model of the latents, that of the paper or one that has a density"
+    )
+    active_threshold: float | int = option(
+        0.01,
+        "second stage with a density: latent dimensions with a smaller mean KL, in nats, are drawn from N(0, 1); 0"
+        " models all of them",
+        not_negative,
+        finite,
+    )
+    distillation_share: float | int = option(
+        0.25, "flow matching: share of the steps, the last ones, that distil the ODE into one pass", below_one
+    )
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1", not_negative)
     match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
     match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
@@ -306,8 +327,18 @@ class StageOptions(ImageOptions, TrainingOptions):
     def __post_init__(self):
         ImageOptions.__post_init__(self)
         TrainingOptions.__post_init__(self)
+        if self.stage != "second_stage" and self.second_stage != "vae":
+            raise ValueError(f"second_stage={self.second_stage} is for stage second_stage, not for {self.stage}.")
+        if self.second_stage == "mixture" and self.streaming:
+            raise ValueError("second_stage=mixture is fitted to all latents at once: leave out --streaming.")
         if self.stage == "second_stage" and not self.vae:
-            raise ValueError("the second stage needs --vae: the folder of the first VAE that it models.")
+            if self.second_stage == "vae":
+                raise ValueError("the second stage needs --vae: the folder of the first VAE that it models.")
+            if not self.autoencoder:
+                raise ValueError(
+                    f"second_stage={self.second_stage} needs --vae, the first VAE whose latents it models, or"
+                    " --autoencoder alone, to model its codes."
+                )
         if self.stage == "autoencoder" and (self.autoencoder or self.vae):
             raise ValueError("stage autoencoder trains from images alone: leave out --autoencoder and --vae.")
         if self.mmd_weight and (self.stage != "vae" or self.autoencoder):

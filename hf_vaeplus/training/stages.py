@@ -4,11 +4,14 @@
     vae            x -> code of the autoencoder -> vae -> autoencoder (frozen)    nll of images + kl
                    or, to second order, without the decoder: code -> vae -> code  nll by the pull-back metric + kl
     second_stage   x -> posterior of the vae -> z = mu + sigma eps, fresh each step -> second VAE    nll of z + kl
+                   or another model of z, or without a first VAE of the codes; a mixture is fitted without the loop
 
 Codes and posteriors are computed once per data set and kept beside the image cache.
 """
 
-from collections.abc import Iterator
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import cache, partial
@@ -16,6 +19,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
 from torch.utils.data import IterableDataset
 
 from ..data.cache import open_cache
@@ -23,10 +28,17 @@ from ..data.options import ImageOptions
 from ..data.pixels import refuse_images_that_teach_nothing, to_unit_range
 from ..data.sources import cache_folder
 from ..data.stream import open_stream
-from ..files import sole_use
+from ..files import sole_run, sole_use, write_json
+from ..hub.client import BackgroundPush
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
+from ..modeling_priors import (
+    VAEPlusCouplingFlowModel,
+    VAEPlusFlowMatchingModel,
+    VAEPlusMixtureModel,
+    VAEPlusPriorConfig,
+)
 from ..modeling_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
@@ -38,12 +50,21 @@ from ..pictures import image_grid
 from ..progress import tqdm
 from ..provenance import folder_fingerprint, weights_fingerprint
 from .arithmetic import arithmetic_of
-from .checkpoints import checkpoint_step, list_checkpoints
+from .checkpoints import checkpoint_step, list_checkpoints, save_model
 from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen
 from .launch import process_state, refuse_what_cannot_run
 from .loop import Stage, train
-from .options import STAGES, StageOptions, check_preset, goes_on, read_record, run_record, stage_options
-from .randomness import derived_seed
+from .options import RECORD, STAGES, StageOptions, check_preset, goes_on, read_record, run_record, stage_options
+from .randomness import Noise, derived_seed
+
+logger = logging.getLogger(__name__)
+
+# Second stages with a density, by the name that `--second_stage` gives them.
+PRIORS = {
+    "flow_matching": VAEPlusFlowMatchingModel,
+    "coupling_flow": VAEPlusCouplingFlowModel,
+    "mixture": VAEPlusMixtureModel,
+}
 
 
 def run_stage(options: StageOptions, images=None) -> VAEPlusPreTrainedModel:
@@ -55,7 +76,8 @@ def run_stage(options: StageOptions, images=None) -> VAEPlusPreTrainedModel:
     """
     refuse_what_cannot_run(options)  # before the data is read
     with arithmetic_of(options):  # codes and posteriors as well
-        return train(build_stage(options, images), options)
+        stage = build_stage(options, images)
+        return fit_mixture(stage, options) if options.second_stage == "mixture" else train(stage, options)
 
 
 def build_stage(options: StageOptions, images=None) -> Stage:
@@ -63,6 +85,8 @@ def build_stage(options: StageOptions, images=None) -> Stage:
     images = _open_to_train(options) if images is None else images
     torch.manual_seed(derived_seed(options.seed, 2))  # the initial weights
     build = {"autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage}[options.stage]
+    if options.second_stage != "vae":
+        build = _prior_stage
     return build(options, images)
 
 
@@ -172,6 +196,8 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
     for position, stage in enumerate(STAGES):
         earlier = {before: folders[before] for before in STAGES[:position]}
         fixed = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
+        if stage != "second_stage":  # of a preset's `common`, or of a flag for all stages
+            fixed["second_stage"] = "vae"
         options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **fixed})
         refuse_what_cannot_run(options[stage])
     if len(set(folders.values())) < len(STAGES):
@@ -223,10 +249,21 @@ def _vae_config(options: StageOptions, autoencoder: VAEPlusAutoencoderConfig) ->
     return VAEPlusVAEConfig(**settings)
 
 
-def _second_stage_config(options: StageOptions, vae: VAEPlusVAEConfig) -> VAEPlusVAEConfig:
+def _second_stage_config(options: StageOptions, vae: VAEPlusVAEConfig) -> VAEPlusVAEConfig | VAEPlusPriorConfig:
+    if options.second_stage != "vae":
+        return _prior_config(options, vae.latent_dim)
     # q(z) has about unit variance: gamma must start well below it, or no direction survives.
     defaults = dict(input_shape=(vae.latent_dim,), latent_dim=vae.latent_dim, gamma="learned", gamma_init=0.1)
     return VAEPlusVAEConfig(**{**defaults, **options.model})
+
+
+def _prior_config(options: StageOptions, latent_dim: int, active_dims: list[int] | None = None) -> VAEPlusPriorConfig:
+    settings = dict(latent_dim=latent_dim, active_dims=active_dims) | options.model
+    if options.second_stage == "mixture":  # a preset's sizes of networks
+        settings = {name: value for name, value in settings.items() if name not in ("hidden_dim", "num_blocks")}
+    if options.second_stage == "flow_matching" and not options.distillation_share:
+        settings["distillation_steps"] = 0
+    return PRIORS[options.second_stage].config_class(**settings)
 
 
 def _autoencoder_stage(options: StageOptions, images) -> Stage:
@@ -356,6 +393,146 @@ def _second_stage(options: StageOptions, images) -> Stage:
     return Stage(model, dataset, prepare, _previewer(options, images), finishing, made_from)
 
 
+def _prior_stage(options: StageOptions, images) -> Stage:
+    """A second stage with a density: of the latents of the first VAE or, without one, of the autoencoder's codes."""
+    vae = load_frozen(VAEPlusVAEModel, options.vae) if options.vae else None
+    autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder) if options.autoencoder else None
+    latent_dim = (autoencoder if vae is None else vae).config.latent_dim
+
+    @torch.no_grad()
+    def posterior(pixels=None, codes=None):
+        """Mean and log-variance side by side; a code is exact: its variance is exp(-1000), which is 0."""
+        if codes is None:
+            codes = pixels if autoencoder is None else autoencoder.encode(pixels)
+        if vae is None:
+            return torch.cat([codes, torch.full_like(codes, -1000.0)], dim=1)
+        found = vae.encode(codes)
+        return torch.cat([found.mean, found.logvar], dim=1)
+
+    dataset, rows = images, None
+    if not isinstance(images, IterableDataset):
+        if autoencoder is None:
+            rows = encode_dataset(images, vae, posterior)
+        else:  # from the codes that the first VAE was trained on
+            codes = encode_dataset(images, autoencoder, autoencoder.encode)
+            rows = torch.cat([posterior(codes=part.to(autoencoder.device)).cpu() for part in codes.split(4096)])
+        dataset = TensorRows({"posterior": rows})
+
+    moments = PosteriorStatistics(latent_dim)  # of q(z)
+    for each in (
+        [rows] if rows is not None else (posterior(part) for part in _some_images(images, process_state().device))
+    ):
+        moments.update(*each.chunk(2, dim=1))
+    active_dims = None
+    if vae is not None and options.active_threshold:
+        # The sum of these KLs bounds what it costs, in nats, to take these dimensions for N(0, I) and independent.
+        active_dims = (moments.kl_per_dimension() >= options.active_threshold).nonzero().flatten().tolist()
+        if not active_dims:
+            raise ValueError(
+                f"no latent dimension of {options.vae} has a KL of {options.active_threshold} nats: this VAE has"
+                " collapsed, train it anew."
+            )
+    made_from = _made_from(images, autoencoder=autoencoder, vae=vae)
+    stage = prior_stage(
+        options, dataset, moments, active_dims, lambda batch: posterior(to_unit_range(batch["pixel_values"]))
+    )
+    return replace(stage, preview=_previewer(options, images), made_from=made_from)
+
+
+def prior_stage(
+    options: StageOptions,
+    dataset,
+    moments: PosteriorStatistics,
+    active_dims: list[int] | None = None,
+    posterior: Callable[[dict], torch.Tensor] | None = None,
+) -> Stage:
+    """A second stage with a density, of latents that lie ready.
+
+    Args:
+        options: `second_stage` and what belongs to it.
+        dataset: rows `posterior`: mean and log-variance of z side by side, `2 * latent_dim` numbers.
+        moments: of all posteriors.
+        active_dims: the dimensions that are learned; all if not given.
+        posterior: makes such rows of the batches of a data set of another kind.
+    """
+    latent_dim = len(moments.aggregate_mean())
+    config = _prior_config(options, latent_dim, active_dims if active_dims != list(range(latent_dim)) else None)
+    torch.manual_seed(derived_seed(options.seed, 2))  # once more: encoding has drawn numbers, or the cache spared them
+    model = PRIORS[options.second_stage](config)
+    model.set_input_moments(moments.aggregate_mean(), moments.aggregate_covariance())
+    turn = None
+    if options.second_stage == "flow_matching" and config.distillation_steps:
+
+        def start_distillation(model, trained):
+            model.start_distillation(trained)
+            trained.start_distillation(trained)
+
+        turn = round(options.max_train_steps * (1 - options.distillation_share)), start_distillation
+
+    def latents(batch, noise):
+        mean, logvar = (batch["posterior"] if "posterior" in batch else posterior(batch)).chunk(2, dim=1)
+        return torch.addcmul(mean, (0.5 * logvar).exp(), noise(latent_dim))
+
+    def prepare(batch, noise, step):
+        if options.second_stage != "flow_matching":
+            return {"inputs": latents(batch, noise)}
+        if turn is not None and step >= turn[0]:
+            return {"noise": noise(latent_dim)}
+        inputs = latents(batch, noise)
+        return {"inputs": inputs, "noise": noise(latent_dim), "times": noise(1).sigmoid()}
+
+    return Stage(model, dataset, prepare, turn=turn)
+
+
+def fit_mixture(stage: Stage, options: StageOptions) -> VAEPlusMixtureModel:
+    """Fit the mixture of `stage` by scikit-learn, in float64, to one z per image, and save it as `train` would.
+
+    One that is there already, made of the same with the same options, is taken as it is.
+
+    Raises:
+        FileExistsError: another process is at work there.
+        ValueError: a mixture that was made with other options, or of other images or stages; fewer z than Gaussians.
+    """
+    state, folder, model = process_state(), Path(options.output_dir), stage.model
+    record = {**run_record(options, state.num_processes, stage.made_from), "max_train_steps": 0}
+    with sole_run(folder) if state.is_main_process else nullcontext():
+        there = read_record(folder)
+        stays = goes_on(folder, there, record, options.retrain) and "weights" in there
+        if state.is_main_process and not (stays and there["weights"] == folder_fingerprint(folder)):
+            _fit(model, stage, options)
+            save_model(model, folder)
+            write_json(folder / RECORD, {**record, "weights": weights_fingerprint(model.state_dict())})
+        state.wait_for_everyone()
+        model = load_frozen(VAEPlusMixtureModel, options.output_dir)
+        if state.is_main_process:
+            (folder / "samples").mkdir(exist_ok=True)
+            if stage.preview is not None:
+                stage.preview(model).save(folder / "samples" / "step-0000000.png")
+            if options.push_to_hub:
+                push = BackgroundPush(
+                    options.hub_model_id, options.hub_subfolder, options.hub_private_repo, options.hub_token
+                )
+                push.finish(model.save_pretrained, f"{folder.name}: a mixture")
+        state.wait_for_everyone()
+    return model
+
+
+def _fit(model: VAEPlusMixtureModel, stage: Stage, options: StageOptions):
+    num_components, rows = model.config.num_components, stage.dataset.tensors["posterior"]
+    if len(rows) < 2 * num_components:
+        raise ValueError(
+            f"a mixture of {num_components} Gaussians needs at least twice as many images, got {len(rows)}."
+        )
+    noise = Noise(options.seed, len(rows), torch.device("cpu")).at(0, slice(len(rows)))
+    y = model.whitened(stage.prepare({"posterior": rows}, noise, 0)["inputs"]).double()
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        mixture = GaussianMixture(num_components, max_iter=200, random_state=options.seed % 2**32).fit(y.numpy())
+    if not mixture.converged_:
+        logger.warning("the mixture has not converged after %d iterations: it is taken as it is", mixture.n_iter_)
+    parts = (mixture.weights_, mixture.means_, mixture.covariances_)
+    model.set_mixture(*map(torch.from_numpy, parts))
+
+
 def _some_images(images, device, count: int = 5_000) -> Iterator[torch.Tensor]:
     """Pixels in [0, 1] of images spread over the data set (of a stream: its first), by which statistics are taken."""
     if isinstance(images, IterableDataset):
@@ -392,10 +569,11 @@ def _previewer(options: StageOptions, images):
 
 
 def build_pipeline(options: StageOptions, model: VAEPlusPreTrainedModel):
-    """The pipeline that ends with `model`, the VAE of `options.stage`, and loads the stages before it."""
+    """The pipeline that ends with `model`, which is that of `options.stage`, and loads the stages before it."""
     from ..hub.pipeline import VAEPlusPipeline  # training the autoencoder does not need diffusers
 
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder) if options.autoencoder else None
     if options.stage == "vae":
         return VAEPlusPipeline(model, autoencoder)
-    return VAEPlusPipeline(load_frozen(VAEPlusVAEModel, options.vae), autoencoder, model)
+    vae = load_frozen(VAEPlusVAEModel, options.vae) if options.vae else None
+    return VAEPlusPipeline(vae, autoencoder, model)

@@ -7,8 +7,9 @@ package itself offers (hub/pipeline.py) adds safe loading and uploads.
     sampling  u -> `second_stage` -> z -> `vae` -> code -> `autoencoder` -> image
     encoding  image -> `autoencoder` -> code -> `vae` -> posterior over z
 
-Without an autoencoder the VAE works on pixels; without a second stage z is drawn from N(0, I). Inference only: what
-comes out is float32 and lies on the CPU, whatever the device and the precision of the models.
+Without an autoencoder the VAE works on pixels; without a second stage z is drawn from N(0, I). Without a VAE the
+second stage makes the autoencoder's codes, and there are no posteriors. Inference only: what comes out is float32 and
+lies on the CPU, whatever the device and the precision of the models.
 """
 
 import math
@@ -28,11 +29,16 @@ Images = Image.Image | list[Image.Image] | tuple[Image.Image, ...] | np.ndarray 
 ImagesOut = list[Image.Image] | np.ndarray | torch.Tensor
 Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
-# Component: its `config.model_type` (a class loaded from a Hub repository is not the installed one) and its class.
+# Component: each `config.model_type` (a class loaded from a Hub repository is not the installed one) and its class.
 COMPONENTS = {
-    "autoencoder": ("vaeplus_autoencoder", "VAEPlusAutoencoderModel"),
-    "vae": ("vaeplus_vae", "VAEPlusVAEModel"),
-    "second_stage": ("vaeplus_vae", "VAEPlusVAEModel"),
+    "autoencoder": {"vaeplus_autoencoder": "VAEPlusAutoencoderModel"},
+    "vae": {"vaeplus_vae": "VAEPlusVAEModel"},
+    "second_stage": {
+        "vaeplus_vae": "VAEPlusVAEModel",
+        "vaeplus_flow_matching": "VAEPlusFlowMatchingModel",
+        "vaeplus_coupling_flow": "VAEPlusCouplingFlowModel",
+        "vaeplus_mixture": "VAEPlusMixtureModel",
+    },
 }
 
 
@@ -52,10 +58,11 @@ class VAEPlusPipeline(DiffusionPipeline):
     """Samples, encodes, reconstructs, interpolates and scores images with the stages of VAE+.
 
     Args:
-        vae (`VAEPlusVAEModel`): the first VAE, of codes or, without an autoencoder, of pixels.
+        vae (`VAEPlusVAEModel`, *optional*): the first VAE, of codes or, without an autoencoder, of pixels. Without
+            it a second stage of the autoencoder's codes is needed; such a pipeline samples and decodes alone.
         autoencoder (`VAEPlusAutoencoderModel`, *optional*): between images and codes.
-        second_stage (`VAEPlusVAEModel`, *optional*): VAE of the first VAE's latents, a model of the aggregate
-            posterior q(z).
+        second_stage (`VAEPlusVAEModel` or a model of modeling_priors.py, *optional*): of the first VAE's latents, a
+            model of the aggregate posterior q(z).
 
     Images are accepted by every method as a PIL image or a list or tuple of them (mode "RGB", or "L" for one channel);
     numpy `(n, H, W, C)` or `(H, W, C)`; torch `(n, C, H, W)` or `(C, H, W)`; arrays are floats in [0, 1] or uint8.
@@ -75,11 +82,11 @@ class VAEPlusPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "second_stage->vae->autoencoder"
-    _optional_components = ["autoencoder", "second_stage"]
+    _optional_components = ["vae", "autoencoder", "second_stage"]
 
     def __init__(
         self,
-        vae: PreTrainedModel,
+        vae: PreTrainedModel | None = None,
         autoencoder: PreTrainedModel | None = None,
         second_stage: PreTrainedModel | None = None,
     ):
@@ -88,11 +95,12 @@ class VAEPlusPipeline(DiffusionPipeline):
         for name, component in components.items():
             if component is None and name in self._optional_components:
                 continue
-            model_type, class_name = COMPONENTS[name]
-            if getattr(getattr(component, "config", None), "model_type", None) != model_type:
-                raise TypeError(f"{name} must be a {class_name}, got {type(component).__name__}.")
+            classes = COMPONENTS[name]
+            if getattr(getattr(component, "config", None), "model_type", None) not in classes:
+                expected = " or ".join(classes.values())
+                raise TypeError(f"{name} must be a {expected}, got {type(component).__name__}.")
         _check_dimensions(
-            vae.config,
+            None if vae is None else vae.config,
             None if autoencoder is None else autoencoder.config,
             None if second_stage is None else second_stage.config,
         )
@@ -106,6 +114,18 @@ class VAEPlusPipeline(DiffusionPipeline):
         config = self.autoencoder.config
         return (config.num_channels, config.image_size, config.image_size)
 
+    @property
+    def _latent_dim(self) -> int:
+        """Number of dimensions of what is decoded: z or, without a VAE, a code."""
+        return (self.autoencoder if self.vae is None else self.vae).config.latent_dim
+
+    def need_vae(self, what: str) -> None:
+        """Raises ValueError for a pipeline without a first VAE, which has no `what`."""
+        if self.vae is None:
+            raise ValueError(
+                f"this pipeline has no first VAE, so it has no {what}: it can sample and decode codes alone."
+            )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -118,6 +138,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         batch_size: int | None = None,
+        num_inference_steps: int | None = None,
     ) -> ImagePipelineOutput | tuple[ImagesOut]:
         """Sample images (Section 4): u ~ N(0, I), z = second_stage.sample(u), image = mean of the decoders at z.
 
@@ -137,10 +158,13 @@ class VAEPlusPipeline(DiffusionPipeline):
             decode_batch_size (`int`), output_type (`"pil" | "np" | "pt"`): see the class.
             return_dict (`bool`): an `ImagePipelineOutput`, or the tuple `(images,)`.
             batch_size (`int`, *optional*): another name of `num_images`, the one in diffusers.
+            num_inference_steps (`int`, *optional*): of a second stage by flow matching: solve its ODE in so many steps
+                of Heun's method, of two passes each, in place of the one pass that it was distilled to.
 
         Raises:
             TypeError: latents or generators of another type.
-            ValueError: a number out of range, or latents of wrong shape, not finite or too large for the decoder.
+            ValueError: a number out of range, latents of wrong shape, not finite or too large for the decoder, or
+                `num_inference_steps` for another second stage.
         """
         _check_output_type(output_type)
         temperature = _check_factor("temperature", temperature)
@@ -152,7 +176,15 @@ class VAEPlusPipeline(DiffusionPipeline):
                     " leave one out (decode_batch_size is the number of images decoded at a time)."
                 )
             num_images = _check_count("batch_size", batch_size)
-        latent_dim = self.vae.config.latent_dim
+        options = {}
+        if num_inference_steps is not None:
+            if getattr(getattr(self.second_stage, "config", None), "model_type", None) != "vaeplus_flow_matching":
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps} needs a second stage by flow matching: leave it out,"
+                    " one pass is all there is."
+                )
+            options["num_inference_steps"] = _check_count("num_inference_steps", num_inference_steps)
+        latent_dim = self._latent_dim
         noise_dim = latent_dim if self.second_stage is None else self.second_stage.config.latent_dim
         if latents is not None:
             _check_latents(latents, noise_dim)
@@ -174,7 +206,7 @@ class VAEPlusPipeline(DiffusionPipeline):
             z = latents[rows]
             if self.second_stage is not None:
                 with _weights_in_place(self.second_stage):
-                    z = self.second_stage.sample(z, eps[rows])
+                    z = self.second_stage.sample(z, eps[rows], **options)
             return self._decode_batch(z)
 
         images = _to_output(self._finished(map(decoded, batches), num_images, sharpness), output_type)
@@ -194,8 +226,9 @@ class VAEPlusPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: images of another type.
-            ValueError: images of wrong size, channels, range or dtype, or none at all.
+            ValueError: images of wrong size, channels, range or dtype, or none at all; a pipeline without a VAE.
         """
+        self.need_vae("posteriors")
         images = _to_tensor(images, self.image_shape)
         batches = self._batches(len(images), "batch_size", batch_size)
         posteriors = [self._encode_batch(images[rows]) for rows in batches]
@@ -209,6 +242,8 @@ class VAEPlusPipeline(DiffusionPipeline):
     ) -> ImagesOut:
         """Images, in the form `output_type`, of latents z of the first VAE, of shape `(n, latent_dim)`.
 
+        Without a VAE they are codes of the autoencoder.
+
         `sharpness` is that of sampling, `decode_batch_size` that of the class.
 
         Raises:
@@ -218,7 +253,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         """
         _check_output_type(output_type)
         sharpness = self._check_sharpness(sharpness)
-        _check_latents(latents, self.vae.config.latent_dim)
+        _check_latents(latents, self._latent_dim)
         batches = self._batches(len(latents), "decode_batch_size", decode_batch_size)
         decoded = (self._decode_batch(latents[rows]) for rows in batches)
         images = self._finished(decoded, len(latents), sharpness)
@@ -281,22 +316,33 @@ class VAEPlusPipeline(DiffusionPipeline):
         num_importance_samples: int = 64,
         generator: Generators = None,
         decode_batch_size: int = 64,
+        prior: str = "standard_normal",
+        unit: str = "nats",
     ) -> torch.Tensor:
         """Importance-weighted estimate of log p(x), which approaches it from below (Burda et al. 2016, Eq. 8).
 
-            log p(x) >= E log mean_k N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x),    z_k ~ q(z | x)
+            log p(x) >= E log mean_k N(x | mean(z_k), gamma I) p(z_k) / q(z_k | x),    z_k ~ q(z | x)
 
         Args:
-            images, num_importance_samples, generator, decode_batch_size: as in `log_importance_weights`.
+            images, num_importance_samples, generator, decode_batch_size, prior: as in `log_importance_weights`.
+            unit (`"nats" | "bits_per_dimension"`): the latter is -log2 p(x) / d + 8 of the d pixel values, of their
+                density in units of an 8-bit level: less is better. No noise is added to the levels, so it is not the
+                bound of a discrete model.
 
         Returns:
-            `torch.Tensor` of shape `(n,)`: nats per image, densities of pixels in [0, 1] (they can be positive).
+            `torch.Tensor` of shape `(n,)`: nats per image, densities of pixels in [0, 1] (they can be positive); or
+                bits.
 
         Raises:
-            TypeError, ValueError: as `log_importance_weights`.
+            TypeError, ValueError: as `log_importance_weights`; another unit.
         """
-        log_weights = self.log_importance_weights(images, num_importance_samples, generator, decode_batch_size)
-        return (log_weights.logsumexp(0) - math.log(num_importance_samples)).float()
+        if unit not in ("nats", "bits_per_dimension"):
+            raise ValueError(f"unit must be 'nats' or 'bits_per_dimension', got {unit!r}.")
+        log_weights = self.log_importance_weights(images, num_importance_samples, generator, decode_batch_size, prior)
+        nats = log_weights.logsumexp(0) - math.log(num_importance_samples)
+        if unit == "bits_per_dimension":
+            return (8 - nats / (math.prod(self.image_shape) * math.log(2))).float()
+        return nats.float()
 
     @torch.no_grad()
     def log_importance_weights(
@@ -305,24 +351,29 @@ class VAEPlusPipeline(DiffusionPipeline):
         num_importance_samples: int = 64,
         generator: Generators = None,
         decode_batch_size: int = 64,
+        prior: str = "standard_normal",
     ) -> torch.Tensor:
-        """log N(x | mean(z_k), gamma I) N(z_k | 0, I) / q(z_k | x) at z_k ~ q(z | x): what bounds of log p(x) reduce.
+        """log N(x | mean(z_k), gamma I) p(z_k) / q(z_k | x) at z_k ~ q(z | x): what bounds of log p(x) reduce.
 
-        p is the model of the first VAE, with prior N(0, I): the second stage is not used. Noise is drawn image after
-        image, so the weights do not depend on `decode_batch_size`.
+        Noise is drawn image after image, so the weights do not depend on `decode_batch_size`.
 
         Args:
             images: see the class.
             num_importance_samples (`int`): K; the cost is K decoder passes per image.
             generator (`torch.Generator` or a list or tuple of one per image, *optional*): source of the noise.
             decode_batch_size (`int`): see the class.
+            prior (`"standard_normal" | "second_stage"`): p(z): N(0, I), the model of the first VAE alone, or the
+                density that the second stage has learned.
 
         Returns:
             `torch.Tensor` of shape `(K, n)`: nats, float64. The mean over K estimates the ELBO (Eq. 2).
 
         Raises:
-            TypeError, ValueError: as `encode`; also a VAE whose gamma was measured on codes instead of images.
+            TypeError, ValueError: as `encode`; also a VAE whose gamma was measured on codes instead of images, or a
+                second stage without an exact `log_prob`.
         """
+        self.need_vae("likelihoods")
+        self._check_prior(prior)
         if self.autoencoder is not None and not self.vae.config.gamma_is_of_images:
             raise ValueError(
                 "likelihoods need the decoder variance of images, but this VAE's gamma was measured on codes:"
@@ -348,8 +399,14 @@ class VAEPlusPipeline(DiffusionPipeline):
                 # log N(x | mean(z), gamma I), the data term of Eq. (3) with its constants
                 num_dims = targets[0].numel()
                 log_p_x = -0.5 * (squared_error / log_gamma.exp() + num_dims * (log_gamma + math.log(2 * math.pi)))
-                # log N(z | 0, I) - log q(z | x) with z = mean + sigma eps: the 2 pi's cancel
-                log_ratio = 0.5 * (eps.square() + posterior.logvar - z.square()).sum(2)
+                if prior == "second_stage":
+                    with _weights_in_place(self.second_stage):
+                        log_p_z = self.second_stage.log_prob(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+                    # log p(z) - log q(z | x) with z = mean + sigma eps
+                    log_ratio = log_p_z + 0.5 * (eps.square() + posterior.logvar + math.log(2 * math.pi)).sum(2)
+                else:
+                    # log N(z | 0, I) - log q(z | x): the 2 pi's cancel
+                    log_ratio = 0.5 * (eps.square() + posterior.logvar - z.square()).sum(2)
                 log_weights.append(log_p_x + log_ratio.cpu())
             all_log_weights.append(torch.cat(log_weights))
         self.maybe_free_model_hooks()
@@ -371,6 +428,16 @@ class VAEPlusPipeline(DiffusionPipeline):
         batch_size = _check_count(name, batch_size)
         batches = [slice(first, first + batch_size) for first in range(0, num_images, batch_size)]
         return batches if len(batches) == 1 else self.progress_bar(batches)
+
+    def _check_prior(self, prior: str):
+        if prior not in ("standard_normal", "second_stage"):
+            raise ValueError(f"prior must be 'standard_normal' or 'second_stage', got {prior!r}.")
+        if prior == "second_stage" and not getattr(self.second_stage, "log_prob_is_exact", False):
+            found = "no second stage" if self.second_stage is None else f"a {type(self.second_stage).__name__} as such"
+            raise ValueError(
+                f"prior='second_stage' needs a second stage with an exact log_prob, and this pipeline has {found}:"
+                " train one with second_stage flow_matching, coupling_flow or mixture."
+            )
 
     def _check_sharpness(self, sharpness: float) -> float:
         sharpness = _check_factor("sharpness", sharpness)
@@ -411,8 +478,10 @@ class VAEPlusPipeline(DiffusionPipeline):
 
     def _decode_batch(self, z: torch.Tensor) -> torch.Tensor:
         """Decoder means in float32, not clipped: the mean of the likelihood."""
-        with _weights_in_place(self.vae):
-            decoded = self.vae.decode(z.to(self._execution_device))
+        decoded = z.to(self._execution_device)
+        if self.vae is not None:
+            with _weights_in_place(self.vae):
+                decoded = self.vae.decode(decoded)
         if self.autoencoder is not None:
             with _weights_in_place(self.autoencoder):
                 decoded = self.autoencoder.decode(decoded)
@@ -526,6 +595,9 @@ def _to_output(images: torch.Tensor, output_type: str) -> ImagesOut:
 
 def _check_dimensions(vae, autoencoder, second_stage):
     """Whether the configs of the components fit together (`None` for a component that is absent)."""
+    if vae is None:
+        _check_without_vae(autoencoder, second_stage)
+        return
     if autoencoder is not None and vae.input_shape != (autoencoder.latent_dim,):
         raise ValueError(
             f"the vae has input_shape={vae.input_shape} but the autoencoder's codes have {autoencoder.latent_dim}"
@@ -550,10 +622,21 @@ def _check_dimensions(vae, autoencoder, second_stage):
             f"the second_stage has input_shape={second_stage.input_shape} but the vae has {vae.latent_dim} latent"
             " dimensions: use the second stage that was trained on these latents."
         )
-    if second_stage.reconstruction_space != "input":
+    if second_stage.model_type == "vaeplus_vae" and second_stage.reconstruction_space != "input":
         raise ValueError(
             f"the second_stage must have reconstruction_space='input', got {second_stage.reconstruction_space!r}: its"
             " gamma must be a variance of z."
+        )
+
+
+def _check_without_vae(autoencoder, second_stage):
+    if autoencoder is None or second_stage is None:
+        raise ValueError("a pipeline without a vae needs an autoencoder and a second_stage of its codes: pass them.")
+    if second_stage.input_shape != (autoencoder.latent_dim,):
+        raise ValueError(
+            f"the second_stage has input_shape={second_stage.input_shape} but the autoencoder's codes have"
+            f" {autoencoder.latent_dim} numbers: use the second stage that was trained on these codes, or pass the vae"
+            " between them."
         )
 
 
