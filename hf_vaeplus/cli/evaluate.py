@@ -67,6 +67,7 @@ def _evaluate(args):
     output_file(args)
     args.device = args.device or str(process_state().device)  # of this process, where there are several
     pipe = load_pipeline(args)
+    pipe.need_vae("posteriors to measure")
     try:
         extractors = [open_extractor(spec, args.device) for spec in args.features]
     except ImportError as error:  # of a package that is not needed otherwise
