@@ -65,8 +65,8 @@ class VAEPlusScores(BaseOutput):
     """How well a model fits each of n images, and how usual it finds them. Tensors are float32 on the CPU.
 
     Args:
-        log_likelihood (`torch.Tensor` of shape `(n,)`): lower bound of log p(x) by `num_importance_samples` samples, in
-            nats per image, of the density of pixels in [0, 1]. `None` if the model has no likelihood of images.
+        log_likelihood (`torch.Tensor` of shape `(n,)`): lower bound of log p(x) by `num_importance_samples` samples,
+            in nats per image, of the density of pixels in [0, 1]. `None` if the model has no likelihood of images.
         bits_per_dimension (`torch.Tensor` of shape `(n,)`): the same in bits for each pixel value, as in
             `VAEPlusPipeline.log_likelihood`: less is better. `None` as well.
         squared_error (`torch.Tensor` of shape `(n,)`): sum over the pixel values in [0, 1] of the squared difference
@@ -172,8 +172,8 @@ class VAEPlusPipeline(DiffusionPipeline):
                 )
             except (OSError, ValueError, TypeError) as error:
                 raise ValueError(
-                    f"this pipeline has no image processor ({error}): set pipe.image_processor, or pass images of shape"
-                    f" {self.image_shape} and preprocess=False."
+                    f"this pipeline has no image processor ({error}): set pipe.image_processor, or pass images of"
+                    f" shape {self.image_shape} and preprocess=False."
                 ) from error
             self._image_processor = found
         return self._image_processor
@@ -616,10 +616,10 @@ class VAEPlusPipeline(DiffusionPipeline):
                 if isinstance(picture, np.ndarray | torch.Tensor):
                     picture = _to_uint8(picture)
                 picture = self.image_processor.pixels(picture, f"image {number}")
-            rows.append(_to_tensor(picture, self.image_shape)[0])
+            rows.append(_to_tensor(picture, self.image_shape)[0].permute(1, 2, 0))
         if len({row.dtype for row in rows}) > 1:
             rows = [row / 255 if row.dtype == torch.uint8 else row.float() for row in rows]
-        return torch.stack(rows)
+        return torch.stack(rows).permute(0, 3, 1, 2)  # channels last in memory, as an array of pictures is
 
     def _to_float(self, images: torch.Tensor) -> torch.Tensor:
         """float32 pixels in [0, 1] on the execution device, of a batch from `_to_tensor`."""

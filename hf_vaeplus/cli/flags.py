@@ -238,12 +238,19 @@ def add_data(parser, purpose: str):
     data.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
 
 
+def add_label_column(parser):
+    parser.add_argument("--label_column", default=None, help="column of a table, or of a data set, with labels")
+
+
 def data_options(args, pipe, **options):
     """What `add_data` parsed, as the options of a stage: images as the pipeline takes them."""
+    from ..data.catalogue import EMBEDDED
     from ..training.options import StageOptions
 
     channels, size, _ = pipe.image_shape
     source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
+    if getattr(args, "dataset_name", None) not in EMBEDDED:
+        source["crop"] = pipe.image_processor.crop
     names = _data_options()
     source |= {name: value for name, value in given_options(args).items() if name in names}
     return StageOptions(split=args.split, **source, **options)
@@ -269,9 +276,8 @@ def add_json(parser):
 
 
 def add_crop(parser):
-    parser.add_argument(
-        "--crop", type=int, default=None, help="side of the centre crop in pixels, as in training (default: largest)"
-    )
+    told = "side of the centre crop in source pixels (default: that of the training)"
+    parser.add_argument("--crop", type=int, default=None, help=told)
 
 
 def add_overwrite(parser):
@@ -387,23 +393,36 @@ def read_pictures(args, pipe, paths: list[Path] | None = None, skip: bool = Fals
         paths: the pictures; `args.images` if not given.
         skip: leave out those that cannot be used, with a warning for each.
     """
-    import numpy as np
     import torch
 
     from ..data.pixels import to_unit_range
-    from ..image_processing_vaeplus import decode_image
 
-    channels, size, _ = pipe.image_shape
-    if args.crop is not None and args.crop < 1:
-        raise ValueError(f"--crop must be positive, got {args.crop}.")
-    arrays = []
-    for path in map(Path, args.images if paths is None else paths):
+    arrays = dict(usable_pictures(args, pipe, map(Path, args.images) if paths is None else paths, skip))
+    if not arrays:
+        raise ValueError("none of the pictures can be used, expected at least one: name others.")
+    return to_unit_range(torch.stack(list(arrays.values())))
+
+
+def usable_pictures(args, pipe, paths: Iterable[Path], skip: bool):
+    """Pictures that can be used, one by one: where they are listed, and uint8 of shape `(C, H, W)`.
+
+    The crop is `args.crop`, or that of the training. Arguments and errors are those of `read_pictures`.
+    """
+    import torch
+
+    from ..image_processing_vaeplus import VAEPlusImageProcessor
+
+    processor = pipe.image_processor
+    if args.crop is not None:
+        if args.crop < 1:
+            raise ValueError(f"--crop must be positive, got {args.crop}.")
+        processor = VAEPlusImageProcessor(processor.image_size, processor.num_channels, args.crop)
+    for place, path in enumerate(paths):
         try:
-            arrays.append(decode_image(path, path, size, args.crop, channels))
+            pixels = processor.pixels(path, str(path))
         except ValueError as error:
             if not skip:
                 raise
             logging.warning("left out: %s", error)
-    if not arrays:
-        raise ValueError("none of the pictures can be used, expected at least one: name others.")
-    return to_unit_range(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+        else:
+            yield place, torch.tensor(pixels).permute(2, 0, 1)

@@ -77,9 +77,11 @@ def open_cache(
     if len(rows) < shape[0]:
         fingerprint = hashlib.sha256(f"{fingerprint} {rows.start}:{rows.stop}".encode()).hexdigest()[:32]
     numbers = [number for number, _ in left_out]
-    return ImageDataset(
+    images = ImageDataset(
         folder / "images.bin", shape, source.name, fingerprint, options.random_flip, options.split, rows, numbers
     )
+    images.source = source
+    return images
 
 
 def _parse_split(split):
@@ -163,7 +165,10 @@ class ImageDataset(Dataset):
         name (`str`): data set or folder; fingerprint (`str`): hash of the source's content and the options.
         split (`str`): as it was asked for; rows (`range`): those of the cache that it names, all by default.
         left_out (list of `int`): numbers of the rows of the source that the cache lacks.
+        source: what the images were decoded from, which knows names and labels; `None` in copies and in workers.
     """
+
+    source = None
 
     def __init__(self, path, shape, name, fingerprint, random_flip=False, split="train", rows=None, left_out=()):
         self.path, self.shape, self.name, self.fingerprint = Path(path), tuple(shape), name, fingerprint
@@ -177,7 +182,7 @@ class ImageDataset(Dataset):
         self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)[self.rows.start : self.rows.stop]
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "images"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("images", "source")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)

@@ -17,14 +17,14 @@ def results_table(results: dict) -> str:
             ratio, kernel = each["frechet_over_downsample"], each["kernel"]
             shown = "-" if ratio is None else f"{ratio:.3f}", "-" if kernel is None else f"{kernel[0]:.3g}"
             block.append([name, f"{each['frechet']:.4g}", *shown])
-        blocks.append(_aligned(block))
+        blocks.append(aligned(block))
     if bins := list(sets["downsample"]["ndb"]):
         split, count = protocol["training_split"], protocol["num_training_images"]
         block = [[f"bins of {split}, {count:,}"] + [f"{figure}/{k}" for k in bins for figure in ("NDB", "JS")]]
         for name, each in sets.items():
             pairs = [each["ndb"][k] for k in bins]
             block.append([name] + [text for p in pairs for text in (f"{p['ndb_over_k']:.3f}", f"{p['js']:.4f}")])
-        blocks.append(_aligned(block))
+        blocks.append(aligned(block))
     block = []
     for prefix, title in (("autoencoder_", "autoencoder alone"), ("", "whole model")):
         if f"{prefix}psnr" in results:
@@ -44,10 +44,10 @@ def results_table(results: dict) -> str:
         block.append(["ELBO per image", f"{each['elbo']:.2f} nats"])
         samples = f"{each['num_importance_samples']} importance samples"
         block.append(["negative log-likelihood per image", f"{each['nll']:.2f} nats", samples])
-    return "\n\n".join([*blocks, _aligned(block)])
+    return "\n\n".join([*blocks, aligned(block)])
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     """Rows of text in columns: the first to the left, the others to the right."""
     columns = range(max(map(len, rows)))
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in columns]

@@ -1,0 +1,115 @@
+"""Pictures of any size as training saw them, and scores of each: against closed forms and planted cases."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_pipeline
+from PIL import Image
+from test_pipeline import SIZE, generator, make_vae, probabilistic_pca  # noqa: F401
+from torch.distributions import MultivariateNormal
+
+from hf_vaeplus import VAEPlusImageProcessor, VAEPlusMixtureConfig, VAEPlusMixtureModel, VAEPlusPipeline
+
+
+@pytest.fixture
+def pipe() -> VAEPlusPipeline:
+    """Trained on the central 40 pixels of pictures."""
+    pipe = make_pipeline()
+    pipe.image_processor = VAEPlusImageProcessor(SIZE, crop=40)
+    return pipe
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8))
+
+
+def fitted(picture: Image.Image) -> torch.Tensor:
+    """The crop and the box filter, written out once more, as uint8 `(1, 3, SIZE, SIZE)`."""
+    small = picture.crop((5, 10, 45, 50)).resize((SIZE, SIZE), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+
+
+def test_pictures_of_any_size_are_seen_as_in_training(pipe, picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    expected = pipe.encode(fitted(picture), preprocess=False).mean
+    pixels = np.array(picture)
+    channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
+    with_alpha = np.concatenate([pixels, np.full((60, 50, 1), 7, np.uint8)], axis=2)
+    for form in (picture, tmp_path / "a.png", str(tmp_path / "a.png"), pixels, pixels / 255, with_alpha, (pixels,),
+                 channels_first, channels_first.double() / 255, picture.convert("RGBA"), [picture]):  # fmt: skip
+        assert torch.equal(pipe.encode(form).mean, expected)
+    mixed = pipe.encode([picture, tmp_path / "a.png", fitted(picture)[0], fitted(picture)[0] / 255]).mean
+    torch.testing.assert_close(mixed, expected.expand(4, -1))
+    torch.testing.assert_close(pipe.encode(np.stack([pixels, pixels])).mean, expected.expand(2, -1))
+    again = pipe.reconstruct(picture, "pt")
+    assert torch.equal(again, pipe.reconstruct(fitted(picture), "pt", preprocess=False))
+    torch.testing.assert_close(pipe.interpolate(picture, pixels, 2, "pt")[0, :1], again)
+    nats = pipe.log_likelihood(picture, 2, generator())
+    assert torch.equal(nats, pipe.log_likelihood(fitted(picture), 2, generator(), preprocess=False))
+
+
+def test_exact_images_keep_every_bit(pipe):
+    exact = torch.rand(2, 3, SIZE, SIZE, generator=generator())  # between the levels of 8 bits
+    for form in (exact, exact.permute(0, 2, 3, 1).numpy(), list(exact)):
+        assert torch.equal(pipe.encode(form).mean, pipe.encode(exact, preprocess=False).mean)
+
+
+def test_what_the_model_draws_is_not_cropped_again(pipe, tmp_path):
+    drawn = pipe(1, generator=generator()).images[0]
+    drawn.save(tmp_path / "a.png")
+    expected = pipe.encode(drawn, preprocess=False).mean
+    torch.testing.assert_close(pipe.encode([drawn, tmp_path / "a.png"]).mean, expected.expand(2, -1))
+    pipe.image_processor = VAEPlusImageProcessor(SIZE, crop=20)  # training would crop such a picture
+    assert not torch.equal(pipe.encode(drawn).mean, expected)
+
+
+def test_a_photograph_is_turned_as_the_camera_recorded_it(pipe, picture):
+    picture.getexif()[0x0112] = 3
+    assert torch.equal(
+        pipe.encode(picture).mean, pipe.encode(fitted(picture.transpose(Image.Transpose.ROTATE_180))).mean
+    )
+
+
+def test_scores_against_closed_forms(probabilistic_pca):  # noqa: F811
+    pipe, density = probabilistic_pca
+    x = torch.rand(5, 1, 4, 4, generator=generator(3))
+    scores = pipe.score(x, 3)
+    exact = density.log_prob(x.flatten(1).double())
+    torch.testing.assert_close(scores.log_likelihood.double(), exact, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores.bits_per_dimension.double(), 8 - exact / (16 * np.log(2)), rtol=0, atol=1e-4)
+    by_hand = ((x - pipe.reconstruct(x, "pt")) ** 2).sum((1, 2, 3))
+    torch.testing.assert_close(scores.squared_error, by_hand)
+    dim = pipe.vae.config.latent_dim
+    standard = MultivariateNormal(torch.zeros(dim), torch.eye(dim))
+    squares = 2 * (standard.log_prob(torch.zeros(dim)) - standard.log_prob(pipe.encode(x).mean))
+    assert scores.latent_distance_is == "mahalanobis"
+    torch.testing.assert_close(scores.latent_distance.square(), squares, rtol=1e-4, atol=1e-5)
+    same = pipe.log_likelihood(x, 4, generator())
+    assert torch.equal(pipe.score(x, 4, generator()).log_likelihood, same)
+
+
+def test_a_second_stage_with_a_density_is_the_prior_of_scores():
+    config = VAEPlusMixtureConfig(latent_dim=4, num_components=2)
+    second_stage = VAEPlusMixtureModel(config)
+    covariance = torch.diag(torch.tensor([0.5, 1.0, 2.0, 0.7]))
+    second_stage.set_input_moments(torch.tensor([0.3, 0.0, -1.0, 0.2]), covariance)
+    whole = make_pipeline()
+    pipe = VAEPlusPipeline(whole.vae, whole.autoencoder, second_stage)
+    images = torch.rand(3, 3, SIZE, SIZE, generator=generator())
+    scores = pipe.score(images, 2, generator())
+    assert (scores.latent_distance_is, scores.prior) == ("negative_log_density", "second_stage")
+    density = -second_stage.log_prob(pipe.encode(images).mean)
+    torch.testing.assert_close(scores.latent_distance, density.float().detach())
+    assert torch.equal(scores.log_likelihood, pipe.log_likelihood(images, 2, generator(), prior="second_stage"))
+    assert pipe.score(images, 2, prior="standard_normal").latent_distance_is == "mahalanobis"
+    with pytest.raises(ValueError, match="needs a second stage with an exact log_prob"):
+        whole.score(images, prior="second_stage")
+
+
+def test_a_model_without_a_likelihood_has_the_other_scores():
+    whole = make_pipeline()
+    vae = make_vae(reconstruction_space="input")
+    scores = VAEPlusPipeline(vae, whole.autoencoder).score(torch.rand(2, 3, SIZE, SIZE))
+    assert scores.log_likelihood is None and scores.bits_per_dimension is None
+    assert scores.squared_error.shape == scores.latent_distance.shape == (2,)
