@@ -10,6 +10,9 @@ def results_table(results: dict) -> str:
         f" {protocol['resolution']} x {protocol['resolution']}, crop: {crop}, seed {protocol['seed']}\n"
         f"real against real: {protocol['real']}" + (" (needs as many more)" if "real" not in sets else "")
     ]
+    if "images_are" in protocol:
+        known = protocol["images_are"] or "not known whether seen or unseen"
+        blocks[0] += f"\nreal images, reconstructions, posteriors and likelihoods: {known} in training"
     for extractor in protocol["extractors"]:
         found = {name: each["distances"][extractor["extractor"]] for name, each in sets.items()}
         block = [[found["downsample"]["distance"], "", "/ downsample", "kernel"]]
@@ -65,10 +68,15 @@ def second_stage_row(second: dict) -> tuple[str, str]:
     return "second stage: KL, gamma", f"{second['kl']:.2f} nats, {second['gamma']:.3g}"
 
 
+def _seen(images_are: str | None) -> str:
+    return f"{images_are} " if images_are else ""
+
+
 def summary_table(summary: dict, seconds: float) -> str:
     vae = summary["vae"]
     known = f" (known factors: r = {summary['num_factors']})" if summary["num_factors"] else ""
     rows = [
+        ("measured on", f"{summary['num_images']:,} {_seen(summary.get('images_are'))}images of {summary['images']}"),
         ("squared error per image, autoencoder alone", f"{summary['autoencoder_squared_error']:.2f}"),
         ("squared error per image, whole model", f"{summary['squared_error']:.2f}"),
         ("first VAE: active units", f"{vae['active_units_by_variance']} of {vae['latent_dim']}{known}"),

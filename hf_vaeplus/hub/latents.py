@@ -122,7 +122,7 @@ def _posteriors(pipe, images, batch_size: int, rows_per_table: int, label_column
     pending = []
     with tqdm(desc="encoding", unit="image", total=len(images) if hasattr(images, "__len__") else None) as bar:
         for batch in images.in_order(batch_size):
-            posterior = pipe.encode(batch["pixel_values"], batch_size)
+            posterior = pipe.encode(batch["pixel_values"], batch_size, preprocess=False)
             lists = [
                 pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), dim)
                 for rows in (posterior.mean, posterior.logvar)
