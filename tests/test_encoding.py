@@ -85,8 +85,8 @@ def test_every_image_has_its_posterior_whether_cached_or_streamed(pipe, name):
     torch.testing.assert_close(cached["logvar"][:], posterior.logvar, rtol=1e-5, atol=1e-5)
     if names:
         assert cached["file_name"][:] == [f"{number:02}.png" for number in range(COUNT)]
-    for column in cached.column_names:
-        assert list(cached[column][:]) == list(streamed[column][:]) or cached[column][:].equal(streamed[column][:])
+    for column in cached.column_names[-2:]:
+        torch.testing.assert_close(cached[column][:], streamed[column][:], rtol=0, atol=0)
 
 
 def test_labels_go_with_the_latents(pipe):

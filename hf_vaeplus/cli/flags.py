@@ -40,6 +40,11 @@ class CommandParser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             words[number] = flags.get(name.replace("_", "-"), name) + equals + value
         namespace, unknown = super().parse_known_args(words, namespace)
+        loose = next((action for action in self._actions if action.nargs == "*" and not action.option_strings), None)
+        if loose and unknown and not getattr(namespace, loose.dest) and not any(w.startswith("-") for w in unknown):
+            # argparse before Python 3.13 takes such words for none if an option stands before them
+            setattr(namespace, loose.dest, [self._get_value(loose, word) for word in unknown])
+            unknown = []
         for word in unknown:
             if word.startswith("--"):
                 name = word.partition("=")[0]
