@@ -11,6 +11,7 @@ import pytest
 from helpers import run
 from PIL import Image
 
+from hf_vaeplus.cli.evaluate import _seen_in_training as run_says
 from hf_vaeplus.data.cache import load_images, rows_held_out
 from hf_vaeplus.data.stream import stream_images
 from hf_vaeplus.training.options import StageOptions, read_record
@@ -117,10 +118,20 @@ def test_a_folder_is_held_out_by_default_and_figures_say_so(pictures):
     assert run("card", "run", "org/pictures", "--data_license", "none")[0] == 0
     card = Path("run/pipeline/README.md").read_text()
     assert "measured on 12 unseen images of pictures" in card and "was not trained on these images" in card
-    measured = ("evaluate", "run/pipeline", "--train_data_dir", "pictures", "--num_images", "12", "--overwrite")
-    for split, expected in (("train[unseen]", "unseen"), ("train[seen]", "seen"), ("train", None)):
-        assert run(*measured, "--split", split)[0] == 0
-        assert json.loads(Path("results.json").read_text())["protocol"]["images_are"] == expected
+    for images, expected in ((seen.unseen(), "unseen"), (seen, "seen"), (digits(), None)):
+        assert run_says("run/pipeline", images.fingerprint) == expected
+    assert run_says("elsewhere/pipeline", seen.fingerprint) is None
+    words = (
+        "evaluate",
+        "run/pipeline",
+        "--train_data_dir",
+        "pictures",
+        "--num_images",
+        "12",
+        "--split",
+        "train[unseen]",
+    )
+    assert "likelihoods: unseen in training" in run(*words)[1]
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_all_its_pictures(pictures):
