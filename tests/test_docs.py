@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import load_dataset
-from helpers import code_blocks, run_code
+from helpers import code_blocks, make_pipeline, run_code
 from PIL import Image
 
 from hf_vaeplus.cli.flags import parse_stage_options
@@ -70,7 +70,7 @@ def test_commands_parse(page, capsys):
     capsys.readouterr()
 
 
-def follow(page: str, folder: Path, monkeypatch) -> Path:
+def follow(page: str, folder: Path, monkeypatch, options: tuple[str, ...] = ("--max_train_samples", "12")) -> Path:
     """Run the page's `vaeplus` commands in `folder`, with tiny networks and two steps; the pipeline they leave."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("VAEPLUS_CACHE", str(folder / "cache"))
@@ -82,7 +82,7 @@ def follow(page: str, folder: Path, monkeypatch) -> Path:
         if words[1] == "quickstart":  # as `train` with its preset, which can be made small
             words[1:2] = ["train", "--config", "quickstart"]
         if words[1] == "train":
-            words += [*shlex.split(SMALL), "--set", *TINY.split(), "--max_train_samples", "12"]
+            words += [*shlex.split(SMALL), "--set", *TINY.split(), *options]
             pipeline = folder / words[words.index("--output_dir") + 1] / "pipeline"
         assert main(words[1:]) == 0, command
     return pipeline
@@ -100,15 +100,31 @@ def test_get_started(tmp_path, monkeypatch):
 
 def test_your_own_pictures(hub, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
-    for number in range(12):
+    for number in range(500):  # of which 100 are held out
         noise = np.random.default_rng(number).integers(0, 256, (70, 90, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / "pictures" / f"{number}.jpg")
-    follow("docs/your-own-pictures.md", tmp_path, monkeypatch)
+    follow("docs/your-own-pictures.md", tmp_path, monkeypatch, options=())
     assert b"CC BY 4.0" in hub["your-name/vaeplus-pictures"].files()["README.md"]
     (block,) = code_blocks((ROOT / "docs/your-own-pictures.md").read_text())
     found = {}
     exec(compile(block, "page", "exec"), found)
     assert len(found["images"]) == 16
+
+
+def test_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAEPLUS_CACHE", str(tmp_path / "cache"))
+    make_pipeline().save_pretrained("vaeplus-quickstart/pipeline")
+    Path("pictures").mkdir()
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(f"pictures/{number}.jpg")
+    Image.fromarray(noise).save("picture.png")
+    Path("labels.csv").write_text("file_name,label\n0.jpg,a\n1.jpg,b\n")
+    for command in commands("docs/scores.md")[:2]:
+        assert main([*shlex.split(command)[1:], "--overwrite"]) == 0, command
+    (block,) = code_blocks((ROOT / "docs/scores.md").read_text())
+    assert run_code(block, tmp_path / "vaeplus-quickstart/pipeline")["scores"].log_likelihood.shape == (1,)
 
 
 def test_encode(hub, tmp_path, monkeypatch):

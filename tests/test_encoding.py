@@ -1,8 +1,11 @@
 """`vaeplus encode`: latents as a data set, in constant memory, complete or not there."""
 
+import gzip
 import json
 import os
 import re
+import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,13 +77,47 @@ def test_every_image_has_its_posterior_whether_cached_or_streamed(pipe, name):
     encode_to_parquet(pipe, stream_images(**source(name)), "streamed.parquet", batch_size=8)
     cached, streamed = load("cached.parquet"), load("streamed.parquet")
     vector = datasets.List(datasets.Value("float32"), length=4)
-    assert cached.features == {"index": datasets.Value("int64"), "mean": vector, "variance": vector}
+    names = {"file_name": datasets.Value("string")} if name == "pictures" else {}
+    assert cached.features == {"index": datasets.Value("int64"), **names, "mean": vector, "logvar": vector}
     assert cached["index"][:].tolist() == list(range(COUNT))
     posterior = pipe.encode(images.pixels(0, COUNT))
     torch.testing.assert_close(cached["mean"][:], posterior.mean, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cached["variance"][:], posterior.logvar.exp(), rtol=1e-5, atol=1e-5)
-    for column in cached.column_names:
-        assert cached[column][:].equal(streamed[column][:])
+    torch.testing.assert_close(cached["logvar"][:], posterior.logvar, rtol=1e-5, atol=1e-5)
+    if names:
+        assert cached["file_name"][:] == [f"{number:02}.png" for number in range(COUNT)]
+    for column in cached.column_names[-2:]:
+        torch.testing.assert_close(cached[column][:], streamed[column][:], rtol=0, atol=0)
+
+
+def test_labels_go_with_the_latents(pipe):
+    """Of folders, of a column, and of MNIST's files; a slice and pictures that are left out move none of them."""
+    labels = [str(number % 3) for number in range(COUNT)]
+    for number, label in enumerate(labels):
+        (folder := Path("sorted", label)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"home/pictures/{number:02}.png", folder / f"{number:02}.png")
+    Path("sorted/0/00.png").write_bytes(b"no picture")
+    wanted = dict(resolution=SIZE, progress=False, on_bad_image="skip", split="train[3:9]")
+    encode_to_parquet(pipe, load_images(train_data_dir="sorted", **wanted), "folders.parquet", batch_size=4)
+    rows = load("folders.parquet")
+    assert [f"{Path(name).parent}" for name in rows["file_name"][:]] == rows["label"][:] == ["0"] * 3 + ["1"] * 3
+    pixels = pipe.encode([Path("sorted", name) for name in rows["file_name"][:]]).mean
+    torch.testing.assert_close(rows["mean"][:], pixels, rtol=1e-5, atol=1e-5)
+
+    table = datasets.load_dataset("parquet", data_files="home/table/test-00000.parquet", split="train")
+    table.add_column("digit", list(range(COUNT))).to_parquet("labelled.parquet")
+    images = load_images(train_data_files="labelled.parquet", resolution=SIZE, progress=False)
+    encode_to_parquet(pipe, images, "column.parquet", label_column="digit")
+    assert load("column.parquet")["label"][:].tolist() == list(range(COUNT))
+    with pytest.raises(ValueError, match="no column 'letter'"):
+        encode_to_parquet(pipe, images, "none.parquet", label_column="letter")
+
+    Path("mnist").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (4, 28, 28), dtype=np.uint8)
+    Path("mnist/train-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, *noise.shape) + noise.tobytes())
+    with gzip.open("mnist/train-labels-idx1-ubyte.gz", "wb") as file:
+        file.write(struct.pack(">2I", 0x801, 4) + bytes([7, 2, 1, 0]))
+    encode_to_parquet(pipe, load_images(train_data_dir="mnist", resolution=SIZE, progress=False), "mnist.parquet")
+    assert load("mnist.parquet")["label"][:].tolist() == [7, 2, 1, 0]
 
 
 def test_the_index_is_the_row_of_the_whole_split(pipe):

@@ -175,20 +175,25 @@ sys.modules.update(hf_vaeplus=None, torchvision=None)
 from PIL import Image
 from transformers import pipeline
 extractor = pipeline("image-feature-extraction", model=sys.argv[1], trust_remote_code=True)
-print(json.dumps(extractor(Image.open(sys.argv[2]))))
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps([extractor(Image.open(sys.argv[2])), pipe.encode(sys.argv[2]).mean.tolist()]))
 """
 
 
 def test_an_exported_folder_works_by_trust_without_the_package_and_without_torchvision(pipe, tmp_path):
     exported = tmp_path / "exported"
+    pipe = VAEPlusPipeline(pipe.vae, pipe.autoencoder)
+    pipe.image_processor = VAEPlusImageProcessor(SIZE, crop=36)
     export(pipe, exported)
     pictures()[0].save(tmp_path / "picture.png")
     command = [sys.executable, "-c", WITHOUT, str(exported), str(tmp_path / "picture.png")]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert found.returncode == 0, found.stderr
-    expected = pipe.encode(fitted(pictures()[0])).mean
-    np.testing.assert_allclose(json.loads(found.stdout), expected, rtol=1e-5, atol=1e-5)
+    cropped = pictures()[0].crop((7, 2, 43, 38)).resize((SIZE, SIZE), Image.Resampling.BOX)
+    expected = pipe.encode(cropped, preprocess=False).mean
+    np.testing.assert_allclose(json.loads(found.stdout), 2 * [expected.tolist()], rtol=1e-5, atol=1e-5)
     with_package = pipeline(TASK, model=str(exported))  # asks for no trust
     assert type(with_package.model) is VAEPlusEncoderModel
     assert type(with_package.image_processor) is VAEPlusImageProcessor

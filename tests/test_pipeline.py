@@ -675,28 +675,44 @@ def grey(size=(SIZE, SIZE), mode="L"):
     [
         ([], ValueError, "empty list"),
         (torch.rand(0, 3, SIZE, SIZE), ValueError, "n of at least 1"),
-        (torch.rand(1, 3, SIZE, SIZE + 1), ValueError, "resize and crop"),
-        (torch.rand(1, SIZE, SIZE, 3), ValueError, "torch images"),
-        (torch.rand(SIZE, SIZE), ValueError, r"got \(32, 32\)"),
-        (np.zeros((3, SIZE, SIZE)), ValueError, "numpy images"),
+        (torch.rand(1, SIZE, SIZE, 3), ValueError, r"torch \(C, H, W\).* 1, 3 or 4 channels, got shape \(32, 32, 3\)"),
+        (np.zeros((3, SIZE, SIZE)), ValueError, r"numpy \(H, W, C\)"),
         (torch.rand(1, 3, SIZE, SIZE) + 1, ValueError, r"must lie in \[0, 1\]"),
         (torch.rand(1, 3, SIZE, SIZE) - 1, ValueError, r"must lie in \[0, 1\]"),
+        (torch.rand(3, 50, 60) + 1, ValueError, r"must lie in \[0, 1\]"),
         (torch.full((1, 3, SIZE, SIZE), math.nan), ValueError, "without NaN, got nan"),
         (torch.zeros(1, 3, SIZE, SIZE, dtype=torch.int64), ValueError, "got torch.int64"),
         (np.zeros((1, SIZE, SIZE, 3), dtype=bool), ValueError, "got torch.bool"),
-        (grey(), ValueError, r"got 'L' and \(32, 32\): use image.convert\('RGB'\)"),
-        (grey((40, SIZE), "RGB"), ValueError, r"resize\(\(32, 32\)\)"),
-        ([grey(mode="RGB"), np.zeros((SIZE, SIZE, 3))], TypeError, "a list of images must hold PIL images"),
-        ("face.png", TypeError, "must be PIL images, a numpy array or a torch tensor, got str"),
+        (grey(mode="I;16"), ValueError, "image 0 has pixel type I;16, expected 8 bits"),
+        ([grey(), "face.png"], ValueError, "face.png is not a readable picture"),
         (None, TypeError, "got NoneType"),
     ],
 )
 def test_images_refused(pipeline, wrong, error, match):
-    for method in (pipeline.encode, pipeline.reconstruct, pipeline.log_likelihood):
+    for method in (pipeline.encode, pipeline.reconstruct, pipeline.log_likelihood, pipeline.score):
         with pytest.raises(error, match=match):
             method(wrong)
     with pytest.raises(error, match=match):
         pipeline.interpolate(torch.rand(1, 3, SIZE, SIZE), wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, match",
+    [
+        (torch.rand(1, 3, SIZE, SIZE + 1), ValueError, "leave preprocess at True"),
+        (torch.rand(SIZE, SIZE), ValueError, r"got \(32, 32\)"),
+        (grey(), ValueError, r"mode 'RGB'.*got 'L' and \(32, 32\): leave preprocess at True"),
+        (grey((40, SIZE), "RGB"), ValueError, r"size \(32, 32\), got 'RGB' and \(40, 32\)"),
+        ([grey(mode="RGB"), np.zeros((SIZE, SIZE, 3))], TypeError, "a list of images must hold PIL images"),
+        ("face.png", TypeError, "must be PIL images, a numpy array or a torch tensor, got str"),
+    ],
+)
+def test_without_preprocessing_only_exact_images_are_taken(pipeline, wrong, error, match):
+    for method in (pipeline.encode, pipeline.reconstruct, pipeline.log_likelihood, pipeline.score):
+        with pytest.raises(error, match=match):
+            method(wrong, preprocess=False)
+    with pytest.raises(error, match=match):
+        pipeline.interpolate(torch.rand(1, 3, SIZE, SIZE), wrong, preprocess=False)
 
 
 def test_other_arguments_refused(pipeline, images):

@@ -91,6 +91,7 @@ def _evaluate(args):
     output_file(args)
     args.device = args.device or str(process_state().device)  # of this process, where there are several
     pipe = load_pipeline(args)
+    pipe.need_vae("posteriors to measure")
     try:
         extractors = [open_extractor(spec, args.device) for spec in args.features]
     except ImportError as error:  # of a package that is not needed otherwise
@@ -118,8 +119,23 @@ def _evaluate(args):
     )
     if not process_state().is_main_process:
         return None
+    results["protocol"]["images_are"] = _seen_in_training(args.pipeline, results["protocol"]["fingerprint"])
     found = {**provenance(), "pipeline": args.pipeline, **results}
     text = redacted(json.dumps(found, indent=2)) + "\n"
     write_output(output, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(f"\n{results_table(results)}\n\nsaved in {output}")
     return found
+
+
+def _seen_in_training(pipeline: str, fingerprint: str) -> str | None:
+    """Whether the images are training images, as the run says that a pipeline lies in; `None` if it does not."""
+    from ..training.options import read_record
+
+    run_dir = Path(pipeline).parent
+    if read_record(run_dir / "second_stage").get("made_from", {}).get("images") == fingerprint:
+        return "seen"
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return summary["images_are"] if summary["fingerprint"] == fingerprint else None
+    except (KeyError, OSError, RecursionError, TypeError, ValueError):
+        return None

@@ -40,6 +40,11 @@ class CommandParser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             words[number] = flags.get(name.replace("_", "-"), name) + equals + value
         namespace, unknown = super().parse_known_args(words, namespace)
+        loose = next((action for action in self._actions if action.nargs == "*" and not action.option_strings), None)
+        if loose and unknown and not getattr(namespace, loose.dest) and not any(w.startswith("-") for w in unknown):
+            # argparse before Python 3.13 takes such words for none if an option stands before them
+            setattr(namespace, loose.dest, [self._get_value(loose, word) for word in unknown])
+            unknown = []
         for word in unknown:
             if word.startswith("--"):
                 name = word.partition("=")[0]
@@ -238,17 +243,24 @@ def add_data(parser, purpose: str):
     data.add_argument("--max_images", type=int, default=None, help="decode only the first images of a split")
 
 
+def add_label_column(parser):
+    parser.add_argument("--label_column", default=None, help="column of a table, or of a data set, with labels")
+
+
 def data_options(args, pipe, **options):
     """What `add_data` parsed, as the options of a stage: images as the pipeline takes them."""
+    from ..data.catalogue import EMBEDDED
+
     channels, size, _ = pipe.image_shape
-    return image_options_of(args, size, channels, **options)
+    crop = None if getattr(args, "dataset_name", None) in EMBEDDED else pipe.image_processor.crop
+    return image_options_of(args, size, channels, crop, **options)
 
 
-def image_options_of(args, size: int, channels: int | None, **options):
+def image_options_of(args, size: int, channels: int | None, crop: int | None = None, **options):
     """What `add_data` parsed, as the options of a stage: images of this size and number of channels."""
     from ..training.options import StageOptions
 
-    source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images}
+    source = {"resolution": size, "num_channels": channels, "max_train_samples": args.max_images, "crop": crop}
     names = _data_options()
     source |= {name: value for name, value in given_options(args).items() if name in names}
     return StageOptions(split=args.split, **source, **options)
@@ -274,9 +286,8 @@ def add_json(parser):
 
 
 def add_crop(parser):
-    parser.add_argument(
-        "--crop", type=int, default=None, help="side of the centre crop in pixels, as in training (default: largest)"
-    )
+    told = "side of the centre crop in source pixels (default: that of the training)"
+    parser.add_argument("--crop", type=int, default=None, help=told)
 
 
 def add_overwrite(parser):
@@ -398,23 +409,36 @@ def read_pictures(args, pipe, paths: list[Path] | None = None, skip: bool = Fals
         paths: the pictures; `args.images` if not given.
         skip: leave out those that cannot be used, with a warning for each.
     """
-    import numpy as np
     import torch
 
     from ..data.pixels import to_unit_range
-    from ..image_processing_vaeplus import decode_image
 
-    channels, size, _ = pipe.image_shape
-    if args.crop is not None and args.crop < 1:
-        raise ValueError(f"--crop must be positive, got {args.crop}.")
-    arrays = []
-    for path in map(Path, args.images if paths is None else paths):
+    arrays = dict(usable_pictures(args, pipe, map(Path, args.images) if paths is None else paths, skip))
+    if not arrays:
+        raise ValueError("none of the pictures can be used, expected at least one: name others.")
+    return to_unit_range(torch.stack(list(arrays.values())))
+
+
+def usable_pictures(args, pipe, paths: Iterable[Path], skip: bool):
+    """Pictures that can be used, one by one: where they are listed, and uint8 of shape `(C, H, W)`.
+
+    The crop is `args.crop`, or that of the training. Arguments and errors are those of `read_pictures`.
+    """
+    import torch
+
+    from ..image_processing_vaeplus import VAEPlusImageProcessor
+
+    processor = pipe.image_processor
+    if args.crop is not None:
+        if args.crop < 1:
+            raise ValueError(f"--crop must be positive, got {args.crop}.")
+        processor = VAEPlusImageProcessor(processor.image_size, processor.num_channels, args.crop)
+    for place, path in enumerate(paths):
         try:
-            arrays.append(decode_image(path, path, size, args.crop, channels))
+            pixels = processor.pixels(path, str(path))
         except ValueError as error:
             if not skip:
                 raise
             logging.warning("left out: %s", error)
-    if not arrays:
-        raise ValueError("none of the pictures can be used, expected at least one: name others.")
-    return to_unit_range(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+        else:
+            yield place, torch.tensor(pixels).permute(2, 0, 1)

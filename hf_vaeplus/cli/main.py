@@ -160,6 +160,7 @@ def build_parser():
     from .flags import CommandParser
     from .inference import add_interpolate, add_reconstruct, add_sample
     from .publish import add_card, add_encode, add_export, add_push
+    from .score import add_score
     from .train import add_quickstart, add_train
 
     parser = CommandParser(
@@ -177,6 +178,7 @@ def build_parser():
         add_sample,
         add_reconstruct,
         add_interpolate,
+        add_score,
         add_encode,
         add_card,
         add_export,
@@ -204,7 +206,7 @@ def _add_completion(commands):
 def _completion(args):
     import shtab
 
-    kinds = dict.fromkeys(("output", "images", "config", "evaluation", "train_data_files"), shtab.FILE)
+    kinds = dict.fromkeys(("output", "images", "config", "evaluation", "train_data_files", "labels"), shtab.FILE)
     folders = ("pipeline", "source", "run_dir", "output_dir", "folder", "train_data_dir", "cache_dir")
     kinds |= dict.fromkeys(folders, shtab.DIRECTORY)
     parser = build_parser()

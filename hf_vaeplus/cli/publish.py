@@ -6,6 +6,7 @@ from pathlib import Path
 from .flags import (
     add_data,
     add_json,
+    add_label_column,
     add_pipeline,
     data_options,
     load_pipeline,
@@ -158,8 +159,9 @@ def add_encode(commands):
     parser = commands.add_parser(
         "encode",
         help="turn a data set of images into a data set of latents",
-        description="Encode every image of a data set: mean and variance of the first VAE's posterior, as parquet\n"
-        "files that `datasets.load_dataset` reads, one row an image, in the order of the source.\n"
+        description="Encode every image of a data set: mean and log-variance of the first VAE's posterior, as\n"
+        "parquet files that `datasets.load_dataset` reads, one row an image, in the order of the source. Names of\n"
+        "files and labels go with it where the source has them: folders, MNIST's files, --label_column.\n"
         "Images are read at the size that the pipeline was trained on.",
         epilog="examples:\n"
         "  vaeplus encode vaeplus-quickstart/pipeline --dataset_name rendered-faces --max_images 2000\n"
@@ -169,6 +171,7 @@ def add_encode(commands):
     add_pipeline(parser, "latents.parquet")
     parser.set_defaults(output="latents.parquet")
     add_data(parser, "encode")
+    add_label_column(parser)
     parser.add_argument(
         "--streaming", action="store_true", help="decode on the way, without a cache: for huge sources"
     )
@@ -179,7 +182,7 @@ def add_encode(commands):
 
 def _encode(args):
     from huggingface_hub.errors import HTTPError
-    from pyarrow.parquet import read_metadata
+    from pyarrow.parquet import read_metadata, read_schema
 
     from ..hub.latents import check_output, encode_to_parquet, latents_card, open_repository, push_latents
     from ..provenance import redacted
@@ -195,18 +198,19 @@ def _encode(args):
     images = open_images(options)
     if args.push_to_hub:
         open_repository(args.push_to_hub, args.private)
-    files = encode_to_parquet(pipe, images, output, args.split, args.batch_size)
+    files = encode_to_parquet(pipe, images, output, args.split, args.batch_size, label_column=args.label_column)
+    columns = read_schema(files[0]).names
     num_images = sum(read_metadata(file).num_rows for file in files)
     about = pipe, args.pipeline, images, args.split, options.source_crop, num_images
     if output.is_dir():
-        (output / "README.md").write_text(latents_card(*about, output.name), encoding="utf-8")
+        (output / "README.md").write_text(latents_card(*about, output.name, columns), encoding="utf-8")
     print(f"saved {num_images:,} posteriors in {output}")
     written.extend(files)
     found = written_record(args, files, "split", num_images=num_images, latent_dim=pipe.vae.config.latent_dim)
     if not args.push_to_hub:
         return found
     try:
-        address = push_latents(files, latents_card(*about, args.push_to_hub), args.push_to_hub, args.split)
+        address = push_latents(files, latents_card(*about, args.push_to_hub, columns), args.push_to_hub, args.split)
     except (HTTPError, OSError) as error:
         raise OSError(f"{output} is complete, but pushing it to {args.push_to_hub} failed: {error}") from error
     print(redacted(f"pushed to {address}"))

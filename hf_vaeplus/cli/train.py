@@ -78,7 +78,8 @@ def add_train(commands):
         metavar="STAGE.OPTION=VALUE",
         help="change an option of one stage; STAGE.model.FIELD=VALUE for the model's config",
     )
-    parser.add_argument("--evaluation_split", default=None, help="split to measure on (default: the training images)")
+    told = "split to measure on (default: the pictures that --holdout holds out, else the training images)"
+    parser.add_argument("--evaluation_split", default=None, help=told)
     add_stage_options(
         parser,
         leave_out=("stage", "autoencoder", "vae", "model", "resume_from_checkpoint", "output_dir", "hub_subfolder"),
@@ -98,11 +99,13 @@ def _train(preset_name: str, folder: str | None, overrides: dict, settings=(), e
     from ..files import sole_run
     from ..training.launch import process_state
     from ..training.options import TrainingOptions, load_preset
-    from ..training.stages import all_stage_options, open_stage_images, train_stages
+    from ..training.stages import all_stage_options, open_stage_images, train_stages, with_holdout
 
     preset = _with_settings(load_preset(preset_name), settings)
     common = TrainingOptions(output_dir=preset.get("common", {}).get("output_dir", "runs/vaeplus"))
     output_dir = Path(folder or common.output_dir)
+    if evaluation_split is None:
+        preset = with_holdout(preset, output_dir, **overrides)
     options = all_stage_options(preset, output_dir, **overrides)
     for each in options.values():
         check_resolution(each)
@@ -112,11 +115,12 @@ def _train(preset_name: str, folder: str | None, overrides: dict, settings=(), e
         if is_main_process:
             _announce_overwriting(output_dir)
         training_images = open_stage_images(options)
-        images = _report_images(options["second_stage"], training_images["second_stage"], evaluation_split)
+        last = options["second_stage"], training_images["second_stage"]
+        images, images_are = _report_images(*last, evaluation_split)
         pipe = train_stages(options, training_images, output_dir)
         if not is_main_process:
             return None
-        found = _report(pipe, images, options, output_dir)
+        found = _report(pipe, images, images_are, options, output_dir)
         if options["second_stage"].push_to_hub:
             _push_result(pipe, output_dir, options["second_stage"])
         return found
@@ -146,13 +150,14 @@ def _announce_overwriting(output_dir: Path):
 
 
 def _report_images(options, training_images, evaluation_split: str | None):
-    """The images that the report measures on, opened by all processes and before hours of training.
+    """The images that the report measures on, opened by all processes and before hours of training; and whether
+    training has seen them.
 
-    They are the training images without mirror images, or another split. A stream has no first images to go back to,
-    so as many of its images as the report looks at are decoded into a cache.
+    They are another split, those that are held out, or the training images without mirror images. A stream has no
+    first images to go back to, so as many of its images as the report looks at are decoded into a cache.
     """
     from ..evaluation.summaries import MAX_IMAGES
-    from ..training.stages import open_images
+    from ..training.stages import open_images, seen_in_training
 
     if evaluation_split is not None:
         images = open_images(options, evaluation_split)
@@ -160,20 +165,23 @@ def _report_images(options, training_images, evaluation_split: str | None):
         count = min(options.max_train_samples or MAX_IMAGES, MAX_IMAGES)
         images = open_images(dataclasses.replace(options, streaming=False, random_flip=False, max_train_samples=count))
     else:
-        images = training_images.unmirrored()
+        images = training_images.unseen() or training_images.unmirrored()
     if len(images) < 2:
-        raise ValueError(f"{images.name} holds one image: the statistics of a posterior need at least two.")
-    return images
+        raise ValueError(
+            f"the statistics of a posterior need at least two images, and {images.name} has one to measure on: hold"
+            " more out with --holdout, or name an --evaluation_split."
+        )
+    return images, seen_in_training(images, training_images, options)
 
 
-def _report(pipe, images, options: dict, output_dir: Path) -> dict:
+def _report(pipe, images, images_are: str, options: dict, output_dir: Path) -> dict:
     """Write and print how the training went; what `--json` prints."""
     from ..evaluation.summaries import REPORT_FILES, report
 
     last = options["second_stage"]
     num_factors = last.num_factors if last.dataset_name == "rendered-faces" else None
     folders = {stage: Path(each.output_dir) for stage, each in options.items()}
-    summary = report(pipe, images, folders, output_dir, last.seed, num_factors)
+    summary = report(pipe, images, folders, output_dir, last.seed, num_factors, images_are)
     print(summary_table(summary, time.perf_counter() - _STARTED))
     print(f"\nsaved in {output_dir}: pipeline/ {' '.join(REPORT_FILES)}")
     print(f"sample again: vaeplus sample {output_dir / 'pipeline'} --num_images 64 --seed 1")

@@ -56,7 +56,8 @@ def open_cache(
     options: ImageOptions, cache_dir: str | os.PathLike | None = None, progress: bool = True
 ) -> "ImageDataset":
     """The images of `options`, decoded first if the cache lacks them; arguments and errors of `load_images`."""
-    whole_split, limits = _parse_split(options.split)
+    whole_split, limits, part = _parse_split(options.split)
+    holdout = None if part and options.holdout == 0 else options.holdout
     cache_dir = cache_folder(cache_dir)
     source, fingerprint = open_source(replace(options, split=whole_split), cache_dir)
     try:
@@ -74,23 +75,62 @@ def open_cache(
     shape, left_out = tuple(info["shape"]), info.get("left_out", [])
     warn_of_left_out(source.name, [source.label(number) for number, _ in left_out])
     rows = _sliced(shape[0], limits, options.split)
-    if len(rows) < shape[0]:
-        fingerprint = hashlib.sha256(f"{fingerprint} {rows.start}:{rows.stop}".encode()).hexdigest()[:32]
-    numbers = [number for number, _ in left_out]
-    return ImageDataset(
-        folder / "images.bin", shape, source.name, fingerprint, options.random_flip, options.split, rows, numbers
+    held_out = rows_held_out(rows, holdout, source.name)
+    if len(held_out):
+        rows = np.setdiff1d(rows, held_out)
+    images = ImageDataset(
+        folder / "images.bin",
+        shape,
+        source.name,
+        _fingerprint_of(fingerprint, rows, shape[0]),
+        options.random_flip,
+        options.split,
+        rows,
+        [number for number, _ in left_out],
     )
+    images.source = source
+    if len(held_out):
+        images.held_out = (held_out, _fingerprint_of(fingerprint, held_out, shape[0]))
+    elif part:
+        raise ValueError(
+            f"split={options.split!r} holds nothing out of {len(rows):,} images; say how many with holdout"
+        )
+    return images.unseen() if part == "unseen" else images
+
+
+def rows_held_out(rows, holdout: float | int | None, name: str) -> np.ndarray:
+    """The rows among `rows` that [`ImageOptions`] with this `holdout` hold out, in ascending order."""
+    count = len(rows)
+    if holdout is None:
+        number = min(max(100, math.ceil(count / 20)), count // 5) if count >= 50 else 0
+    else:
+        number = round(holdout * count) if holdout < 1 else holdout
+    if number != int(number) or number >= count or (holdout and not number):
+        raise ValueError(
+            f"holdout={holdout} must hold some of the {count:,} images of {name} out and not all; name a share below 1"
+            " or a whole number"
+        )
+    chosen = np.random.default_rng([0, count]).permutation(count)[: int(number)]
+    return np.sort(np.asarray(rows)[chosen])
+
+
+def _fingerprint_of(fingerprint, rows, count):
+    """Of some rows of the `count` in a cache."""
+    if len(rows) == count:
+        return fingerprint
+    named = f"{rows.start}:{rows.stop}" if isinstance(rows, range) else rows.tolist()
+    return hashlib.sha256(f"{fingerprint} {named}".encode()).hexdigest()[:32]
 
 
 def _parse_split(split):
-    """`"train[20000:]"` to `("train", (20000, None))`: the name and the limits of its slice."""
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
+    """`"train[20000:]"` to `("train", (20000, None), None)`: name, limits of its slice, and "seen" or "unseen"."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?(?:\[(seen|unseen)\])?", split)
     if match is None:
         raise ValueError(
             f"split={split!r} is neither a name nor a name with a slice of whole numbers; write train, train[20000:],"
-            " train[:20000] or train[100:200]"
+            " train[:20000], train[100:200] or train[unseen]"
         )
-    return match[1], tuple(None if limit is None else int(limit) for limit in match.groups()[1:])
+    return match[1], tuple(None if limit is None else int(limit) for limit in match.groups()[1:3]), match[4]
 
 
 def _sliced(count, limits, split):
@@ -158,12 +198,19 @@ class ImageDataset(Dataset):
     `collate_fn=keep_batch`, since the data set already returns a batch.
 
     Attributes:
-        images (`np.memmap` of shape `(N, H, W, C)`, uint8): the cached images of the slice, read-only.
+        images (`np.memmap` of shape `(N, H, W, C)`, uint8): the cached images of the slice, read-only; of all images
+            where some are held out.
         resolution, num_channels (`int`): H = W, and C.
         name (`str`): data set or folder; fingerprint (`str`): hash of the source's content and the options.
-        split (`str`): as it was asked for; rows (`range`): those of the cache that it names, all by default.
+        split (`str`): as it was asked for; rows (`range`, or array where some are held out): those of the cache that
+            it names, all by default.
+        held_out: rows that are held out of these and their fingerprint, or `None`.
         left_out (list of `int`): numbers of the rows of the source that the cache lacks.
+        source: what the images were decoded from, which knows names and labels; `None` in copies and in workers.
     """
+
+    source = None
+    held_out = None
 
     def __init__(self, path, shape, name, fingerprint, random_flip=False, split="train", rows=None, left_out=()):
         self.path, self.shape, self.name, self.fingerprint = Path(path), tuple(shape), name, fingerprint
@@ -174,17 +221,19 @@ class ImageDataset(Dataset):
         self._open()
 
     def _open(self):
-        self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)[self.rows.start : self.rows.stop]
+        self.images = np.memmap(self.path, np.uint8, "r", shape=self.shape)
+        if isinstance(self.rows, range):
+            self.images = self.images[self.rows.start : self.rows.stop]
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "images"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("images", "source")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._open()
 
     def __len__(self):
-        return len(self.images) * (2 if self.random_flip else 1)
+        return len(self.rows) * (2 if self.random_flip else 1)
 
     def __getitem__(self, index):
         """`{"pixel_values": uint8 (C, H, W) in 0 to 255, "index": int}`; `IndexError` outside 0 to `len(self) - 1`."""
@@ -199,9 +248,12 @@ class ImageDataset(Dataset):
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not (0 <= indices.min() and indices.max() < len(self)):
             raise IndexError(f"index out of range: got {indices.min()} to {indices.max()} for {len(self)} images")
-        batch = np.take(self.images.view(np.ndarray), indices % len(self.images), axis=0)
+        places = indices % len(self.rows)
+        if not isinstance(self.rows, range):
+            places = self.rows[places]
+        batch = np.take(self.images.view(np.ndarray), places, axis=0)
         if self.random_flip:
-            mirrored = indices >= len(self.images)
+            mirrored = indices >= len(self.rows)
             batch[mirrored] = batch[mirrored, :, ::-1]
         # Stored as NHWC, so that the permuted view is already channels last.
         return {"pixel_values": torch.from_numpy(batch).permute(0, 3, 1, 2), "index": torch.from_numpy(indices)}
@@ -212,15 +264,29 @@ class ImageDataset(Dataset):
         view.random_flip = False
         return view
 
+    def unseen(self):
+        """The images that are held out of these, without mirror images; `None` if there are none."""
+        if self.held_out is None:
+            return None
+        view = self.unmirrored()
+        (view.rows, view.fingerprint), view.held_out, view.source = self.held_out, None, self.source
+        view._open()
+        return view
+
+    @property
+    def numbers(self):
+        """The row of each image, mirror images aside, in the whole split: int64 of shape `(N,)`."""
+        return np.delete(np.arange(self.shape[0] + len(self.left_out)), self.left_out)[self.rows]
+
     def pixels(self, start, stop):
         """Items `start` to `stop` (or to the end) as the models see them: float32 `(B, C, H, W)` in [0, 1]."""
         return to_unit_range(self.batch(range(start, min(stop, len(self))))["pixel_values"])
 
     def in_order(self, batch_size):
         """Every image once, none mirrored, in batches as of `batch`; `index` is the row of the whole split."""
-        numbers = np.delete(np.arange(self.shape[0] + len(self.left_out)), self.left_out)[self.rows]
-        for start in range(0, len(self.images), batch_size):
-            batch = self.batch(range(start, min(start + batch_size, len(self.images))))
+        numbers = self.numbers
+        for start in range(0, len(self.rows), batch_size):
+            batch = self.batch(range(start, min(start + batch_size, len(self.rows))))
             yield batch | {"index": torch.from_numpy(numbers[start : start + batch_size])}
 
 

@@ -167,6 +167,21 @@ def pictures_below(folder: Path) -> dict[str, Path]:
     return pictures
 
 
+def labels_of_folders(names: list[str]) -> list[str] | None:
+    """The folder of each picture, as a label, without what all folders have in common; `None` if all lie in one.
+
+    Args:
+        names: paths of the pictures.
+    """
+    folders = [os.path.dirname(name) for name in names]
+    real = {folder: os.path.abspath(folder) for folder in set(folders)}
+    if len(set(real.values())) < 2:
+        return None
+    common = os.path.commonpath(real.values())
+    labels = {folder: printable(os.path.relpath(path, common)) for folder, path in real.items()}
+    return [labels[folder] for folder in folders]
+
+
 def archive_kind(path: Path) -> str | None:
     """Which kind of archive a file is (`"zip"`, `"tar"`, ...), or `None`."""
     try:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
-from ..fields import at_least_one, must, one_sentence, option
+from ..fields import at_least_one, finite, must, not_negative, one_sentence, option
 from .catalogue import NAMED_DATA_SETS
 
 
@@ -35,6 +35,10 @@ class ImageOptions:
         split (`str`): split of a Hub data set, or of a folder, whose files are split by their paths as `datasets` does
             ([`~hf_vaeplus.data.folders.split_names`]). Of any source a slice can be taken, as
             in `datasets`: `"train[20000:]"`, `"train[:20000]"`, `"train[-500:]"`. All slices share one cache.
+            `"train[unseen]"` are the images that `holdout` holds out, `"train[seen]"` the others.
+        holdout (`float` or `int`, *optional*): images that are held out, after a slice is taken: a share below 1, or a
+            number; 0 for none. `None` stands for 5%, but at least 100 and at most a fifth, and none of fewer than 50
+            images. The choice has a fixed seed and depends on the number of images alone.
         dataset_revision (`str`, *optional*): branch, tag or commit of a Hub data set; with a full commit hash
             a cached set opens offline.
         image_column (`str`): column of pictures in a Hub data set or parquet files.
@@ -77,6 +81,10 @@ class ImageOptions:
     )  # fmt: skip
     num_factors: int = option(8, "r: factors that vary in rendered-faces")
     max_train_samples: int | None = option(None, "use only so many images", at_least_one)
+    holdout: float | int | None = option(
+        0, "hold out a share (below 1) or a number of the pictures, to measure on; `vaeplus train` holds out 5%% of"
+        " your own pictures, at least 100, if you do not say otherwise", not_negative, finite,
+    )  # fmt: skip
     on_bad_image: Literal["raise", "skip"] = option("raise", "raise, or skip and log the pictures that cannot be used")
     random_flip: bool = option(False, "add every image's mirror image")
 

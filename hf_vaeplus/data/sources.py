@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import struct
@@ -31,6 +32,7 @@ from .folders import (
     LeftOut,
     archive_kind,
     files_of_patterns,
+    labels_of_folders,
     list_files,
     named,
     of_split,
@@ -69,6 +71,20 @@ class _Source:
     def label(self, number):
         """What a row is called, here and now: the same content may lie elsewhere under other names."""
         return f"row {number} of {self.name}"
+
+    def file_names(self) -> list[str] | None:
+        """The names of the rows, where these are files."""
+        return None
+
+    def labels(self, column: str | None = None) -> list | None:
+        """What each row is an example of, where the source says so; of a table the values of a column.
+
+        Raises:
+            ValueError: no such column, or no table.
+        """
+        if column is not None:
+            raise ValueError(f"{self.name} has no columns, got label_column={column!r}; leave it out")
+        return None
 
     def decode(self, rows):
         return np.stack([self.decode_row(*row) for row in rows])
@@ -131,32 +147,60 @@ class _Pictures(_Source):
     def label(self, number):
         return printable(self.names[number])
 
+    def file_names(self):
+        return list(map(printable, self.names))
+
+    def labels(self, column=None):
+        super().labels(column)
+        return labels_of_folders(self.names)
+
 
 class _Idx(_Source):
     """The format of the original MNIST: a header, then uint8 pixels row by row, gzipped or not."""
 
     def __init__(self, *args, file, hashes):
         super().__init__(*args)
-        packed = file.suffix == ".gz"
-        try:
-            with gzip.open(file) if packed else open(file, "rb") as opened:
-                magic, self.count, height, width = struct.unpack(">4I", opened.read(16).ljust(16, b"\0"))
-                size = self.count * height * width
-                if magic == 0x803 and packed and size > MAX_UNPACKED:
-                    raise ValueError(f"{file} says that it unpacks to {size:,} bytes; unpack it if that is right")
-                pixels = opened.read(min(size, MAX_UNPACKED if packed else file.stat().st_size) + 1)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            magic = None
-        if magic != 0x803 or not 0 < height * width < 2**31 or len(pixels) != size:
-            raise ValueError(f"{file} is not a complete file of images in idx3-ubyte format; download it again")
-        self.images = np.frombuffer(pixels, np.uint8).reshape(self.count, height, width)
+        self.file, self.count = file, len(_idx(file, 3))
         self.identity = {"files": hashes.of_all([file])}
 
     def rows(self):
-        return ((self.label(i), image) for i, image in enumerate(self.images))
+        return ((self.label(i), image) for i, image in enumerate(_idx(self.file, 3)))
 
     def label(self, number):
         return f"image {number} of {self.name}"
+
+    def labels(self, column=None):
+        super().labels(column)
+        stem = self.file.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+        file = next(filter(Path.is_file, (self.file.with_name(stem + end) for end in ("", ".gz"))), None)
+        if file is None:
+            return None
+        labels = _idx(file, 1).tolist()
+        if len(labels) != self.count:
+            raise ValueError(f"{file} holds {len(labels):,} labels for {self.count:,} images; download both again")
+        return labels
+
+
+def _idx(file: Path, num_dims: int) -> np.ndarray:
+    """The uint8 array of `num_dims` axes in a file of the idx format, gzipped or not.
+
+    Raises:
+        ValueError: it is damaged, or would unpack to more than `MAX_UNPACKED`.
+    """
+    packed, kind = file.suffix == ".gz", {1: "labels", 3: "images"}[num_dims]
+    try:
+        with gzip.open(file) if packed else open(file, "rb") as opened:
+            header = opened.read(4 + 4 * num_dims).ljust(4 + 4 * num_dims, b"\0")
+            magic, *shape = struct.unpack(f">{1 + num_dims}I", header)
+            size = math.prod(shape)
+            if magic == 0x800 + num_dims and packed and size > MAX_UNPACKED:
+                raise ValueError(f"{file} says that it unpacks to {size:,} bytes; unpack it if that is right")
+            content = opened.read(min(size, MAX_UNPACKED if packed else file.stat().st_size) + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        magic = None
+    if magic != 0x800 + num_dims or not 0 < math.prod(shape[1:]) < 2**31 or len(content) != size:
+        raise ValueError(f"{file} is not a complete file of {kind} in idx{num_dims}-ubyte format; download it again")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 class _Table(_Source):
@@ -171,9 +215,14 @@ class _Table(_Source):
         else:
             self.identity = {"hub": hub_id, "sha": sha, "split": split, "image_column": image_column}
 
+    def labels(self, column=None):
+        return None if column is None else list(self._values(column))
+
+    def _values(self, column):
+        return self._values_of_files(column) if self.files else self._values_of_hub(column)
+
     def rows(self):
-        values = self._values_of_files() if self.files else self._values_of_hub()
-        for i, value in enumerate(values):
+        for i, value in enumerate(self._values(self.image_column)):
             label = self.label(i)
             if isinstance(value, dict):
                 value = value.get("bytes") or value.get("path")
@@ -181,17 +230,17 @@ class _Table(_Source):
                 raise ValueError(f"{label} holds a {type(value).__name__}, expected a picture; name another column")
             yield label, value
 
-    def _values_of_files(self):
+    def _values_of_files(self, column):
         for file in self.files:
             table = _open_table(file)
-            self._check_column(table.schema_arrow.names)
+            self._check_column(column, table.schema_arrow.names)
             try:
-                for batch in table.iter_batches(_BLOCK, columns=[self.image_column]):
+                for batch in table.iter_batches(_BLOCK, columns=[column]):
                     yield from batch.column(0).to_pylist()
             except Exception as error:  # damaged files make Arrow raise nearly anything
                 raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
 
-    def _values_of_hub(self):
+    def _values_of_hub(self, column):
         import datasets
 
         with _named(self.hub_id):
@@ -201,14 +250,14 @@ class _Table(_Source):
         table = splits[self.split].decode(False)
         with _named(self.hub_id):
             columns = table.column_names or list(next(iter(table), {}))
-        self._check_column(columns)
+        self._check_column(column, columns)
         with _named(self.hub_id):
-            for row in table.select_columns([self.image_column]):
-                yield row[self.image_column]
+            for row in table.select_columns([column]):
+                yield row[column]
 
-    def _check_column(self, columns):
-        if self.image_column not in columns:
-            raise ValueError(f"no column {self.image_column!r} in {self.name}, which has {columns}; choose one")
+    def _check_column(self, column, columns):
+        if column not in columns:
+            raise ValueError(f"no column {column!r} in {self.name}, which has {columns}; choose one")
 
     def decode_row(self, label, content):
         if not content:

@@ -38,6 +38,10 @@ def open_stream(
         raise ValueError(
             f"a stream takes no slice of a split, got split={options.split!r}; name the split, or do not stream"
         )
+    if options.holdout != 0:
+        raise ValueError(
+            f"a stream holds no images out, got holdout={options.holdout}; leave it out, or do not stream"
+        )
     source, fingerprint = open_source(options, cache_folder(cache_dir))
     return ImageStream(source, options.max_train_samples, fingerprint, options.random_flip, seed, shuffle_buffer)
 

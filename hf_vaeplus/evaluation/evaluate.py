@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
@@ -412,7 +413,7 @@ def _other_images(images, training_images, count: int) -> tuple | None:
     if training_images is None or len(training_images) < count:
         return None
     mine, theirs = images.rows[:count], training_images.rows[:count]
-    if images.path == training_images.path and mine.start < theirs.stop and theirs.start < mine.stop:
+    if images.path == training_images.path and np.intersect1d(mine, theirs).size:
         return None
     return training_images, 0
 

@@ -109,6 +109,7 @@ def report(
     output_dir: Path,
     seed: int,
     num_factors: int | None,
+    images_are: str | None = None,
 ) -> dict:
     """Write `REPORT_FILES` to `output_dir`, for people to look at first, and return the summary.
 
@@ -119,6 +120,7 @@ def report(
         run_dirs: stage name -> folder with that stage's `stats.jsonl`.
         seed: seed of the samples.
         num_factors: r, where it is known.
+        images_are: "seen", "unseen" or "partly seen" in training, where it is known.
     """
     pipe.set_progress_bar_config(disable=True)
     first = images.pixels(0, 32)
@@ -131,7 +133,8 @@ def report(
     path = pipe.interpolate(first[:ways], first[ways : 2 * ways], steps=9, output_type="pt")
     image_grid(path.flatten(0, 1), columns=9, scale=scale).save(output_dir / "interpolation.png")
     plot_curves(run_dirs, output_dir / "curves.png", num_factors)
-    summary = {**provenance(), "images": images.name, "num_factors": num_factors, "seed": seed}
+    summary = {**provenance(), "images": images.name, "images_are": images_are}
+    summary |= {"num_factors": num_factors, "seed": seed}
     summary |= {"fingerprint": images.fingerprint, "weights": stage_fingerprints(pipe.components)}
     summary.update(summarize(pipe, images))
     write_json(output_dir / "summary.json", summary)

@@ -10,6 +10,9 @@ def results_table(results: dict) -> str:
         f" {protocol['resolution']} x {protocol['resolution']}, crop: {crop}, seed {protocol['seed']}\n"
         f"real against real: {protocol['real']}" + (" (needs as many more)" if "real" not in sets else "")
     ]
+    if "images_are" in protocol:
+        known = protocol["images_are"] or "not known whether seen or unseen"
+        blocks[0] += f"\nreal images, reconstructions, posteriors and likelihoods: {known} in training"
     for extractor in protocol["extractors"]:
         found = {name: each["distances"][extractor["extractor"]] for name, each in sets.items()}
         block = [[found["downsample"]["distance"], "", "/ downsample", "kernel"]]
@@ -24,7 +27,7 @@ def results_table(results: dict) -> str:
                 copies = each["memorised"], sets[name]["memorised_codes"]
                 row += [_or_dash(each and each["share"], ".1%") for each in copies]
             block.append(row)
-        blocks.append(_aligned(block))
+        blocks.append(aligned(block))
     if "guard" in results:
         blocks.append("\n".join(_guard_lines(results)))
     if bins := list(sets["downsample"]["ndb"]):
@@ -33,7 +36,7 @@ def results_table(results: dict) -> str:
         for name, each in sets.items():
             pairs = [each["ndb"][k] for k in bins]
             block.append([name] + [text for p in pairs for text in (f"{p['ndb_over_k']:.3f}", f"{p['js']:.4f}")])
-        blocks.append(_aligned(block))
+        blocks.append(aligned(block))
     block = []
     for prefix, title in (("autoencoder_", "autoencoder alone"), ("", "whole model")):
         if f"{prefix}psnr" in results:
@@ -53,7 +56,7 @@ def results_table(results: dict) -> str:
         block.append(["ELBO per image", f"{each['elbo']:.2f} nats"])
         samples = f"{each['num_importance_samples']} importance samples"
         block.append(["negative log-likelihood per image", f"{each['nll']:.2f} nats", samples])
-    return "\n\n".join([*blocks, _aligned(block)])
+    return "\n\n".join([*blocks, aligned(block)])
 
 
 _NEIGHBOURS = ("precision", "recall", "density", "coverage")
@@ -85,7 +88,7 @@ def _guard_lines(results: dict) -> list[str]:
     return told
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     """Rows of text in columns: the first to the left, the others to the right."""
     columns = range(max(map(len, rows)))
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in columns]
@@ -103,10 +106,15 @@ def second_stage_row(second: dict) -> tuple[str, str]:
     return "second stage: KL, gamma", f"{second['kl']:.2f} nats, {second['gamma']:.3g}"
 
 
+def _seen(images_are: str | None) -> str:
+    return f"{images_are} " if images_are else ""
+
+
 def summary_table(summary: dict, seconds: float) -> str:
     vae = summary["vae"]
     known = f" (known factors: r = {summary['num_factors']})" if summary["num_factors"] else ""
     rows = [
+        ("measured on", f"{summary['num_images']:,} {_seen(summary.get('images_are'))}images of {summary['images']}"),
         ("squared error per image, autoencoder alone", f"{summary['autoencoder_squared_error']:.2f}"),
         ("squared error per image, whole model", f"{summary['squared_error']:.2f}"),
         ("first VAE: active units", f"{vae['active_units_by_variance']} of {vae['latent_dim']}{known}"),

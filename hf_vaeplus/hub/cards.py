@@ -115,6 +115,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
     told = told or f"Images of the {'data set' if hub_id else 'folder'} '{images}'."
     if last["max_train_samples"]:
         told += f" The first {last['max_train_samples']:,} of them."
+    told += " Some of them were held out of the training." if last.get("holdout", 0) != 0 else ""
     told += " Their mirror images as well." if last["random_flip"] else ""
     fields = dict(
         size=plain_text(configs["autoencoder"]["image_size"]),
@@ -127,7 +128,8 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
         made_by={name: plain_text(made_by[name]) for name in ("commit", "date", "machine")},
         torch=plain_text(made_by["versions"]["torch"]),
         summary={name: plain_text(summary[name]) for name in _TOLD},
-        measured_on=_measured_on(summary.get("fingerprint"), last),
+        measured_on=_measured_on(summary.get("fingerprint"), last, summary),
+        images_are=plain_text(summary.get("images_are") or ""),
         figures=[(name, plain_text(value)) for name, value in figures(summary)],
         sharpens=configs["autoencoder"].get("matched_spectrum", False),
     )
@@ -137,18 +139,20 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
             evaluation_command=code_text(evaluation["command"]),
             evaluation_commit=plain_text(evaluation["commit"]),
             evaluation_date=plain_text(evaluation["date"]),
-            evaluated_on=_measured_on(evaluation["protocol"].get("fingerprint"), last),
+            evaluated_on=_measured_on(evaluation["protocol"].get("fingerprint"), last, summary),
         )
     return fields, hub_id, _eval_results(summary, evaluation)
 
 
-def _measured_on(fingerprint, record: dict) -> str:
+def _measured_on(fingerprint, record: dict, summary: dict) -> str:
     """Whether figures are of the training images, by their content."""
     trained_on = record.get("made_from", {}).get("images")
     if not fingerprint or not trained_on:
         return ""
     if fingerprint == trained_on:
         return "These are the images that the model was trained on."
+    if fingerprint == summary.get("fingerprint") and summary.get("images_are") == "unseen":
+        return "The model was not trained on these images."
     return "These are not the images that the model was trained on, or only a part of them."
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +34,14 @@ def encode_to_parquet(
     split: str = "train",
     batch_size: int = 64,
     rows_per_file: int = 1_000_000,
+    label_column: str | None = None,
 ) -> list[Path]:
     """Write the first VAE's posterior of every image as a data set, in constant memory.
 
     `datasets.load_dataset` reads it back, with these columns: `index` (int64, the row of the image in its split),
-    `mean` and `variance` (float32 lists of length `latent_dim`). What is not complete has another name, and goes away
-    when it is interrupted.
+    `file_name` where the images are files, `label` where the source has labels (int64 or text), `mean` and `logvar`
+    (float32 lists of length `latent_dim`). What is not complete has another name, and goes away when it is
+    interrupted.
 
     Args:
         pipe ([`VAEPlusPipeline`]).
@@ -49,13 +51,15 @@ def encode_to_parquet(
         split (`str`): what the files of a folder are named after.
         batch_size (`int`): images at a time.
         rows_per_file (`int`): when a file of a folder is full.
+        label_column (`str`, *optional*): column of a table that holds the labels. Labels of pictures are the names of
+            their folders, if there are several; those of MNIST's files lie beside them.
 
     Returns:
         The files.
 
     Raises:
         FileExistsError: `output` is there already.
-        ValueError: another suffix, images of another size or none at all, or a number out of range.
+        ValueError: another suffix, images of another size or none at all, a number out of range, or no such column.
     """
     output = check_output(output)
     if batch_size < 1 or rows_per_file < 1:
@@ -65,11 +69,11 @@ def encode_to_parquet(
     try:
         if output.suffix:
             partial.mkdir()
-            _write(partial, _posteriors(pipe, images, batch_size, _ROWS_PER_GROUP), math.inf)
+            _write(partial, _posteriors(pipe, images, batch_size, _ROWS_PER_GROUP, label_column), math.inf)
             os.replace(partial / "0", output)
             return [output]
         (partial / "data").mkdir(parents=True)
-        tables = _posteriors(pipe, images, batch_size, min(_ROWS_PER_GROUP, rows_per_file))
+        tables = _posteriors(pipe, images, batch_size, min(_ROWS_PER_GROUP, rows_per_file), label_column)
         count = _write(partial / "data", tables, rows_per_file)
         names = _hub_names(split, count)
         for number, name in enumerate(names):
@@ -108,27 +112,45 @@ def _hub_names(split: str, count: int) -> list[str]:
     return [f"data/{split_name(split)}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
 
 
-def _posteriors(pipe, images, batch_size: int, rows_per_table: int) -> Iterator[pa.Table]:
+def _posteriors(pipe, images, batch_size: int, rows_per_table: int, label_column: str | None) -> Iterator[pa.Table]:
     """Tables of at least so many rows, but for the last."""
     dim = pipe.vae.config.latent_dim
-    features = Features(
-        index=Value("int64"), mean=List(Value("float32"), length=dim), variance=List(Value("float32"), length=dim)
-    )
+    vector = List(Value("float32"), length=dim)
+    facts = _facts(images, label_column)
+    known = {name: Value(str(column.type)) for name, column in facts.items()}
+    schema = Features(index=Value("int64"), **known, mean=vector, logvar=vector).arrow_schema
     pending = []
     with tqdm(desc="encoding", unit="image", total=len(images) if hasattr(images, "__len__") else None) as bar:
         for batch in images.in_order(batch_size):
-            posterior = pipe.encode(batch["pixel_values"], batch_size)
+            posterior = pipe.encode(batch["pixel_values"], batch_size, preprocess=False)
             lists = [
                 pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), dim)
-                for rows in (posterior.mean, posterior.logvar.exp())
+                for rows in (posterior.mean, posterior.logvar)
             ]
-            pending.append(pa.table([pa.array(batch["index"].numpy()), *lists], schema=features.arrow_schema))
+            index = pa.array(batch["index"].numpy())
+            columns = [index, *(column.take(index) for column in facts.values()), *lists]
+            pending.append(pa.table(columns, schema=schema))
             bar.update(len(batch["index"]))
             if sum(map(len, pending)) >= rows_per_table:
                 yield pa.concat_tables(pending)
                 pending = []
     if pending:
         yield pa.concat_tables(pending)
+
+
+def _facts(images, label_column: str | None) -> dict[str, pa.Array]:
+    """Names and labels of all rows of the source, where it has them: whole numbers (int64) or text."""
+    source, facts = getattr(images, "source", None), {}
+    if source is None:
+        return facts
+    if (names := source.file_names()) is not None:
+        facts["file_name"] = pa.array(names, pa.string())
+    if (labels := source.labels(label_column)) is not None:
+        if all(isinstance(label, int | None) for label in labels):
+            facts["label"] = pa.array([None if label is None else int(label) for label in labels], pa.int64())
+        else:
+            facts["label"] = pa.array([None if label is None else str(label) for label in labels], pa.string())
+    return facts
 
 
 def _write(folder: Path, tables: Iterator[pa.Table], rows_per_file: float) -> int:
@@ -151,13 +173,13 @@ _CARD = """
 # Latents of {images}
 
 What the VAE+ pipeline `{pipeline}` says of each of {num_images:,} images: the posterior
-q(z|x) = N(mean, diag(variance)) of its first VAE, over {latent_dim} latent dimensions.
+q(z|x) = N(mean, diag(exp(logvar))) of its first VAE, over {latent_dim} latent dimensions.
 
 | column | type | what it is |
 |---|---|---|
 | `index` | int64 | row of the image in the split `{split}` of its source |
-| `mean` | {latent_dim} x float32 | posterior mean: the features of the image |
-| `variance` | {latent_dim} x float32 | posterior variance; near 1 where a dimension is not used |
+{facts}| `mean` | {latent_dim} x float32 | posterior mean: the features of the image |
+| `logvar` | {latent_dim} x float32 | log of the posterior variance; near 0 where a dimension is not used |
 
 ```python
 from datasets import load_dataset
@@ -173,6 +195,11 @@ The model's decoder turns a mean back into a likeness of its image: licence and 
 these rows as well.
 """
 
+_FACTS = {
+    "file_name": "| `file_name` | string | file of the image, from the folder of the images |\n",
+    "label": "| `label` | int64 or string | what the source says of the image |\n",
+}
+
 
 def latents_card(
     pipe: "VAEPlusPipeline",
@@ -182,6 +209,7 @@ def latents_card(
     crop: int | None,
     num_images: int,
     repo_id: str,
+    columns: Collection[str] = (),
 ) -> str:
     """The `README.md` of a data set of latents.
 
@@ -190,6 +218,7 @@ def latents_card(
         images, split: of [`encode_to_parquet`], the split as it was asked for; num_images (`int`): encoded.
         crop (`int`, *optional*): of the images, in source pixels.
         repo_id (`str`): repository on the Hub, or folder, that the card is for.
+        columns: of the files.
     """
     made = provenance()
     channels, size, _ = pipe.image_shape
@@ -202,6 +231,7 @@ def latents_card(
         split=code_text(split).replace("|", "\\|"),  # in a table
         name=json.dumps(split_name(split)),
         repo_id=json.dumps(repo_id),
+        facts="".join(line for name, line in _FACTS.items() if name in columns),
         size=size,
         channels=channels,
         crop="the largest square" if crop is None else f"{crop} pixels",

@@ -27,7 +27,6 @@ _PLACE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 
 class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
     __doc__ = pipeline_vaeplus.VAEPlusPipeline.__doc__
-    _image_processor = None
 
     @property
     def image_processor(self) -> VAEPlusImageProcessor:

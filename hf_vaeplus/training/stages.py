@@ -10,6 +10,7 @@ Codes and posteriors are computed once per data set and kept beside the image ca
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
@@ -226,7 +228,10 @@ def _open_to_train(options: StageOptions):
 def open_images(options: StageOptions, split: str | None = None):
     """The images that `options` name, cached or streamed; of another split if given (never mirrored then)."""
     if split is not None:
-        options = replace(options, split=split, max_train_samples=None, random_flip=False, streaming=False)
+        holdout = options.holdout if split.endswith("seen]") else 0
+        options = replace(
+            options, split=split, max_train_samples=None, random_flip=False, streaming=False, holdout=holdout
+        )
     wanted = repr([getattr(options, entry.name) for entry in fields(ImageOptions)])
     # One process after the other: the first decodes, hashes and downloads. The others wait for its lock however long
     # that takes; at a barrier they could wait no longer than the process group's timeout.
@@ -235,6 +240,45 @@ def open_images(options: StageOptions, split: str | None = None):
         if options.streaming:
             return open_stream(options, options.cache_dir, options.seed)
         return open_cache(options, options.cache_dir)
+
+
+def with_holdout(preset: dict, output_dir: Path, **overrides) -> dict:
+    """The preset; for a folder or files of one's own, of which it names no share to hold out, with the default share.
+
+    A run of an earlier version, which held nothing out, goes on with all its pictures.
+    """
+    layers = [preset.get("common", {}), *(preset.get(stage, {}) for stage in STAGES), overrides]
+    options = all_stage_options(preset, output_dir, **overrides)
+    are_own = all(
+        each.dataset_name is None and (each.train_data_dir or each.train_data_files) and not each.streaming
+        for each in options.values()
+    )
+    records = [
+        read_record(folder) or (read_record(checkpoints[-1]) if (checkpoints := list_checkpoints(folder)) else {})
+        for folder in (Path(each.output_dir) for each in options.values())
+    ]
+    is_older = any(record and "holdout" not in record for record in records)
+    if not are_own or is_older or any("holdout" in layer for layer in layers):
+        return preset
+    return {**preset, "common": {**preset.get("common", {}), "holdout": None}}
+
+
+def seen_in_training(images, training_images, options: StageOptions) -> str:
+    """Whether a model was trained on images: "seen", "unseen" or "partly seen".
+
+    Images of another split count as unseen, also if the split holds copies of training images.
+
+    Args:
+        images ([`~hf_vaeplus.data.cache.ImageDataset`]): of the same source.
+        training_images: cached or a stream; options: with which they were opened.
+    """
+    if images.split.partition("[")[0] != options.split.partition("[")[0]:
+        return "unseen"
+    if isinstance(training_images, IterableDataset):
+        known = images.numbers < (options.max_train_samples or math.inf)
+    else:
+        known = np.isin(images.numbers, training_images.numbers)
+    return "seen" if known.all() else "partly seen" if known.any() else "unseen"
 
 
 def _autoencoder_config(options: StageOptions, images) -> VAEPlusAutoencoderConfig:

@@ -6,6 +6,7 @@ repository can carry it alone.
 
 import contextlib
 import io
+import os
 from numbers import Integral
 from pathlib import Path
 
@@ -18,13 +19,18 @@ logger = logging.get_logger(__name__)
 
 # What files are opened as. Left to itself Pillow would also hand PostScript to an interpreter of programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-Picture = Image.Image | np.ndarray
+Picture = Image.Image | np.ndarray | str | os.PathLike
 # What the library itself puts into a processor's keyword arguments; anything else unknown is a misspelling.
 _LIBRARY_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 
 
 def decode_image(
-    content: bytes | Path | Image.Image | np.ndarray, label: str, resolution: int, crop: int | None, num_channels: int
+    content: bytes | Path | Image.Image | np.ndarray,
+    label: str,
+    resolution: int,
+    crop: int | None,
+    num_channels: int,
+    keep_small: bool = False,
 ) -> np.ndarray:
     """Decode, crop and resize one picture. Transparency is dropped.
 
@@ -35,6 +41,8 @@ def decode_image(
         resolution (`int`): height and width of the result; box filter when shrinking, bicubic when enlarging.
         crop (`int` or `None`): side of the centre crop in source pixels, `None` for the largest square.
         num_channels (`int`): 1 (grey) or 3 (RGB).
+        keep_small (`bool`): take a picture of `resolution` x `resolution` as it is where `crop` is larger: it is
+            cropped already.
     Returns:
         `np.ndarray` of shape `(resolution, resolution, num_channels)`, uint8.
     Raises:
@@ -60,6 +68,8 @@ def decode_image(
         raise ValueError(f"{label} is not a readable picture ({error}); remove it or replace it") from error
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{label} has pixel type {image.mode}, expected 8 bits a channel; convert it first")
+    if keep_small and crop is not None and crop > resolution and image.size == (resolution, resolution):
+        crop = None
     side = min(image.size) if crop is None else crop
     if side > min(image.size):
         raise ValueError(f"{label} is {image.width}x{image.height}, smaller than crop={crop}; choose a smaller crop")
@@ -141,7 +151,8 @@ class VAEPlusImageProcessor(BaseImageProcessor):
         """What calling the processor does.
 
         Args:
-            images: a PIL image or uint8 array of shape `(H, W)` or `(H, W, 3)`, of any size; one or a list of them.
+            images: a PIL image, the path of a file or a uint8 array of shape `(H, W)` or `(H, W, 3)`, of any size; one
+                or a list of them.
             return_tensors (`"pt" | "np"`, *optional*): torch tensors, or numpy arrays as without it.
 
         Returns:
@@ -152,15 +163,30 @@ class VAEPlusImageProcessor(BaseImageProcessor):
             ValueError: no images, or as [`decode_image`].
         """
         images = images if isinstance(images, list | tuple) else [images]
-        for image in images:
-            if not isinstance(image, Image.Image | np.ndarray):
-                raise TypeError(f"images must be PIL images or uint8 arrays (H, W, 3), got {type(image).__name__}.")
         if not images:
             raise ValueError("images is an empty list: pass at least one image.")
-        wanted = self.image_size, self.crop, self.num_channels
-        pixels = np.stack([decode_image(image, f"image {i}", *wanted) for i, image in enumerate(images)])
+        pixels = np.stack([self.pixels(image, f"image {i}") for i, image in enumerate(images)])
         pixel_values = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def pixels(self, image: Picture, label: str) -> np.ndarray:
+        """One picture as the model sees it: uint8 of shape `(image_size, image_size, num_channels)`.
+
+        A picture of `image_size` x `image_size` that is smaller than the crop is taken as it is: it could not have
+        been a training picture, and what the model draws has this size.
+
+        Args:
+            image: as in `preprocess`.
+            label (`str`): what errors call it; a file is called by its path.
+
+        Raises:
+            TypeError, ValueError: as `preprocess`.
+        """
+        if isinstance(image, str | os.PathLike):
+            image, label = Path(image), os.fspath(image)
+        elif not isinstance(image, Image.Image | np.ndarray):
+            raise TypeError(f"images must be PIL images, paths or uint8 arrays (H, W, 3), got {type(image).__name__}.")
+        return decode_image(image, label, self.image_size, self.crop, self.num_channels, keep_small=True)
 
 
 __all__ = ["VAEPlusImageProcessor", "decode_image"]

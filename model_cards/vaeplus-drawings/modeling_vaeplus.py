@@ -152,7 +152,7 @@ class VAEPlusAutoencoderConfig(VAEPlusConfig):
     """Configuration of [`VAEPlusAutoencoderModel`].
 
     Args:
-        image_size (`int`): height and width of the square images, 32 to 256 pixels.
+        image_size (`int`): height and width of the square images, 8 to 256 pixels.
         num_channels (`int`): 1 (grey) or 3 (colour).
         latent_dim (`int`): length of the code.
         patch_size (`int`): pixels per side that the first layer folds into channels; the networks run on the grid of
@@ -184,8 +184,8 @@ class VAEPlusAutoencoderConfig(VAEPlusConfig):
         self._check_positive("num_blocks", limit=1000)
         if self.num_channels not in (1, 3):
             raise ValueError(f"VAEPlusAutoencoderConfig.num_channels must be 1 or 3, got {self.num_channels}.")
-        if not 32 <= self.image_size <= 256:
-            raise ValueError(f"VAEPlusAutoencoderConfig.image_size must be 32 to 256, got {self.image_size}.")
+        if not 8 <= self.image_size <= 256:
+            raise ValueError(f"VAEPlusAutoencoderConfig.image_size must be 8 to 256, got {self.image_size}.")
         self._check_grid(self.image_size)
 
 

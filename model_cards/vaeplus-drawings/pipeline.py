@@ -13,19 +13,25 @@ lies on the CPU, whatever the device and the precision of the models.
 """
 
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Protocol
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
-Images = Image.Image | list[Image.Image] | tuple[Image.Image, ...] | np.ndarray | torch.Tensor
+Picture = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
+Images = Picture | list[Picture] | tuple[Picture, ...]
 ImagesOut = list[Image.Image] | np.ndarray | torch.Tensor
 Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
@@ -54,6 +60,33 @@ class Posterior(Protocol):
     def log_prob(self, latents: torch.Tensor) -> torch.Tensor: ...
 
 
+@dataclass
+class VAEPlusScores(BaseOutput):
+    """How well a model fits each of n images, and how usual it finds them. Tensors are float32 on the CPU.
+
+    Args:
+        log_likelihood (`torch.Tensor` of shape `(n,)`): lower bound of log p(x) by `num_importance_samples` samples,
+            in nats per image, of the density of pixels in [0, 1]. `None` if the model has no likelihood of images.
+        bits_per_dimension (`torch.Tensor` of shape `(n,)`): the same in bits for each pixel value, as in
+            `VAEPlusPipeline.log_likelihood`: less is better. `None` as well.
+        squared_error (`torch.Tensor` of shape `(n,)`): sum over the pixel values in [0, 1] of the squared difference
+            between image and reconstruction.
+        latent_distance (`torch.Tensor` of shape `(n,)`): how far the posterior mean lies from the aggregate posterior,
+            measured as `latent_distance_is` says.
+        latent_distance_is (`str`): `"mahalanobis"`, the length of the mean, its Mahalanobis distance under N(0, I); or
+            `"negative_log_density"`, minus the second stage's log density of the mean, in nats.
+        num_importance_samples (`int`): of the bound; prior (`str`): p(z) in it, as in `log_importance_weights`.
+    """
+
+    log_likelihood: torch.Tensor | None
+    bits_per_dimension: torch.Tensor | None
+    squared_error: torch.Tensor
+    latent_distance: torch.Tensor
+    latent_distance_is: str
+    num_importance_samples: int
+    prior: str
+
+
 class VAEPlusPipeline(DiffusionPipeline):
     """Samples, encodes, reconstructs, interpolates and scores images with the stages of VAE+.
 
@@ -64,11 +97,15 @@ class VAEPlusPipeline(DiffusionPipeline):
         second_stage (`VAEPlusVAEModel` or a model of modeling_priors.py, *optional*): of the first VAE's latents, a
             model of the aggregate posterior q(z).
 
-    Images are accepted by every method as a PIL image or a list or tuple of them (mode "RGB", or "L" for one channel);
-    numpy `(n, H, W, C)` or `(H, W, C)`; torch `(n, C, H, W)` or `(C, H, W)`; arrays are floats in [0, 1] or uint8.
-    They must have the size that the models were trained on. `output_type` is `"pil"` (a list), `"np"` (float32 array
-    `(n, H, W, C)` in [0, 1]) or `"pt"` (float32 tensor `(n, C, H, W)` in [0, 1]). `decode_batch_size` is the number of
-    images that are decoded at a time, which bounds the memory.
+    Images are accepted by every method as pictures of any size: PIL images, paths of files, numpy `(H, W)`,
+    `(H, W, C)` or `(n, H, W, C)`, torch `(C, H, W)` or `(n, C, H, W)`, and lists or tuples of them. Arrays are floats
+    in [0, 1] or uint8. `image_processor` makes of them what the models were trained on: it crops, converts and
+    resizes, and rounds floats to 8 bits. Arrays and tensors that have the shape of the model's images already are
+    taken as they are. With `preprocess=False` every image must have that shape, and files are not read.
+
+    `output_type` is `"pil"` (a list), `"np"` (float32 array `(n, H, W, C)` in [0, 1]) or `"pt"` (float32 tensor
+    `(n, C, H, W)` in [0, 1]). `decode_batch_size` is the number of images that are decoded at a time, which bounds the
+    memory.
 
     Raises:
         TypeError: a component of another class.
@@ -78,10 +115,11 @@ class VAEPlusPipeline(DiffusionPipeline):
         >>> pipe = VAEPlusPipeline.from_pretrained("folder-or-repository")
         >>> images = pipe(num_images=4, generator=torch.Generator().manual_seed(0)).images
         >>> posterior = pipe.encode(images)
-        >>> nats = pipe.log_likelihood(images)
+        >>> nats = pipe.log_likelihood("photograph.jpg")
     """
 
     model_cpu_offload_seq = "second_stage->vae->autoencoder"
+    _image_processor: BaseImageProcessor | None = None
     _optional_components = ["vae", "autoencoder", "second_stage"]
 
     def __init__(
@@ -113,6 +151,36 @@ class VAEPlusPipeline(DiffusionPipeline):
             return self.vae.config.input_shape
         config = self.autoencoder.config
         return (config.num_channels, config.image_size, config.image_size)
+
+    @property
+    def image_processor(self) -> BaseImageProcessor:
+        """What makes pictures of any size into images of this pipeline, as in training: that of the stored pipeline.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self._image_processor is None:
+            # In a repository this file runs because the user trusts it, and so does the processor beside it. diffusers
+            # keeps the commit of a download in its path alone.
+            is_of_repository = __name__.startswith("diffusers_modules")
+            first = next(component for component in self.components.values() if component is not None)
+            commit = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", first.name_or_path)
+            where = dict(revision=commit[1]) if commit else {}
+            try:
+                found = AutoImageProcessor.from_pretrained(
+                    self.name_or_path, trust_remote_code=is_of_repository, **where
+                )
+            except (OSError, ValueError, TypeError) as error:
+                raise ValueError(
+                    f"this pipeline has no image processor ({error}): set pipe.image_processor, or pass images of"
+                    f" shape {self.image_shape} and preprocess=False."
+                ) from error
+            self._image_processor = found
+        return self._image_processor
+
+    @image_processor.setter
+    def image_processor(self, processor: BaseImageProcessor | None) -> None:
+        self._image_processor = processor
 
     @property
     def _latent_dim(self) -> int:
@@ -214,11 +282,11 @@ class VAEPlusPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def encode(self, images: Images, batch_size: int = 64) -> Posterior:
+    def encode(self, images: Images, batch_size: int = 64, preprocess: bool = True) -> Posterior:
         """The posterior q(z|x) of each image, of the first VAE.
 
         Args:
-            images: see the class.
+            images, preprocess: see the class.
             batch_size (`int`): images encoded at a time.
 
         Returns:
@@ -226,10 +294,11 @@ class VAEPlusPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: images of another type.
-            ValueError: images of wrong size, channels, range or dtype, or none at all; a pipeline without a VAE.
+            ValueError: a picture that cannot be used, images of wrong size, channels, range or dtype, or none at all;
+                a pipeline without a VAE.
         """
         self.need_vae("posteriors")
-        images = _to_tensor(images, self.image_shape)
+        images = self._to_images(images, preprocess)
         batches = self._batches(len(images), "batch_size", batch_size)
         posteriors = [self._encode_batch(images[rows]) for rows in batches]
         self.maybe_free_model_hooks()
@@ -262,7 +331,12 @@ class VAEPlusPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: Images, output_type: str = "pil", decode_batch_size: int = 64, sharpness: float = 0.0
+        self,
+        images: Images,
+        output_type: str = "pil",
+        decode_batch_size: int = 64,
+        sharpness: float = 0.0,
+        preprocess: bool = True,
     ) -> ImagesOut:
         """Images, in the form `output_type`, decoded from the posterior means of `images` (see the class).
 
@@ -274,11 +348,18 @@ class VAEPlusPipeline(DiffusionPipeline):
         _check_output_type(output_type)
         self._check_sharpness(sharpness)
         decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
-        return self.decode(self.encode(images, decode_batch_size).mean, output_type, decode_batch_size, sharpness)
+        mean = self.encode(images, decode_batch_size, preprocess).mean
+        return self.decode(mean, output_type, decode_batch_size, sharpness)
 
     @torch.no_grad()
     def interpolate(
-        self, a: Images, b: Images, steps: int = 8, output_type: str = "pil", decode_batch_size: int = 64
+        self,
+        a: Images,
+        b: Images,
+        steps: int = 8,
+        output_type: str = "pil",
+        decode_batch_size: int = 64,
+        preprocess: bool = True,
     ) -> list[list[Image.Image]] | np.ndarray | torch.Tensor:
         """Ways from each image of `a` to its partner in `b`, through the posterior means.
 
@@ -286,7 +367,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         the prior, where in many dimensions no sample lies. Along a line through the origin it is the straight line.
 
         Args:
-            a, b: as many images each (see the class).
+            a, b, preprocess: as many images each (see the class).
             steps (`int`): images per way, at least 2; the first and the last are the reconstructions of `a` and `b`.
             output_type (`"pil" | "np" | "pt"`): n lists of PIL images, an array of shape `(n, steps, H, W, C)` or a
                 tensor of shape `(n, steps, C, H, W)`.
@@ -299,7 +380,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         _check_output_type(output_type)
         steps = _check_count("steps", steps, at_least=2)
         decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
-        a, b = _to_tensor(a, self.image_shape), _to_tensor(b, self.image_shape)
+        a, b = self._to_images(a, preprocess), self._to_images(b, preprocess)
         if len(a) != len(b):
             raise ValueError(f"interpolate needs as many images in b as in a, got {len(a)} and {len(b)}.")
         start, end = self.encode(a, decode_batch_size).mean, self.encode(b, decode_batch_size).mean
@@ -318,13 +399,15 @@ class VAEPlusPipeline(DiffusionPipeline):
         decode_batch_size: int = 64,
         prior: str = "standard_normal",
         unit: str = "nats",
+        preprocess: bool = True,
     ) -> torch.Tensor:
         """Importance-weighted estimate of log p(x), which approaches it from below (Burda et al. 2016, Eq. 8).
 
             log p(x) >= E log mean_k N(x | mean(z_k), gamma I) p(z_k) / q(z_k | x),    z_k ~ q(z | x)
 
         Args:
-            images, num_importance_samples, generator, decode_batch_size, prior: as in `log_importance_weights`.
+            images, num_importance_samples, generator, decode_batch_size, prior, preprocess: as in
+                `log_importance_weights`.
             unit (`"nats" | "bits_per_dimension"`): the latter is -log2 p(x) / d + 8 of the d pixel values, of their
                 density in units of an 8-bit level: less is better. No noise is added to the levels, so it is not the
                 bound of a discrete model.
@@ -338,11 +421,67 @@ class VAEPlusPipeline(DiffusionPipeline):
         """
         if unit not in ("nats", "bits_per_dimension"):
             raise ValueError(f"unit must be 'nats' or 'bits_per_dimension', got {unit!r}.")
-        log_weights = self.log_importance_weights(images, num_importance_samples, generator, decode_batch_size, prior)
+        log_weights = self.log_importance_weights(
+            images, num_importance_samples, generator, decode_batch_size, prior, preprocess
+        )
         nats = log_weights.logsumexp(0) - math.log(num_importance_samples)
         if unit == "bits_per_dimension":
-            return (8 - nats / (math.prod(self.image_shape) * math.log(2))).float()
+            return self._bits_per_dimension(nats).float()
         return nats.float()
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the first VAE knows the decoder variance of images, which likelihoods need."""
+        return self.vae is not None and (self.autoencoder is None or self.vae.config.gamma_is_of_images)
+
+    @torch.no_grad()
+    def score(
+        self,
+        images: Images,
+        num_importance_samples: int = 64,
+        generator: Generators = None,
+        decode_batch_size: int = 64,
+        prior: str | None = None,
+        preprocess: bool = True,
+    ) -> VAEPlusScores:
+        """How well the model fits each image, and how usual it finds it: low likelihoods and large errors are unusual.
+
+        Args:
+            images, num_importance_samples, generator, decode_batch_size, preprocess: as in `log_importance_weights`.
+            prior (`"standard_normal" | "second_stage"`, *optional*): p(z) of likelihood and distance; by default the
+                second stage if it has an exact `log_prob`, else N(0, I).
+
+        Returns:
+            `VAEPlusScores`: one number per image of each kind, in the order of the images.
+
+        Raises:
+            TypeError, ValueError: as `log_importance_weights`. A model without a likelihood has the other scores.
+        """
+        self.need_vae("scores")
+        if prior is None:
+            has_density = getattr(self.second_stage, "log_prob_is_exact", False)
+            prior = "second_stage" if has_density else "standard_normal"
+        self._check_prior(prior)
+        images = self._to_images(images, preprocess)
+        nats = bits = None
+        if self.has_likelihood:
+            options = dict(generator=generator, decode_batch_size=decode_batch_size, prior=prior)
+            nats = self.log_likelihood(images, num_importance_samples, **options)
+            bits = self._bits_per_dimension(nats.double()).float()
+        mean = self.encode(images, decode_batch_size).mean
+        pixels = images / 255 if images.dtype == torch.uint8 else images.float().cpu()
+        errors = (pixels.cpu() - self.decode(mean, "pt", decode_batch_size)).square().flatten(1).sum(1)
+        if prior == "second_stage":
+            with _weights_in_place(self.second_stage):
+                distance = -self.second_stage.log_prob(mean.to(self._execution_device)).float().cpu()
+            self.maybe_free_model_hooks()
+        else:
+            distance = mean.norm(dim=1)
+        kind = "negative_log_density" if prior == "second_stage" else "mahalanobis"
+        return VAEPlusScores(nats, bits, errors, distance, kind, num_importance_samples, prior)
+
+    def _bits_per_dimension(self, nats: torch.Tensor) -> torch.Tensor:
+        return 8 - nats / (math.prod(self.image_shape) * math.log(2))
 
     @torch.no_grad()
     def log_importance_weights(
@@ -352,13 +491,14 @@ class VAEPlusPipeline(DiffusionPipeline):
         generator: Generators = None,
         decode_batch_size: int = 64,
         prior: str = "standard_normal",
+        preprocess: bool = True,
     ) -> torch.Tensor:
         """log N(x | mean(z_k), gamma I) p(z_k) / q(z_k | x) at z_k ~ q(z | x): what bounds of log p(x) reduce.
 
         Noise is drawn image after image, so the weights do not depend on `decode_batch_size`.
 
         Args:
-            images: see the class.
+            images, preprocess: see the class.
             num_importance_samples (`int`): K; the cost is K decoder passes per image.
             generator (`torch.Generator` or a list or tuple of one per image, *optional*): source of the noise.
             decode_batch_size (`int`): see the class.
@@ -374,12 +514,12 @@ class VAEPlusPipeline(DiffusionPipeline):
         """
         self.need_vae("likelihoods")
         self._check_prior(prior)
-        if self.autoencoder is not None and not self.vae.config.gamma_is_of_images:
+        if not self.has_likelihood:
             raise ValueError(
                 "likelihoods need the decoder variance of images, but this VAE's gamma was measured on codes:"
                 " train it with reconstruction_space='pullback' or 'image'."
             )
-        images = _to_tensor(images, self.image_shape)
+        images = self._to_images(images, preprocess)
         num_importance_samples = _check_count("num_importance_samples", num_importance_samples)
         decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
         generator = _check_generators(generator, len(images))
@@ -462,6 +602,24 @@ class VAEPlusPipeline(DiffusionPipeline):
             images[first : first + len(batch)] = batch.clamp_(0, 1)
             first += len(batch)
         return images
+
+    def _to_images(self, images: Images, preprocess: bool) -> torch.Tensor:
+        """uint8 in [0, 255] or floats in [0, 1], of shape `(n, *image_shape)`: checked, not converted yet."""
+        if not preprocess or _is_exact(images, self.image_shape):
+            return _to_tensor(images, self.image_shape)
+        pictures = _split(images)
+        if not pictures:
+            raise ValueError(f"images is an empty {type(images).__name__}: pass at least one image.")
+        rows = []
+        for number, picture in enumerate(pictures):
+            if not _is_exact(picture, self.image_shape):
+                if isinstance(picture, np.ndarray | torch.Tensor):
+                    picture = _to_uint8(picture)
+                picture = self.image_processor.pixels(picture, f"image {number}")
+            rows.append(_to_tensor(picture, self.image_shape)[0].permute(1, 2, 0))
+        if len({row.dtype for row in rows}) > 1:
+            rows = [row / 255 if row.dtype == torch.uint8 else row.float() for row in rows]
+        return torch.stack(rows).permute(0, 3, 1, 2)  # channels last in memory, as an array of pictures is
 
     def _to_float(self, images: torch.Tensor) -> torch.Tensor:
         """float32 pixels in [0, 1] on the execution device, of a batch from `_to_tensor`."""
@@ -546,22 +704,27 @@ def _to_tensor(images: Images, image_shape: tuple[int, int, int]) -> torch.Tenso
         layout, expected = "torch images (n, channels, height, width)", image_shape
     else:
         raise TypeError(
-            f"images must be PIL images, a numpy array or a torch tensor, got {type(images).__name__}: convert them."
+            f"without preprocessing images must be PIL images, a numpy array or a torch tensor, got"
+            f" {type(images).__name__}: leave preprocess at True."
         )
     if images.shape[1:] != expected or len(images) == 0:
         raise ValueError(
             f"{layout} must have shape (n, {', '.join(map(str, expected))}) with n of at least 1, got"
-            f" {tuple(images.shape)}: resize and crop them first, for example with PIL."
+            f" {tuple(images.shape)}: leave preprocess at True for pictures of other sizes."
         )
     if isinstance(images, np.ndarray):
         images = torch.tensor(images).permute(0, 3, 1, 2)
+    _check_pixels(images)
+    return images
+
+
+def _check_pixels(images: torch.Tensor):
     if images.is_floating_point():
         low, high = images.aminmax()
         if not (low >= 0 and high <= 1):
             raise ValueError(f"float images must lie in [0, 1] without NaN, got {low:.4g} to {high:.4g}: rescale.")
     elif images.dtype != torch.uint8:
         raise ValueError(f"images must be floats in [0, 1] or uint8 in [0, 255], got {images.dtype}: convert them.")
-    return images
 
 
 def _stack_pil(images: list[Image.Image] | tuple[Image.Image, ...], image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -571,13 +734,48 @@ def _stack_pil(images: list[Image.Image] | tuple[Image.Image, ...], image_shape:
         raise ValueError(f"images is an empty {type(images).__name__}: pass at least one image.")
     for image in images:
         if not isinstance(image, Image.Image):
-            raise TypeError(f"a list of images must hold PIL images, got {type(image).__name__}: stack arrays first.")
+            raise TypeError(
+                f"without preprocessing a list of images must hold PIL images, got {type(image).__name__}: stack"
+                " arrays, or leave preprocess at True."
+            )
         if image.mode != mode or image.size != (width, height):
             raise ValueError(
-                f"PIL images must have mode {mode!r} and size {(width, height)}, got {image.mode!r} and {image.size}:"
-                f" use image.convert({mode!r}).resize(({width}, {height}))."
+                f"without preprocessing PIL images must have mode {mode!r} and size {(width, height)}, got"
+                f" {image.mode!r} and {image.size}: leave preprocess at True."
             )
     return np.stack([np.asarray(image).reshape(height, width, channels) for image in images])
+
+
+def _is_exact(images: Images, image_shape: tuple[int, int, int]) -> bool:
+    """Whether this is an array of images, or of one, of the model's shape."""
+    channels, height, width = image_shape
+    is_torch = isinstance(images, torch.Tensor)
+    if not (is_torch or isinstance(images, np.ndarray)) or images.ndim not in (3, 4):
+        return False
+    return tuple(images.shape[-3:]) == (image_shape if is_torch else (height, width, channels))
+
+
+def _split(images: Images) -> list[Picture]:
+    """The pictures, one by one."""
+    if isinstance(images, list | tuple):
+        return list(images)
+    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def _to_uint8(picture: np.ndarray | torch.Tensor) -> np.ndarray:
+    """An array of one picture, of any size, as Pillow takes it: uint8 `(H, W)` or `(H, W, 3 or 4)`."""
+    is_torch = isinstance(picture, torch.Tensor)
+    pixels = picture.detach().cpu() if is_torch else torch.tensor(picture)
+    if is_torch and pixels.ndim == 3:
+        pixels = pixels.permute(1, 2, 0)
+    if not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4)) or pixels.numel() == 0:
+        layout = "torch (C, H, W) or (n, C, H, W)" if is_torch else "numpy (H, W, C) or (n, H, W, C)"
+        raise ValueError(f"a picture in {layout} must have 1, 3 or 4 channels, got shape {tuple(picture.shape)}.")
+    _check_pixels(pixels)
+    pixels = pixels if pixels.dtype == torch.uint8 else (255 * pixels.double()).round().to(torch.uint8)
+    return (pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).numpy()
 
 
 def _to_output(images: torch.Tensor, output_type: str) -> ImagesOut:
@@ -679,4 +877,4 @@ def _check_generators(generator: Generators, num_images: int) -> torch.Generator
     return generator
 
 
-__all__ = ["VAEPlusPipeline"]
+__all__ = ["VAEPlusPipeline", "VAEPlusScores"]

@@ -7,6 +7,8 @@ alone. Two models make the three stages:
     stage 1  `VAEPlusVAEModel`          code     -> latents z  error measured on images through the frozen decoder
     stage 2  `VAEPlusVAEModel`          z        -> latents u  a model of the aggregate posterior q(z)
 
+Other second stages are in `modeling_priors.py`.
+
 Conventions: pixels lie in [0, 1]; gamma is the decoder **variance** (Eq. 3); losses are sums over dimensions and
 means over the batch, in nats.
 """
@@ -150,7 +152,7 @@ class VAEPlusAutoencoderConfig(VAEPlusConfig):
     """Configuration of [`VAEPlusAutoencoderModel`].
 
     Args:
-        image_size (`int`): height and width of the square images, 32 to 256 pixels.
+        image_size (`int`): height and width of the square images, 8 to 256 pixels.
         num_channels (`int`): 1 (grey) or 3 (colour).
         latent_dim (`int`): length of the code.
         patch_size (`int`): pixels per side that the first layer folds into channels; the networks run on the grid of
@@ -182,8 +184,8 @@ class VAEPlusAutoencoderConfig(VAEPlusConfig):
         self._check_positive("num_blocks", limit=1000)
         if self.num_channels not in (1, 3):
             raise ValueError(f"VAEPlusAutoencoderConfig.num_channels must be 1 or 3, got {self.num_channels}.")
-        if not 32 <= self.image_size <= 256:
-            raise ValueError(f"VAEPlusAutoencoderConfig.image_size must be 32 to 256, got {self.image_size}.")
+        if not 8 <= self.image_size <= 256:
+            raise ValueError(f"VAEPlusAutoencoderConfig.image_size must be 8 to 256, got {self.image_size}.")
         self._check_grid(self.image_size)
 
 
@@ -607,11 +609,18 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         *args,
         **kwargs,
     ) -> None:
-        """`PreTrainedModel.save_pretrained`, but weights replace older ones, be they in one file or in shards."""
+        """`PreTrainedModel.save_pretrained`, but weights replace older ones, be they in one file or in shards.
+
+        Others may read them, as far as the umask lets them.
+        """
         with one_form_of_weights(Path(save_directory), variant) if is_main_process else contextlib.nullcontext():
             super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, *args, **kwargs
             )
+        umask = os.umask(0o077)  # it can only be read by setting it
+        os.umask(umask)
+        for weights in Path(save_directory).glob("*.safetensors"):  # of safetensors, which are for their owner alone
+            weights.chmod(0o666 & ~umask)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
@@ -1013,6 +1022,36 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             return mean + (0.5 * self.decoder_log_variance).exp() * noise
         scale, noise_scale, shift = map(_upcast, (self.sample_scale, self.sample_noise, self.sample_shift))
         return mean @ scale.T + noise @ noise_scale.T + shift
+
+    def log_prob_bound(self, inputs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Importance-weighted bound of log p(x), which approaches it from below (Burda et al. 2016, Eq. 8).
+
+        p is the VAE's own model, the mean over u of N(x | decode(u), gamma I). After `match_moments` samples are drawn
+        from another one, which has no density where they take no noise.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(batch, *input_shape)`): x; of a second stage, z.
+            noise (`torch.Tensor` of shape `(K, batch, latent_dim)`): standard normal.
+
+        Returns:
+            float32 `torch.Tensor` of shape `(batch,)`: nats.
+
+        Raises:
+            ValueError: wrong shapes, or a gamma that is not a variance of the inputs.
+        """
+        if self.config.gamma_is_of_images:
+            raise ValueError("log_prob_bound needs a gamma of the inputs, and this one was measured on images.")
+        posterior = self.encode(inputs)
+        if noise.ndim != 3 or noise.shape[1:] != posterior.mean.shape:
+            raise ValueError(f"noise must have shape (K, {', '.join(map(str, posterior.mean.shape))}), got"
+                             f" {tuple(noise.shape)}.")  # fmt: skip
+        latents = posterior.sample(noise)
+        means = self.decode(latents.flatten(0, 1)).reshape(len(noise), *inputs.shape)
+        squared_error = (_upcast(inputs) - _upcast(means)).square().flatten(2).sum(2)
+        nll = gaussian_nll(squared_error, self.config.input_dim, self.decoder_log_variance)
+        # log N(u | 0, I) - log q(u | x) with u = mean + sigma eps: the 2 pi's cancel
+        log_ratio = 0.5 * (noise.square() + posterior.logvar - latents.square()).sum(2)
+        return (log_ratio - nll).logsumexp(0) - math.log(len(noise))
 
     @torch.no_grad()
     def match_moments(
