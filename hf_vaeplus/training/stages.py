@@ -242,8 +242,8 @@ def open_images(options: StageOptions, split: str | None = None):
         return open_cache(options, options.cache_dir)
 
 
-def with_holdout(preset: dict, output_dir: Path, holdout: float | int | None = None, **overrides) -> dict:
-    """The preset; for a folder or files of one's own, of which it names no share to hold out, with `holdout`.
+def with_holdout(preset: dict, output_dir: Path, default: float | int | None = None, **overrides) -> dict:
+    """The preset; for a folder or files of one's own, of which it names no share to hold out, with `default`.
 
     A run that is there goes on with what it held out; one of an earlier version held nothing out.
     """
@@ -260,7 +260,7 @@ def with_holdout(preset: dict, output_dir: Path, holdout: float | int | None = N
     if not are_own or any("holdout" in layer for layer in layers):
         return preset
     there = [record.get("holdout", 0) for record in records if record]
-    return {**preset, "common": {**preset.get("common", {}), "holdout": there[0] if there else holdout}}
+    return {**preset, "common": {**preset.get("common", {}), "holdout": there[0] if there else default}}
 
 
 def seen_in_training(images, training_images, options: StageOptions) -> str:
