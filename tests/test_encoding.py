@@ -169,7 +169,7 @@ def test_an_endless_source_is_written_as_it_is_read_and_leaves_nothing_when_stop
     class Stopping:
         vae = pipe.vae
 
-        def encode(self, pixels, batch_size):
+        def encode(self, pixels, batch_size, preprocess):
             written = files_in(working_folder)
             assert not Path(output).exists() and not [file for file in written if file.suffix == ".parquet"]
             sizes.append(sum(file.stat().st_size for file in written))

@@ -114,7 +114,7 @@ def test_a_folder_is_held_out_by_default_and_figures_say_so(pictures):
     weights = Path("run/vae/model.safetensors").read_bytes()
     assert run(*words)[0] == 0 and Path("run/vae/model.safetensors").read_bytes() == weights
     code, _, errors = run(*words, "--holdout", "0")
-    assert code == 2 and "other options (holdout None -> 0" in errors
+    assert code == 2 and "other images (holdout None -> 0" in errors
     assert run("card", "run", "org/pictures", "--data_license", "none")[0] == 0
     card = Path("run/pipeline/README.md").read_text()
     assert "measured on 12 unseen images of pictures" in card and "was not trained on these images" in card
@@ -142,5 +142,6 @@ def test_a_run_of_an_earlier_version_goes_on_with_all_its_pictures(pictures):
         named = {"common": preset["common"] | other}
         assert with_holdout(named, Path("run")) == named
     Path("run/vae").mkdir(parents=True)
-    Path("run/vae/training_options.json").write_text(json.dumps({"seed": 0}))
-    assert with_holdout(preset, Path("run")) == preset
+    for record, holdout in (({"seed": 0}, 0), ({"seed": 0, "holdout": 7}, 7)):
+        Path("run/vae/training_options.json").write_text(json.dumps(record))
+        assert with_holdout(preset, Path("run"))["common"]["holdout"] == holdout

@@ -119,7 +119,7 @@ def _evaluate(args):
     )
     if not process_state().is_main_process:
         return None
-    results["protocol"]["images_are"] = _seen_in_training(args.pipeline, results["protocol"]["fingerprint"])
+    results["images_are"] = _seen_in_training(args.pipeline, results["protocol"]["fingerprint"])
     found = {**provenance(), "pipeline": args.pipeline, **results}
     text = redacted(json.dumps(found, indent=2)) + "\n"
     write_output(output, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -104,8 +104,7 @@ def _train(preset_name: str, folder: str | None, overrides: dict, settings=(), e
     preset = _with_settings(load_preset(preset_name), settings)
     common = TrainingOptions(output_dir=preset.get("common", {}).get("output_dir", "runs/vaeplus"))
     output_dir = Path(folder or common.output_dir)
-    if evaluation_split is None:
-        preset = with_holdout(preset, output_dir, **overrides)
+    preset = with_holdout(preset, output_dir, 0 if evaluation_split else None, **overrides)
     options = all_stage_options(preset, output_dir, **overrides)
     for each in options.values():
         check_resolution(each)
@@ -161,17 +160,20 @@ def _report_images(options, training_images, evaluation_split: str | None):
 
     if evaluation_split is not None:
         images = open_images(options, evaluation_split)
+        images_are = seen_in_training(images, training_images, options)
     elif options.streaming:
         count = min(options.max_train_samples or MAX_IMAGES, MAX_IMAGES)
         images = open_images(dataclasses.replace(options, streaming=False, random_flip=False, max_train_samples=count))
+        images_are = "seen"
     else:
-        images = training_images.unseen() or training_images.unmirrored()
+        unseen = training_images.unseen()
+        images, images_are = (training_images.unmirrored(), "seen") if unseen is None else (unseen, "unseen")
     if len(images) < 2:
         raise ValueError(
             f"the statistics of a posterior need at least two images, and {images.name} has one to measure on: hold"
             " more out with --holdout, or name an --evaluation_split."
         )
-    return images, seen_in_training(images, training_images, options)
+    return images, images_are
 
 
 def _report(pipe, images, images_are: str, options: dict, output_dir: Path) -> dict:

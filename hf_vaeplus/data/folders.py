@@ -241,7 +241,9 @@ def of_split(files: dict[str, Path], split: str, left_out: LeftOut, where: str, 
     if not chosen:
         found = sorted({names[0] for names in splits.values() if names})
         raise ValueError(f"no split {split!r} in {where}, which has {found}; choose one")
-    for name in files.keys() - chosen.keys():
+    for name in files:  # in their order
+        if name in chosen:
+            continue
         left_out.add(f"of the split {splits[name][0]}" if splits[name] else "of no split", name)
     return chosen
 

@@ -10,8 +10,8 @@ def results_table(results: dict) -> str:
         f" {protocol['resolution']} x {protocol['resolution']}, crop: {crop}, seed {protocol['seed']}\n"
         f"real against real: {protocol['real']}" + (" (needs as many more)" if "real" not in sets else "")
     ]
-    if "images_are" in protocol:
-        known = protocol["images_are"] or "not known whether seen or unseen"
+    if "images_are" in results:
+        known = results["images_are"] or "not known whether seen or unseen"
         blocks[0] += f"\nreal images, reconstructions, posteriors and likelihoods: {known} in training"
     for extractor in protocol["extractors"]:
         found = {name: each["distances"][extractor["extractor"]] for name, each in sets.items()}

@@ -194,7 +194,9 @@ LOCAL_OPTIONS = frozenset(
 
 
 # Options that name what `made_from` knows by its content: another spelling, or another place, is the same run.
-_NAMES_OF_CONTENT = frozenset("train_data_dir train_data_files dataset_revision autoencoder vae made_from".split())
+_NAMES_OF_CONTENT = frozenset(
+    "train_data_dir train_data_files dataset_revision holdout autoencoder vae made_from".split()
+)
 
 
 def run_identity(record: dict) -> dict:
@@ -242,7 +244,12 @@ def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: boo
             f" {RECORD}."
         )
     if stale:
-        others = {"images": "other images", "autoencoder": "another autoencoder", "vae": "another first VAE"}
+        changed = (
+            f" (holdout {old.get('holdout', 0)} -> {new['holdout']})"
+            if old.get("holdout", 0) != new.get("holdout", 0)
+            else ""
+        )
+        others = {"images": f"other images{changed}", "autoencoder": "another autoencoder", "vae": "another first VAE"}
         raise ValueError(
             f"{folder} was trained on {' and '.join(others[name] for name in stale)} than what is there now: add"
             " --retrain to train it anew from its start, or choose another --output_dir."

@@ -242,10 +242,10 @@ def open_images(options: StageOptions, split: str | None = None):
         return open_cache(options, options.cache_dir)
 
 
-def with_holdout(preset: dict, output_dir: Path, **overrides) -> dict:
-    """The preset; for a folder or files of one's own, of which it names no share to hold out, with the default share.
+def with_holdout(preset: dict, output_dir: Path, default: float | int | None = None, **overrides) -> dict:
+    """The preset; for a folder or files of one's own, of which it names no share to hold out, with `default`.
 
-    A run of an earlier version, which held nothing out, goes on with all its pictures.
+    A run that is there goes on with what it held out; one of an earlier version held nothing out.
     """
     layers = [preset.get("common", {}), *(preset.get(stage, {}) for stage in STAGES), overrides]
     options = all_stage_options(preset, output_dir, **overrides)
@@ -257,10 +257,10 @@ def with_holdout(preset: dict, output_dir: Path, **overrides) -> dict:
         read_record(folder) or (read_record(checkpoints[-1]) if (checkpoints := list_checkpoints(folder)) else {})
         for folder in (Path(each.output_dir) for each in options.values())
     ]
-    is_older = any(record and "holdout" not in record for record in records)
-    if not are_own or is_older or any("holdout" in layer for layer in layers):
+    if not are_own or any("holdout" in layer for layer in layers):
         return preset
-    return {**preset, "common": {**preset.get("common", {}), "holdout": None}}
+    there = [record.get("holdout", 0) for record in records if record]
+    return {**preset, "common": {**preset.get("common", {}), "holdout": there[0] if there else default}}
 
 
 def seen_in_training(images, training_images, options: StageOptions) -> str:
