@@ -554,7 +554,7 @@ CATALOGUE = {
     "pictures of five axes": (lambda pipe: pipe.encode(torch.zeros(1, 1, 3, SIZE, SIZE)), r"shape \(1, 1, 3, 32, 32"),
     "pictures of whole numbers": (lambda pipe: pipe.encode(torch.zeros(1, 3, SIZE, SIZE, dtype=int)), "uint8"),
     "no pictures": (lambda pipe: pipe.encode([]), "empty list"),
-    "names of no pictures": (lambda pipe: pipe.encode(["good.png"]), "good.png is not a readable picture"),
+    "names of no pictures": (lambda pipe: pipe.encode(["text.jpg"]), "text.jpg is not a readable picture"),
     "a palette without preprocessing": (
         lambda pipe: pipe.encode(Image.new("P", (SIZE, SIZE)), preprocess=False),
         "mode 'RGB'.*got 'P'",

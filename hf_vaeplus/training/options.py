@@ -161,7 +161,7 @@ def read_record(folder: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not isinstance(record.get("made_from", {}), dict):
             raise ValueError("expected a mapping of options")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --output_dir.") from error
