@@ -7,7 +7,6 @@ does, so it waits until the module that holds the registry has been imported.
 
 import functools
 import sys
-from importlib.machinery import PathFinder
 
 
 def _register_configs():
@@ -70,7 +69,8 @@ class _Registration:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in ("transformers", "diffusers", "hf_vaeplus"):
             return None
-        spec = PathFinder.find_spec(name, path, target)
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]  # those of other tools among them
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module = functools.partial(self.exec_module, spec.loader.exec_module)
         return spec

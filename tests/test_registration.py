@@ -84,3 +84,20 @@ def test_all_public_names_are_there():
         assert getattr(hf_vaeplus, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'VAEPlusModel'"):
         _ = hf_vaeplus.VAEPlusModel
+
+
+def test_finders_of_other_tools_are_asked_as_well(monkeypatch):
+    """Such as those that measure coverage; the package once hid its modules from them."""
+
+    class Finder:
+        asked = []
+
+        def find_spec(self, name, path=None, target=None):
+            self.asked.append(name)
+
+    (registration,) = (each for each in sys.meta_path if type(each).__name__ == "_Registration")
+    place = sys.meta_path.index(registration) + 1
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path[:place], Finder(), *sys.meta_path[place:]])
+    assert registration.find_spec("hf_vaeplus.demo", hf_vaeplus.__path__).name == "hf_vaeplus.demo"
+    assert registration.find_spec("transformers.no_module", hf_vaeplus.__path__) is None
+    assert Finder.asked == ["hf_vaeplus.demo", "transformers.no_module"]
