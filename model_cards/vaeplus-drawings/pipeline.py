@@ -715,7 +715,7 @@ def _to_tensor(images: Images, image_shape: tuple[int, int, int]) -> torch.Tenso
     if isinstance(images, np.ndarray):
         images = torch.tensor(images).permute(0, 3, 1, 2)
     _check_pixels(images)
-    return images
+    return images.contiguous()  # another layout would change the last bits of what the networks make of them
 
 
 def _check_pixels(images: torch.Tensor):
