@@ -330,7 +330,7 @@ class StageOptions(ImageOptions, TrainingOptions):
     )
     feature_loss: str | None = option(
         None,
-        "detail: folder or Hub id of a vision backbone of transformers whose feature maps are compared as well as pixels",
+        "detail: folder or Hub id of a vision backbone of transformers, whose feature maps count besides pixels",
         is_path=True,
     )
     num_directions: int = option(32, "detail: random directions of each view at each step", positive)

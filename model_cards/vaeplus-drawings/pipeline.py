@@ -4,7 +4,7 @@ From "On the Regularization Balance in Autoencoder-Based Generative Models" (VAE
 nothing of the package: an exported Hub repository carries it as `pipeline.py`, word for word. The subclass that the
 package itself offers (hub/pipeline.py) adds safe loading and uploads.
 
-    sampling  u -> `second_stage` -> z -> `vae` -> code -> `autoencoder` -> image, to which `detail` adds what a mean lacks
+    sampling  u -> `second_stage` -> z -> `vae` -> code -> `autoencoder` -> image (-> `detail`)
     encoding  image -> `autoencoder` -> code -> `vae` -> posterior over z
 
 Without an autoencoder the VAE works on pixels; without a second stage z is drawn from N(0, I). Without a VAE the
@@ -333,8 +333,8 @@ class VAEPlusPipeline(DiffusionPipeline):
 
         Without a VAE they are codes of the autoencoder.
 
-        `sharpness` is that of sampling, `decode_batch_size` that of the class. `deterministic=False` adds detail, whose
-        noise is drawn from `generator` (of sampling).
+        `sharpness` is that of sampling, `decode_batch_size` that of the class. `deterministic=False` adds detail,
+        whose noise is drawn from `generator` (of sampling).
 
         Raises:
             TypeError: latents that are not a tensor, or generators of another type.
@@ -626,7 +626,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         sharpness = _check_factor("sharpness", sharpness)
         if sharpness and self.detail is not None and not deterministic:
             raise ValueError(
-                f"sharpness={sharpness:g} sharpens the decoder's mean, and this pipeline draws detail in its place: add"
+                f"sharpness={sharpness:g} sharpens the decoder's mean, and this pipeline draws detail instead: add"
                 " deterministic=True, or leave sharpness out."
             )
         if sharpness and not (self.autoencoder is not None and self.autoencoder.config.matched_spectrum):
