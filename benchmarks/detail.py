@@ -183,7 +183,7 @@ def fit(options, images, model_class, backbone, seconds: float) -> tuple[nn.Modu
             }
             recent = [*recent[-99:], told]
             bar.n = share * seconds
-            bar.set_postfix(step=step, loss=told["loss"])
+            bar.set_postfix(step=step, loss=recent[-1]["loss"])
     with torch.no_grad():
         for parameter, mean in zip(model.parameters(), average, strict=True):
             parameter.copy_(mean)
