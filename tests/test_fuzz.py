@@ -26,6 +26,8 @@ from transformers import PreTrainedConfig
 from hf_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
+    VAEPlusDetailConfig,
+    VAEPlusDetailModel,
     VAEPlusFlowMatchingConfig,
     VAEPlusFlowMatchingModel,
     VAEPlusMixtureConfig,
@@ -86,6 +88,7 @@ MODELS = {
     PenalizedAutoencoderConfig: (PenalizedAutoencoderModel, {"input_shape": (6,), "hidden_dim": 8}),
     VAEPlusEncoderConfig: (None, {}),
     VAEPlusFlowMatchingConfig: (VAEPlusFlowMatchingModel, {"latent_dim": 6, "hidden_dim": 8}),
+    VAEPlusDetailConfig: (VAEPlusDetailModel, {"image_size": 8, "feature_dim": 4, "hidden_dim": 8}),
     VAEPlusMixtureConfig: (VAEPlusMixtureModel, {"latent_dim": 6}),
 }
 UNKNOWN = ["hiden_dim", "torch_dtype", "model_type", "num_labels", "attn_implementation", "quantization_config", "\0"]
@@ -154,10 +157,16 @@ USUAL = {
 
 @pytest.fixture(scope="module")
 def place(home, tmp_path_factory):  # noqa: F811
-    """An empty folder to run in, and no training, uploading or serving."""
+    """An empty folder to run in, no training, uploading or serving, and few drawings of a quickstart."""
 
     def refuse(*args, **options):
         raise ValueError("everything was right")
+
+    def few(name):
+        preset = load_preset(name)
+        if name == "quickstart":
+            preset["common"]["max_train_samples"] = 64
+        return preset
 
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "inner").mkdir()
@@ -167,6 +176,7 @@ def place(home, tmp_path_factory):  # noqa: F811
         patch.setenv("VAEPLUS_CACHE", str(folder / "cache"))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("hf_vaeplus.training.stages.train_stages", refuse)
+        patch.setattr("hf_vaeplus.training.options.load_preset", few)
         patch.setattr("hf_vaeplus.demo.serve", refuse)
         yield folder
 
@@ -231,7 +241,9 @@ TEXTS = (
 )
 TEXTS = [*TEXTS.split("|"), "[" * 900, "{" * 900, "? [1]", "- 1", "|", "'", "%", "\t"]
 sections = st.dictionaries(
-    st.sampled_from(["common", *STAGES, "vea"]), of_fields(StageOptions, ["seeds", "hiden_dim"]) | junk, max_size=3
+    st.sampled_from(["common", *STAGES, "detail", "vea"]),
+    of_fields(StageOptions, ["seeds", "hiden_dim"]) | junk,
+    max_size=3,
 )
 texts = st.one_of(
     st.text(max_size=30),
@@ -257,7 +269,7 @@ def test_a_preset_is_read_or_refused(text):
             assert str(error).strip()
         else:
             event("accepted")
-            assert [each.stage for each in options.values()] == list(STAGES)
+            assert [each.stage for each in options.values()] in (list(STAGES), [*STAGES, "detail"])
 
 
 # ------------------------------------------------------------------------------------------- latents and pictures

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, pipeline
 
-from hf_vaeplus import VAEPlusImageProcessor, VAEPlusPipeline
+from hf_vaeplus import VAEPlusDetailConfig, VAEPlusDetailModel, VAEPlusImageProcessor, VAEPlusPipeline
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.hub.client import explain
 from hf_vaeplus.hub.repository import export, export_with_card
@@ -244,6 +244,11 @@ def test_without_the_package_by_trust_online_then_offline(hub, pipe, tmp_path):
     pipe.vae.config.later = ["a", "newer", "version"]
     pipe.push_to_hub(REPO)
     others = {kind: with_prior(kind) for kind in ("flow_matching", "coupling_flow", "mixture")}
+    config = pipe.autoencoder.config
+    shape = {name: getattr(config, name) for name in ("image_size", "num_channels", "patch_size")}
+    torch.manual_seed(0)
+    detail = VAEPlusDetailModel(VAEPlusDetailConfig(**shape, feature_dim=config.hidden_channels[0], hidden_dim=8))
+    others["mixture"].register_modules(detail=detail)
     for kind, other in others.items():
         other.push_to_hub(f"org/{kind}")
     python = environment_without_the_package(tmp_path / "venv")
