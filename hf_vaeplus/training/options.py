@@ -250,6 +250,7 @@ def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: boo
             else ""
         )
         others = {"images": f"other images{changed}", "autoencoder": "another autoencoder", "vae": "another first VAE"}
+        others["labels"] = "other labels"
         raise ValueError(
             f"{folder} was trained on {' and '.join(others[name] for name in stale)} than what is there now: add"
             " --retrain to train it anew from its start, or choose another --output_dir."
@@ -323,6 +324,14 @@ class StageOptions(ImageOptions, TrainingOptions):
     distillation_share: float | int = option(
         0.25, "flow matching: share of the steps, the last ones, that distil the ODE into one pass", below_one
     )
+    label_column: str | None = option(
+        None,
+        "second stage: condition it on this column of the data set; `label` for the folders of pictures, or MNIST's"
+        " labels, `factors` for rendered-faces",
+    )
+    label_dropout: float | int = option(
+        0.1, "conditional second stage: share of the samples whose labels are withheld, for the null class", below_one
+    )
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1", not_negative)
     match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
     match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
@@ -336,6 +345,13 @@ class StageOptions(ImageOptions, TrainingOptions):
         TrainingOptions.__post_init__(self)
         if self.stage != "second_stage" and self.second_stage != "vae":
             raise ValueError(f"second_stage={self.second_stage} is for stage second_stage, not for {self.stage}.")
+        if self.label_column is not None:
+            if self.stage != "second_stage":
+                raise ValueError(
+                    f"label_column={self.label_column!r} is for stage second_stage, not for {self.stage}."
+                )
+            if self.streaming:
+                raise ValueError(f"label_column={self.label_column!r} needs cached images: leave out --streaming.")
         if self.second_stage == "mixture" and self.streaming:
             raise ValueError("second_stage=mixture is fitted to all latents at once: leave out --streaming.")
         if self.stage == "second_stage" and not self.vae:
