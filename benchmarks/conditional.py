@@ -55,11 +55,11 @@ def once(path: Path, work) -> dict:
 
 def convolutions(num_channels: int, size: int, num_outputs: int) -> nn.Module:
     """The judge: three scales of convolutions, then linear."""
-    widths, layers = (num_channels, 32, 64, 128), []
+    widths, layers = (num_channels, 16, 32, 64), []
     for before, after in zip(widths[:-1], widths[1:], strict=True):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
     side = size // 8
-    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(128 * side**2, num_outputs))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(64 * side**2, num_outputs))
 
 
 def judge(pixels_of, count: int, targets: torch.Tensor, loss, model: nn.Module, epochs: int, seed: int) -> nn.Module:
@@ -126,7 +126,7 @@ def digits(args) -> dict:
     model, path = convolutions(1, 28, 10), work / "judge.safetensors"
     judge_of(path, model, lambda: judge(
         lambda rows: to_unit_range(images.batch(rows.tolist())["pixel_values"]), len(images), labels,
-        nn.CrossEntropyLoss(label_smoothing=0.05), model, args.pick(1, 1, 4), args.seed))  # fmt: skip
+        nn.CrossEntropyLoss(label_smoothing=0.05), model, args.pick(1, 1, 3), args.seed))  # fmt: skip
 
     def accuracy(pixels, wanted) -> float:
         return float((judged(model, pixels).argmax(1) == wanted).double().mean())
@@ -202,7 +202,7 @@ def drawings(args) -> dict:
     model, path = convolutions(3, 32, 8), work / "judge.safetensors"
     judge_of(path, model, lambda: judge(
         lambda rows: to_unit_range(images.batch(rows.tolist())["pixel_values"]), len(images), factors, F.mse_loss,
-        model, args.pick(1, 2, 12), args.seed))  # fmt: skip
+        model, args.pick(1, 2, 10), args.seed))  # fmt: skip
     wanted = torch.from_numpy(factors_of(range(10**6, 10**6 + args.pick(50, 500, 2000)), 8))
     real = to_unit_range(torch.from_numpy(render_faces(wanted.numpy(), 32)).permute(0, 3, 1, 2))
     autoencoder = load_frozen(VAEPlusAutoencoderModel, str(card / "autoencoder"))
