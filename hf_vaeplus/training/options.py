@@ -345,6 +345,8 @@ class StageOptions(ImageOptions, TrainingOptions):
         TrainingOptions.__post_init__(self)
         if self.stage != "second_stage" and self.second_stage != "vae":
             raise ValueError(f"second_stage={self.second_stage} is for stage second_stage, not for {self.stage}.")
+        if {"condition", "id2label"} & self.model.keys():
+            raise ValueError("condition and id2label follow from --label_column: leave them out of model.")
         if self.label_column is not None:
             if self.stage != "second_stage":
                 raise ValueError(

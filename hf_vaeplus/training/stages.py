@@ -40,6 +40,7 @@ from ..modeling_baselines import WAEMMDModel
 from ..modeling_priors import (
     VAEPlusCouplingFlowModel,
     VAEPlusFlowMatchingModel,
+    VAEPlusMixtureConfig,
     VAEPlusMixtureModel,
     VAEPlusPriorConfig,
 )
@@ -328,7 +329,19 @@ def _prior_config(
         settings = {name: value for name, value in settings.items() if name not in ("hidden_dim", "num_blocks")}
     if options.second_stage == "flow_matching" and not options.distillation_share:
         settings["distillation_steps"] = 0
-    return PRIORS[options.second_stage].config_class(**settings)
+    config = PRIORS[options.second_stage].config_class(**settings)
+    if options.second_stage == "mixture" and labels is not None:
+        for place, each in enumerate(config.label_ids):
+            _refuse_few(config, int((labels.values == place).sum()), f" of {config.id2label[each]!r}")
+    return config
+
+
+def _refuse_few(config: VAEPlusMixtureConfig, count: int, of_class: str = ""):
+    if count < 2 * config.num_components:
+        raise ValueError(
+            f"a mixture of {config.num_components} Gaussians needs at least twice as many images{of_class}, got"
+            f" {count}: take fewer with --model num_components=..."
+        )
 
 
 def _autoencoder_stage(options: StageOptions, images) -> Stage:
@@ -617,19 +630,13 @@ def fit_mixture(stage: Stage, options: StageOptions) -> VAEPlusMixtureModel:
 
 def _fit(model: VAEPlusMixtureModel, stage: Stage, options: StageOptions):
     num_components, rows = model.config.num_components, stage.dataset.tensors["posterior"]
+    _refuse_few(model.config, len(rows))
     noise = Noise(options.seed, len(rows), torch.device("cpu")).at(0, slice(len(rows)))
     y = model.whitened(stage.prepare({"posterior": rows}, noise, 0)["inputs"]).double()
     parts = [y]
     if model.config.condition is not None:  # rows without a label belong to no class
         places = stage.dataset.tensors["condition"]
         parts = [y[places == place] for place in range(len(model.config.label_ids))]
-    for place, part in enumerate(parts):
-        if len(part) < 2 * num_components:
-            of_class = "" if len(parts) == 1 else f" of {model.config.id2label[model.config.label_ids[place]]!r}"
-            raise ValueError(
-                f"a mixture of {num_components} Gaussians needs at least twice as many images{of_class}, got"
-                f" {len(part)}: take fewer with --model num_components=..."
-            )
     fits = [_mixture(part, num_components, options.seed) for part in parts]
     count = sum(map(len, parts))
     weights = np.concatenate([fit.weights_ * (len(part) / count) for fit, part in zip(fits, parts, strict=True)])
