@@ -176,8 +176,8 @@ def test_a_sample_depends_neither_on_the_batch_size_nor_on_other_samples(pipelin
     )
 
     decoded, decode = [], pipeline.vae.decode
-    monkeypatch.setattr(pipeline.vae, "decode", lambda z: decoded.append(z) or decode(z))
-    monkeypatch.setattr(pipeline.second_stage, "decode", lambda u: torch.cat([u, u[:, :1]], dim=1))  # shows u
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z, *given: decoded.append(z) or decode(z))
+    monkeypatch.setattr(pipeline.second_stage, "decode", lambda u, *given: torch.cat([u, u[:, :1]], dim=1))  # shows u
     together = sampled(pipeline, generator=[generator(seed) for seed in range(4)])
     for seed in range(4):
         alone = sampled(pipeline, 1, generator=[generator(seed)])

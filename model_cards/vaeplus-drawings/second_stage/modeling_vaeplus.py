@@ -706,7 +706,8 @@ class ConditionFeatures(nn.Module):
                 f" shape {tuple(condition.shape)}: make it with config.to_condition."
             )
         if self.kind == "classes":
-            if not self.training and not bool(((condition >= -1) & (condition < self.num)).all()):
+            looks = not self.training and not torch.compiler.is_compiling()  # in training that would cost a wait
+            if looks and not bool(((condition >= -1) & (condition < self.num)).all()):
                 raise ValueError(f"places of {self.num} classes are -1 to {self.num - 1}: use config.to_condition.")
             place = torch.where(condition < 0, self.num, condition)
             return (place[:, None] == torch.arange(self.num + 1, device=place.device)).to(like)
