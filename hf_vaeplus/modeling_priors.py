@@ -17,6 +17,7 @@ An exported Hub repository carries this file beside `modeling_vaeplus.py`, the o
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,7 @@ class VAEPlusFlowMatchingConfig(VAEPlusPriorConfig):
             densities.
         distillation_steps (`int`): Heun steps of the ODE that one pass is distilled from; 0 for a model that is not
             distilled, whose samples take `num_inference_steps` steps.
+        distillation_guidance (`float`): `guidance_scale` of the ODE that one pass is distilled from, with a condition.
         max_exact_dim (`int`): up to so many active dimensions `log_prob` takes the trace of the exact Jacobian; beyond
             that it estimates the trace (Hutchinson).
 
@@ -105,6 +107,7 @@ class VAEPlusFlowMatchingConfig(VAEPlusPriorConfig):
     num_blocks: int = 3
     num_inference_steps: int = 16
     distillation_steps: int = 8
+    distillation_guidance: float | int = 1.0
     max_exact_dim: int = 512
 
     def __post_init__(self, **kwargs):
@@ -114,6 +117,12 @@ class VAEPlusFlowMatchingConfig(VAEPlusPriorConfig):
         if not 0 <= self.distillation_steps <= 1000:
             raise ValueError(
                 f"VAEPlusFlowMatchingConfig.distillation_steps must be 0 to 1000, got {self.distillation_steps}."
+            )
+        scale = self.distillation_guidance
+        if not 0 <= scale < math.inf or (scale != 1 and self.condition is None):
+            raise ValueError(
+                "VAEPlusFlowMatchingConfig.distillation_guidance must be at least 0 and finite, and 1 without a"
+                f" condition, got {scale}."
             )
 
 
@@ -462,22 +471,23 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
         return (2 * time - 1) / (time.square() + (1 - time).square()) * y + network(y, time, features)
 
     def _sample(self, latents, noise, features, num_inference_steps: int | None = None, guidance_scale: float = 1.0):
+        # One pass stands for one scale; a scale that is asked for takes the ODE.
         if num_inference_steps is None and self.distilled and guidance_scale == 1:
             return self._one_pass(latents, features)
-        velocity = _given(self.velocity, features)
-        if guidance_scale != 1:
-            velocity = self._guided(features, guidance_scale)
+        velocity = self._guided(self.velocity, features, guidance_scale)
         return self._solve(velocity, latents, num_inference_steps or self.config.num_inference_steps)
 
-    def _guided(self, features: torch.Tensor | None, scale: float):
-        """The velocity with guidance (Ho and Salimans 2021, Eq. 6, with s = 1 + w)."""
+    def _guided(self, velocity_of: Callable, features: torch.Tensor | None, scale: float) -> Callable:
+        """The velocity of y and time with guidance (Ho and Salimans 2021, Eq. 6, with s = 1 + w)."""
+        if scale == 1:
+            return _given(velocity_of, features)
         if features is None:
             raise ValueError(f"guidance_scale={scale:g} needs a conditional model: leave it out.")
         null = self.condition_features(None, features)
 
         def velocity(y, time):
-            free = self.velocity(y, time, null)
-            return free + scale * (self.velocity(y, time, features) - free)
+            free = velocity_of(y, time, null)
+            return free + scale * (velocity_of(y, time, features) - free)
 
         return velocity
 
@@ -562,7 +572,8 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
             if self.teacher is None:
                 raise ValueError("forward got no inputs, and a model with distillation_steps=0 is not distilled.")
             with torch.no_grad():
-                velocity = functools.partial(self._velocity_by, self.teacher, features=features)
+                teacher = functools.partial(self._velocity_by, self.teacher)
+                velocity = self._guided(teacher, features, self.config.distillation_guidance)
                 target = self._solve(velocity, latents, self.config.distillation_steps)
             error = _upcast(self._one_pass(latents, features)) - _upcast(target)
         else:
@@ -754,7 +765,7 @@ class VAEPlusMixtureModel(VAEPlusPriorModel):
         return joint.masked_fill(others, -math.inf).logsumexp(0) - share
 
 
-def _given(velocity, features: torch.Tensor | None):
+def _given(velocity: Callable, features: torch.Tensor | None):
     """The velocity of y and time, of this condition if there is one."""
     return velocity if features is None else functools.partial(velocity, features=features)
 

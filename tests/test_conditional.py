@@ -304,7 +304,14 @@ def test_guidance_leads_from_the_null_class_through_the_class_and_beyond():
     time = torch.full((1, 1), 0.3)
     features = model.condition_features(condition, u)
     free, given = model.velocity(u, time, model.condition_features(None, u)), model.velocity(u, time, features)
-    torch.testing.assert_close(model._guided(features, 2.5)(u, time), free + 2.5 * (given - free))
+    torch.testing.assert_close(model._guided(model.velocity, features, 2.5)(u, time), free + 2.5 * (given - free))
+    # Its one pass can be distilled from the guided ODE: the loss is the distance to it.
+    model.config.distillation_guidance = 3.0
+    error = model.whitened(drawn(1.0)) - model.whitened(drawn(3.0, num_inference_steps=8))
+    loss = model(noise=u, condition=condition).loss
+    torch.testing.assert_close(loss, error.square().sum(1).mean(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="distillation_guidance must be .* 1 without a condition, got 2.0"):
+        VAEPlusFlowMatchingConfig(distillation_guidance=2.0)
 
 
 def test_flow_matching_finds_conditional_gaussians_given_all_some_or_no_factors():
