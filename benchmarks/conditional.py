@@ -206,7 +206,7 @@ def drawings(args) -> dict:
     card, work = ROOT / "model_cards" / "vaeplus-drawings", Path(args.work_dir) / "drawings"
     count = args.pick(400, 4000, 20_000)
     base = dict(
-        stage="second_stage", dataset_name="rendered-faces", num_factors=8, resolution=32, split=f"train[:{count}]",
+        stage="second_stage", dataset_name="rendered-faces", num_factors=8, resolution=32, max_train_samples=count,
         autoencoder=str(card / "autoencoder"), vae=str(card / "vae"), cache_dir=str(Path(args.work_dir) / "cache"),
         label_column="factors", train_batch_size=256, learning_rate=2e-3, use_ema=True, logging_steps=250,
         model={"hidden_dim": 256, "num_blocks": 2}, resume_from_checkpoint="latest", seed=args.seed,
