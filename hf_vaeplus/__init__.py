@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .hub.pipeline import VAEPlusPipeline
     from .image_processing_vaeplus import VAEPlusImageProcessor
     from .modeling_baselines import PenalizedAutoencoderConfig, PenalizedAutoencoderModel
+    from .modeling_detail import VAEPlusDetailConfig, VAEPlusDetailModel
     from .modeling_priors import (
         VAEPlusCouplingFlowConfig,
         VAEPlusCouplingFlowModel,
@@ -36,6 +37,8 @@ __all__ = [
     "VAEPlusAutoencoderModel",
     "VAEPlusCouplingFlowConfig",
     "VAEPlusCouplingFlowModel",
+    "VAEPlusDetailConfig",
+    "VAEPlusDetailModel",
     "VAEPlusEncoderConfig",
     "VAEPlusEncoderModel",
     "VAEPlusFlowMatchingConfig",
@@ -62,6 +65,8 @@ def __getattr__(name: str):  # on first use: `vaeplus --help` imports no torch
         from . import image_processing_vaeplus as home
     elif name.startswith("PenalizedAutoencoder"):
         from . import modeling_baselines as home
+    elif name.startswith("VAEPlusDetail"):
+        from . import modeling_detail as home
     elif name.startswith(("VAEPlusCouplingFlow", "VAEPlusFlowMatching", "VAEPlusMixture")):
         from . import modeling_priors as home
     else:

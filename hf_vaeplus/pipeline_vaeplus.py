@@ -4,7 +4,7 @@ From "On the Regularization Balance in Autoencoder-Based Generative Models" (VAE
 nothing of the package: an exported Hub repository carries it as `pipeline.py`, word for word. The subclass that the
 package itself offers (hub/pipeline.py) adds safe loading and uploads.
 
-    sampling  u -> `second_stage` -> z -> `vae` -> code -> `autoencoder` -> image
+    sampling  u -> `second_stage` -> z -> `vae` -> code -> `autoencoder` -> image (-> `detail`)
     encoding  image -> `autoencoder` -> code -> `vae` -> posterior over z
 
 Without an autoencoder the VAE works on pixels; without a second stage z is drawn from N(0, I). Without a VAE the
@@ -47,6 +47,7 @@ COMPONENTS = {
         "vaeplus_coupling_flow": "VAEPlusCouplingFlowModel",
         "vaeplus_mixture": "VAEPlusMixtureModel",
     },
+    "detail": {"vaeplus_detail": "VAEPlusDetailModel"},
 }
 
 
@@ -98,6 +99,9 @@ class VAEPlusPipeline(DiffusionPipeline):
         autoencoder (`VAEPlusAutoencoderModel`, *optional*): between images and codes.
         second_stage (`VAEPlusVAEModel` or a model of modeling_priors.py, *optional*): of the first VAE's latents, a
             model of the aggregate posterior q(z).
+        detail (`VAEPlusDetailModel`, *optional*): draws what the mean of the autoencoder's decoder leaves out. Samples
+            have it unless `deterministic=True`; the other methods return the mean unless `deterministic=False`.
+            Posteriors, squared errors and likelihoods are those of the mean in any case.
 
     Images are accepted by every method as pictures of any size: PIL images, paths of files, numpy `(H, W)`,
     `(H, W, C)` or `(n, H, W, C)`, torch `(C, H, W)` or `(n, C, H, W)`, and lists or tuples of them. Arrays are floats
@@ -120,18 +124,19 @@ class VAEPlusPipeline(DiffusionPipeline):
         >>> nats = pipe.log_likelihood("photograph.jpg")
     """
 
-    model_cpu_offload_seq = "second_stage->vae->autoencoder"
+    model_cpu_offload_seq = "second_stage->vae->autoencoder->detail"
     _image_processor: BaseImageProcessor | None = None
-    _optional_components = ["vae", "autoencoder", "second_stage"]
+    _optional_components = ["vae", "autoencoder", "second_stage", "detail"]
 
     def __init__(
         self,
         vae: PreTrainedModel | None = None,
         autoencoder: PreTrainedModel | None = None,
         second_stage: PreTrainedModel | None = None,
+        detail: PreTrainedModel | None = None,
     ):
         super().__init__()
-        components = {"autoencoder": autoencoder, "vae": vae, "second_stage": second_stage}
+        components = {"autoencoder": autoencoder, "vae": vae, "second_stage": second_stage, "detail": detail}
         for name, component in components.items():
             if component is None and name in self._optional_components:
                 continue
@@ -144,6 +149,8 @@ class VAEPlusPipeline(DiffusionPipeline):
             None if autoencoder is None else autoencoder.config,
             None if second_stage is None else second_stage.config,
         )
+        if detail is not None:
+            _check_detail(detail.config, None if autoencoder is None else autoencoder.config)
         self.register_modules(**components)
 
     @property
@@ -209,11 +216,14 @@ class VAEPlusPipeline(DiffusionPipeline):
         return_dict: bool = True,
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
+        deterministic: bool = False,
         class_labels: ClassLabels = None,
         conditions: Conditions = None,
         guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[ImagesOut]:
         """Sample images (Section 4): u ~ N(0, I), z = second_stage.sample(u), image = mean of the decoders at z.
+
+        With a `detail` model the image is a draw around this mean.
 
         All noise is drawn before the first batch, so a sample does not depend on `decode_batch_size`; with one
         generator per image it does not depend on the other images either. Noise is drawn where its generator is, in
@@ -222,7 +232,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         Args:
             num_images (`int`, *optional*): number of images; as many as `latents`, or 1, if not given.
             generator (`torch.Generator` or a list or tuple of one per image, *optional*): source of all noise, first
-                u, then that of z.
+                u, then that of z, then that of the detail.
             latents (`torch.Tensor` of shape `(num_images, dim)`, *optional*): standard normal noise to use instead of
                 drawing u; `dim` is the `latent_dim` of the second stage or, without one, of the VAE.
             temperature (`float`): factor on all noise, `latents` included; 0 gives the image at the centre.
@@ -233,6 +243,7 @@ class VAEPlusPipeline(DiffusionPipeline):
             batch_size (`int`, *optional*): another name of `num_images`, the one in diffusers.
             num_inference_steps (`int`, *optional*): of a second stage by flow matching: solve its ODE in so many steps
                 of Heun's method, of two passes each, in place of the one pass that it was distilled to.
+            deterministic (`bool`): the decoder's mean, without detail; needed with `sharpness`, which sharpens a mean.
             class_labels (`int`, `str` or a list, array or tensor of them, *optional*): of a second stage that was
                 trained on classes: ids or names of `second_stage.config.id2label`, one for each image. `None`, also in
                 a list, stands for all classes. If `num_images` is a multiple of them, they are taken in turn.
@@ -249,7 +260,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         """
         _check_output_type(output_type)
         temperature = _check_factor("temperature", temperature)
-        sharpness = self._check_sharpness(sharpness)
+        sharpness = self._check_sharpness(sharpness, deterministic)
         if batch_size is not None:
             if num_images not in (None, batch_size):
                 raise ValueError(
@@ -295,6 +306,9 @@ class VAEPlusPipeline(DiffusionPipeline):
         latents = temperature * latents
         if self.second_stage is not None:
             eps = temperature * randn_tensor((num_images, latent_dim), **noise)
+        texture = None
+        if self.detail is not None and not deterministic:
+            texture = temperature * randn_tensor((num_images, *self.detail.config.noise_shape), **noise)
 
         def decoded(rows: slice) -> torch.Tensor:
             z = latents[rows]
@@ -303,7 +317,7 @@ class VAEPlusPipeline(DiffusionPipeline):
                     options["condition"] = condition[rows]
                 with _weights_in_place(self.second_stage):
                     z = self.second_stage.sample(z, eps[rows], **options)
-            return self._decode_batch(z)
+            return self._decode_batch(z, None if texture is None else texture[rows])
 
         images = _to_output(self._finished(map(decoded, batches), num_images, sharpness), output_type)
         self.maybe_free_model_hooks()
@@ -335,24 +349,32 @@ class VAEPlusPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(
-        self, latents: torch.Tensor, output_type: str = "pil", decode_batch_size: int = 64, sharpness: float = 0.0
+        self,
+        latents: torch.Tensor,
+        output_type: str = "pil",
+        decode_batch_size: int = 64,
+        sharpness: float = 0.0,
+        deterministic: bool = True,
+        generator: Generators = None,
     ) -> ImagesOut:
         """Images, in the form `output_type`, of latents z of the first VAE, of shape `(n, latent_dim)`.
 
         Without a VAE they are codes of the autoencoder.
 
-        `sharpness` is that of sampling, `decode_batch_size` that of the class.
+        `sharpness` is that of sampling, `decode_batch_size` that of the class. `deterministic=False` adds detail,
+        whose noise is drawn from `generator` (of sampling).
 
         Raises:
-            TypeError: latents that are not a tensor.
-            ValueError: latents of wrong shape or dtype, not finite or too large for the decoder; sharpness that this
-                model has not.
+            TypeError: latents that are not a tensor, or generators of another type.
+            ValueError: latents of wrong shape or dtype, not finite or too large for the decoder; sharpness or detail
+                that this model has not.
         """
         _check_output_type(output_type)
-        sharpness = self._check_sharpness(sharpness)
+        sharpness = self._check_sharpness(sharpness, deterministic)
         _check_latents(latents, self._latent_dim)
+        noise = self._detail_noise(len(latents), generator, deterministic)
         batches = self._batches(len(latents), "decode_batch_size", decode_batch_size)
-        decoded = (self._decode_batch(latents[rows]) for rows in batches)
+        decoded = (self._decode_batch(latents[rows], None if noise is None else noise[rows]) for rows in batches)
         images = self._finished(decoded, len(latents), sharpness)
         self.maybe_free_model_hooks()
         return _to_output(images, output_type)
@@ -365,19 +387,22 @@ class VAEPlusPipeline(DiffusionPipeline):
         decode_batch_size: int = 64,
         sharpness: float = 0.0,
         preprocess: bool = True,
+        deterministic: bool = True,
+        generator: Generators = None,
     ) -> ImagesOut:
         """Images, in the form `output_type`, decoded from the posterior means of `images` (see the class).
 
-        `sharpness` is that of sampling; `decode_batch_size` images are encoded and decoded at a time.
+        `sharpness` is that of sampling, `deterministic` and `generator` are those of `decode`; `decode_batch_size`
+        images are encoded and decoded at a time.
 
         Raises:
             TypeError, ValueError: as `encode`.
         """
         _check_output_type(output_type)
-        self._check_sharpness(sharpness)
+        self._check_sharpness(sharpness, deterministic)
         decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
         mean = self.encode(images, decode_batch_size, preprocess).mean
-        return self.decode(mean, output_type, decode_batch_size, sharpness)
+        return self.decode(mean, output_type, decode_batch_size, sharpness, deterministic, generator)
 
     @torch.no_grad()
     def interpolate(
@@ -608,7 +633,12 @@ class VAEPlusPipeline(DiffusionPipeline):
         Args:
             options: of `torch.compile`, such as `mode="max-autotune"`.
         """
-        methods = {"autoencoder": ("encode", "decode"), "vae": ("encode", "decode"), "second_stage": ("sample",)}
+        methods = {
+            "autoencoder": ("encode", "decode", "decode_with_features"),
+            "vae": ("encode", "decode"),
+            "second_stage": ("sample",),
+            "detail": ("sample",),
+        }
         for name, component in self.components.items():
             for method in methods[name] if component is not None else ():
                 setattr(component, method, torch.compile(getattr(component, method), **options))
@@ -647,8 +677,26 @@ class VAEPlusPipeline(DiffusionPipeline):
                 " train one with second_stage flow_matching, coupling_flow or mixture."
             )
 
-    def _check_sharpness(self, sharpness: float) -> float:
+    def _detail_noise(self, num_images: int, generator: Generators, deterministic: bool) -> torch.Tensor | None:
+        """The noise of the detail of so many images, where they are not to be means."""
+        generator = _check_generators(generator, num_images)
+        if deterministic:
+            return None
+        if self.detail is None:
+            raise ValueError(
+                "deterministic=False needs a detail model, and this pipeline has none: leave it out, or train one with"
+                " a section `detail` in the preset."
+            )
+        shape = (num_images, *self.detail.config.noise_shape)
+        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+
+    def _check_sharpness(self, sharpness: float, deterministic: bool) -> float:
         sharpness = _check_factor("sharpness", sharpness)
+        if sharpness and self.detail is not None and not deterministic:
+            raise ValueError(
+                f"sharpness={sharpness:g} sharpens the decoder's mean, and this pipeline draws detail instead: add"
+                " deterministic=True, or leave sharpness out."
+            )
         if sharpness and not (self.autoencoder is not None and self.autoencoder.config.matched_spectrum):
             raise ValueError(
                 f"sharpness={sharpness:g} needs an autoencoder whose match_spectrum was called after training: use 0."
@@ -702,12 +750,17 @@ class VAEPlusPipeline(DiffusionPipeline):
         with _weights_in_place(self.vae):
             return self.vae.encode(inputs)
 
-    def _decode_batch(self, z: torch.Tensor) -> torch.Tensor:
-        """Decoder means in float32, not clipped: the mean of the likelihood."""
+    def _decode_batch(self, z: torch.Tensor, detail_noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Decoder means in float32, not clipped: the mean of the likelihood; with noise, draws around them."""
         decoded = z.to(self._execution_device)
         if self.vae is not None:
             with _weights_in_place(self.vae):
                 decoded = self.vae.decode(decoded)
+        if detail_noise is not None:
+            with _weights_in_place(self.autoencoder):
+                mean, features = self.autoencoder.decode_with_features(decoded)
+            with _weights_in_place(self.detail):
+                return mean.float() + self.detail.sample(features, detail_noise).float()
         if self.autoencoder is not None:
             with _weights_in_place(self.autoencoder):
                 decoded = self.autoencoder.decode(decoded)
@@ -892,6 +945,20 @@ def _check_dimensions(vae, autoencoder, second_stage):
         raise ValueError(
             f"the second_stage must have reconstruction_space='input', got {second_stage.reconstruction_space!r}: its"
             " gamma must be a variance of z."
+        )
+
+
+def _check_detail(detail, autoencoder):
+    """Whether the config of the detail model fits that of the autoencoder."""
+    if autoencoder is None:
+        raise ValueError("a detail model adds to what an autoencoder decodes: pass that autoencoder as well.")
+    expected = {name: getattr(autoencoder, name) for name in ("image_size", "num_channels", "patch_size")}
+    expected["feature_dim"] = autoencoder.hidden_channels[0]
+    found = {name: getattr(detail, name) for name in expected}
+    if found != expected:
+        raise ValueError(
+            f"the detail model was made for another autoencoder (it has {found}, the autoencoder {expected}): use the"
+            " one that was trained with it."
         )
 
 

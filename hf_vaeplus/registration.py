@@ -13,12 +13,13 @@ def _register_configs():
     from transformers import AutoConfig
 
     from .modeling_baselines import PenalizedAutoencoderConfig
+    from .modeling_detail import VAEPlusDetailConfig
     from .modeling_priors import VAEPlusCouplingFlowConfig, VAEPlusFlowMatchingConfig, VAEPlusMixtureConfig
     from .modeling_vaeplus import VAEPlusAutoencoderConfig, VAEPlusEncoderConfig, VAEPlusVAEConfig
 
     priors = (VAEPlusCouplingFlowConfig, VAEPlusFlowMatchingConfig, VAEPlusMixtureConfig)
     first = (VAEPlusAutoencoderConfig, VAEPlusVAEConfig, VAEPlusEncoderConfig, PenalizedAutoencoderConfig)
-    for config in (*first, *priors):
+    for config in (*first, *priors, VAEPlusDetailConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
@@ -26,12 +27,13 @@ def _register_models():
     from transformers import AutoModel
 
     from .modeling_baselines import PenalizedAutoencoderModel
+    from .modeling_detail import VAEPlusDetailModel
     from .modeling_priors import VAEPlusCouplingFlowModel, VAEPlusFlowMatchingModel, VAEPlusMixtureModel
     from .modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusEncoderModel, VAEPlusVAEModel
 
     priors = (VAEPlusCouplingFlowModel, VAEPlusFlowMatchingModel, VAEPlusMixtureModel)
     first = (VAEPlusAutoencoderModel, VAEPlusVAEModel, VAEPlusEncoderModel, PenalizedAutoencoderModel)
-    for model in (*first, *priors):
+    for model in (*first, *priors, VAEPlusDetailModel):
         AutoModel.register(model.config_class, model, exist_ok=True)
 
 

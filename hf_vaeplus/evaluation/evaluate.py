@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from ..data.cache import ImageDataset
     from ..pipeline_vaeplus import VAEPlusPipeline
 
-SAMPLERS = ("second_stage", "sharpened", "prior", "mixture", "gaussian")
+SAMPLERS = ("second_stage", "mean", "sharpened", "prior", "mixture", "gaussian")
 
 
 _COMPONENTS = {"mixture": 10, "gaussian": 1}
 
 
 # What the noise of an evaluation is for: `derived_seed(seed, purpose, image)`. Training has the numbers below 4.
-_SAMPLES, _POSTERIORS, _PRIOR, _IMPORTANCE = 4, 5, 6, 7
+_SAMPLES, _POSTERIORS, _PRIOR, _IMPORTANCE, _DETAIL = 4, 5, 6, 7, 8
 
 
 class Judge:
@@ -115,7 +115,11 @@ class Judge:
 
 
 def sample_images(
-    pipe: "VAEPlusPipeline", batches: Iterable[Sequence[int]], seed: int = 0, sharpness: float = 0.0
+    pipe: "VAEPlusPipeline",
+    batches: Iterable[Sequence[int]],
+    seed: int = 0,
+    sharpness: float = 0.0,
+    deterministic: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Samples of a pipeline: image i is a function of (seed, i), whatever its batch and the number of processes.
 
@@ -123,14 +127,15 @@ def sample_images(
         pipe ([`VAEPlusPipeline`]).
         batches: the numbers of the images of each batch, say `torch.arange(10_000).split(100)`.
         seed (`int`): not negative.
-        sharpness (`float`): see the pipeline.
+        sharpness (`float`), deterministic (`bool`): see the pipeline.
 
     Yields:
         uint8 `torch.Tensor` of shape `(batch, C, H, W)`.
     """
     for numbers in batches:
         generators = _generators(seed, _SAMPLES, numbers)
-        wanted = dict(sharpness=sharpness, decode_batch_size=len(generators), output_type="pt")
+        wanted = dict(sharpness=sharpness, deterministic=deterministic)
+        wanted |= dict(decode_batch_size=len(generators), output_type="pt")
         yield to_uint8(pipe(len(generators), generators, **wanted).images)
 
 
@@ -235,7 +240,8 @@ def evaluate(
         pipe ([`VAEPlusPipeline`]).
         images ([`~hf_vaeplus.data.cache.ImageDataset`]): of the pipeline's size and channels.
         extractors: of the distances, with different names.
-        samplers: `"second_stage"`, the pipeline itself; `"sharpened"`, the pipeline at `sharpness=1`; `"prior"`,
+        samplers: `"second_stage"`, the pipeline itself; `"mean"`, the pipeline with `deterministic=True`, without
+            detail; `"sharpened"`, such means at `sharpness=1`; `"prior"`,
             without its second stage; `"mixture"` and `"gaussian"`, 10 Gaussians and 1 fitted to the codes of training
             images ([`sample_mixture`]). By default the pipeline as it is.
         num_images (`int`): at least 2; all of `images` where there are fewer.
@@ -259,7 +265,8 @@ def evaluate(
         -> `distance`, `frechet`, `frechet_over_downsample` (`None` where downsampling changes no feature), `kernel`,
         `sliced_wasserstein`, `prdc`, `memorised`, as in [`Judge`]), `memorised_codes` and `ndb` (K -> `ndb_over_k`,
         `js`), of `real` (images that are not the reference, where there are enough), `downsample`, `autoencoder`,
-        `reconstruction` and each sampler; for a sampler `warnings` as well, sentences by
+        `reconstruction`, `detail` (reconstructions with it, of a pipeline that has it) and each sampler; for a sampler
+        `warnings` as well, sentences by
         [`~hf_vaeplus.evaluation.comparison.warnings_of`].
 
     Raises:
@@ -309,6 +316,9 @@ def evaluate(
         noise = [torch.randn(pipe.vae.config.latent_dim, generator=g) for g in _generators(seed, _POSTERIORS, numbers)]
         reconstructions, found = pass_through(pipe, to_unit_range(_uint8(images, numbers)), torch.stack(noise))
         rows.append({name: shares.gather(values) for name, values in found.items()})
+        if pipe.detail is not None:
+            drawn = dict(deterministic=False, generator=_generators(seed, _DETAIL, numbers))
+            reconstructions["detail"] = pipe.decode(found["vae_mean"], "pt", len(numbers), **drawn)
         for name, reconstruction in reconstructions.items():
             observed.setdefault(name, []).append(observe(to_uint8(reconstruction)))
     for sampler in samplers:
@@ -317,7 +327,8 @@ def evaluate(
             drawn = sample_mixture(pipe, codes, batches, _COMPONENTS[sampler], seed)
         else:
             sampled = type(pipe)(pipe.vae, pipe.autoencoder) if sampler == "prior" else pipe
-            drawn = sample_images(sampled, batches, seed, sharpness=float(sampler == "sharpened"))
+            is_mean = sampler in ("mean", "sharpened")
+            drawn = sample_images(sampled, batches, seed, float(sampler == "sharpened"), is_mean)
         observed[sampler] = [observe(batch) for batch in drawn]
 
     rows = joined(rows)

@@ -92,7 +92,7 @@ class VAEPlusPipeline(pipeline_vaeplus.VAEPlusPipeline):
             if not isinstance(entry, list) or [type(word) for word in entry] not in ([str, str], [type(None)] * 2):
                 raise ValueError(f"{json_file} must name the library and the class of its {name}, got {entry!r}.")
             library, class_name = entry
-            if library in ("modeling_vaeplus", "modeling_priors"):
+            if library in ("modeling_vaeplus", "modeling_priors", "modeling_detail"):
                 index[name] = ["hf_vaeplus", class_name]
             elif library not in ("hf_vaeplus", None):  # diffusers would import any module that an index names
                 raise ValueError(

@@ -14,7 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .. import image_processing_vaeplus, modeling_priors, modeling_vaeplus, pipeline_vaeplus
+from .. import image_processing_vaeplus, modeling_detail, modeling_priors, modeling_vaeplus, pipeline_vaeplus
 from ..files import follow_umask
 from .cards import check_weights_of_card, short_card
 from .client import full_repo_id, upload_folder
@@ -22,6 +22,11 @@ from .client import full_repo_id, upload_folder
 if TYPE_CHECKING:
     from ..pipeline_vaeplus import VAEPlusPipeline
 
+# Where the classes of other components than autoencoders and VAEs are defined.
+_MODULES = {
+    modeling_priors.VAEPlusPriorModel: "modeling_priors",
+    modeling_detail.VAEPlusDetailModel: "modeling_detail",
+}
 _WHOSE_CARD = re.compile(r'from_pretrained\("([^"]+)"')
 
 
@@ -45,9 +50,8 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
         for name, component in pipe.components.items():
             if component is not None:
                 _store_in_bf16(component, folder / name / "model.safetensors")
-    code = {
-        module.__name__.split(".")[-1]: inspect.getsource(module) for module in (modeling_vaeplus, modeling_priors)
-    }
+    modules = (modeling_vaeplus, modeling_priors, modeling_detail)
+    code = {module.__name__.split(".")[-1]: inspect.getsource(module) for module in modules}
     (folder / "pipeline.py").write_text(inspect.getsource(pipeline_vaeplus), encoding="utf-8")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["_class_name"] = ["pipeline", "VAEPlusPipeline"]
@@ -56,7 +60,7 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
         if component is None:
             continue
         model, config = type(component).__name__, type(component.config).__name__
-        module = "modeling_priors" if isinstance(component, modeling_priors.VAEPlusPriorModel) else "modeling_vaeplus"
+        module = next((name for kind, name in _MODULES.items() if isinstance(component, kind)), "modeling_vaeplus")
         index[name] = [module, model]
         for each in {"modeling_vaeplus", module}:
             (folder / f"{each}.py").write_text(code[each], encoding="utf-8")  # where transformers looks
@@ -75,7 +79,7 @@ def export(pipe: "VAEPlusPipeline", folder: str | Path, variant: str | None = No
 def _joined(code: str, later: str) -> str:
     """Two modules as one: the later one without its import of the other."""
     without, count = re.subn(r"^from \.modeling_vaeplus import \(.*?\)\n", "", later, flags=re.DOTALL | re.MULTILINE)
-    assert count == 1, "modeling_priors.py must have one import of modeling_vaeplus.py, in parentheses"
+    assert count == 1, "a module of models must have one import of modeling_vaeplus.py, in parentheses"
     return f"{code}\n\n{without}"
 
 

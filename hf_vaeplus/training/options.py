@@ -43,8 +43,8 @@ Schedule = Literal[
 Tracker = Literal[
     "none", "aim", "all", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]  # fmt: skip
-Stage = Literal["autoencoder", "vae", "second_stage"]
-STAGES = get_args(Stage)
+Stage = Literal["autoencoder", "vae", "second_stage", "detail"]
+STAGES = get_args(Stage)[:3]  # of every pipeline
 SecondStage = Literal["vae", "flow_matching", "coupling_flow", "mixture"]
 
 
@@ -189,13 +189,13 @@ _FREE_OPTIONS = frozenset(
 
 # Options that name places on this machine: not to be pushed.
 LOCAL_OPTIONS = frozenset(
-    "output_dir cache_dir train_data_dir train_data_files autoencoder vae resume_from_checkpoint".split()
+    "output_dir cache_dir train_data_dir train_data_files autoencoder vae feature_loss resume_from_checkpoint".split()
 )
 
 
 # Options that name what `made_from` knows by its content: another spelling, or another place, is the same run.
 _NAMES_OF_CONTENT = frozenset(
-    "train_data_dir train_data_files dataset_revision holdout autoencoder vae made_from".split()
+    "train_data_dir train_data_files dataset_revision holdout autoencoder vae feature_loss made_from".split()
 )
 
 
@@ -249,8 +249,13 @@ def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: boo
             if old.get("holdout", 0) != new.get("holdout", 0)
             else ""
         )
-        others = {"images": f"other images{changed}", "autoencoder": "another autoencoder", "vae": "another first VAE"}
-        others["labels"] = "other labels"
+        others = {
+            "images": f"other images{changed}",
+            "autoencoder": "another autoencoder",
+            "vae": "another first VAE",
+            "labels": "other labels",
+            "feature_loss": "another network of --feature_loss",
+        }
         raise ValueError(
             f"{folder} was trained on {' and '.join(others[name] for name in stale)} than what is there now: add"
             " --retrain to train it anew from its start, or choose another --output_dir."
@@ -332,6 +337,12 @@ class StageOptions(ImageOptions, TrainingOptions):
     label_dropout: float | int = option(
         0.1, "conditional second stage: share of the samples whose labels are withheld, for the null class", below_one
     )
+    feature_loss: str | None = option(
+        None,
+        "detail: folder or Hub id of a vision backbone of transformers, whose feature maps count besides pixels",
+        is_path=True,
+    )
+    num_directions: int = option(32, "detail: random directions of each view at each step", positive)
     kl_warmup_steps: int = option(0, "steps over which the weight of the KL term grows from 0 to 1", not_negative)
     match_spectrum: bool = option(True, "autoencoder: measure, after training, what `sharpness` amplifies")
     match_moments: bool = option(True, "second stage: give its samples mean and covariance of q(z) after training")
@@ -366,6 +377,10 @@ class StageOptions(ImageOptions, TrainingOptions):
                 )
         if self.stage == "autoencoder" and (self.autoencoder or self.vae):
             raise ValueError("stage autoencoder trains from images alone: leave out --autoencoder and --vae.")
+        if self.stage == "detail" and (self.vae or not self.autoencoder):
+            raise ValueError("stage detail needs --autoencoder, whose decoder it extends, and no --vae.")
+        if self.feature_loss and self.stage != "detail":
+            raise ValueError(f"feature_loss={self.feature_loss} is for stage detail, not for {self.stage}.")
         if self.mmd_weight and (self.stage != "vae" or self.autoencoder):
             raise ValueError(
                 f"mmd_weight={self.mmd_weight} makes a WAE that is trained straight on pixels: it needs stage vae and"
@@ -416,11 +431,11 @@ def _check_size(preset, name, limit: int = 10_000):
 
 def check_preset(preset, name):
     if not isinstance(preset, dict) or not all(isinstance(section, dict) for section in preset.values()):
-        raise ValueError(f"{name} must map common, {', '.join(STAGES)} to options.")
+        raise ValueError(f"{name} must map common, {', '.join(get_args(Stage))} to options.")
     known = [entry.name for entry in fields(StageOptions) if entry.name != "stage"]
     for section, options in preset.items():
-        if section not in ("common", *STAGES):
-            raise ValueError(f"{name} has a section {section!r}: expected common, {', '.join(STAGES)}.")
+        if section not in ("common", *get_args(Stage)):
+            raise ValueError(f"{name} has a section {section!r}: expected common, {', '.join(get_args(Stage))}.")
         for key in options:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)

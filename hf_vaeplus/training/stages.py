@@ -1,10 +1,11 @@
-"""The three stages of VAE+: what each trains on and how its batch becomes the arguments of `forward`.
+"""The stages of VAE+: what each trains on and how its batch becomes the arguments of `forward`.
 
     autoencoder    x -> autoencoder                                               ||x - xhat||^2
     vae            x -> code of the autoencoder -> vae -> autoencoder (frozen)    nll of images + kl
                    or, to second order, without the decoder: code -> vae -> code  nll by the pull-back metric + kl
     second_stage   x -> posterior of the vae -> z = mu + sigma eps, fresh each step -> second VAE    nll of z + kl
                    or another model of z, or without a first VAE of the codes; a mixture is fitted without the loop
+    detail         x -> code -> mean and features of the decoder (frozen) -> two draws    energy score of local views
 
 With labels (`--label_column`) a second stage is conditional: some labels are withheld at each step, which trains its
 null class. Codes and posteriors are computed once per data set and kept beside the image cache.
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from ..data.cache import open_cache
@@ -37,6 +39,7 @@ from ..hub.client import BackgroundPush
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
+from ..modeling_detail import PATCH, VAEPlusDetailConfig, VAEPlusDetailModel, pixel_views, random_directions
 from ..modeling_priors import (
     VAEPlusCouplingFlowModel,
     VAEPlusFlowMatchingModel,
@@ -55,6 +58,7 @@ from ..pictures import image_grid
 from ..progress import tqdm
 from ..provenance import folder_fingerprint, weights_fingerprint
 from .arithmetic import arithmetic_of
+from .backbones import open_backbone
 from .checkpoints import checkpoint_step, list_checkpoints, save_model
 from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen
 from .launch import process_state, refuse_what_cannot_run
@@ -89,7 +93,9 @@ def build_stage(options: StageOptions, images=None) -> Stage:
     """The stage that [`~hf_vaeplus.training.loop.train`] trains with the same options; arguments as of `run_stage`."""
     images = _open_to_train(options) if images is None else images
     torch.manual_seed(derived_seed(options.seed, 2))  # the initial weights
-    build = {"autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage}[options.stage]
+    build = {
+        "autoencoder": _autoencoder_stage, "vae": _vae_stage, "second_stage": _second_stage, "detail": detail_stage
+    }[options.stage]  # fmt: skip
     if options.second_stage != "vae":
         build = _prior_stage
     return build(options, images)
@@ -110,7 +116,7 @@ def _labels(options: StageOptions, images) -> Labels | None:
 
 
 def train_all(preset: dict, output_dir: Path, **overrides) -> tuple:
-    """Train the three stages one after the other and save the pipeline.
+    """Train the stages one after the other and save the pipeline; `detail` where the preset has a section for it.
 
     Each stage has its own folder: the `output_dir` of its section of the preset, or else a folder in `output_dir`.
 
@@ -141,18 +147,25 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
     autoencoder = _autoencoder_config(options["autoencoder"], images["autoencoder"])
     vae = _vae_config(options["vae"], autoencoder)
     labels = _labels(options["second_stage"], images["second_stage"])
-    configs = [autoencoder, vae, _second_stage_config(options["second_stage"], vae, labels)]
-    _look_ahead(options, images, dict(zip(STAGES, configs, strict=True)), labels)
+    second_stage = _second_stage_config(options["second_stage"], vae, labels)
+    configs = {"autoencoder": autoencoder, "vae": vae, "second_stage": second_stage}
+    if "detail" in options:
+        configs["detail"] = _detail_config(options["detail"], autoencoder)
+    _look_ahead(options, images, configs, labels)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        model = run_stage(options[stage], images[stage])
+    models = {stage: run_stage(options[stage], images[stage]) for stage in options}
     _check_that_stages_fit(options)
-    pipe = build_pipeline(options["second_stage"], model)
+    pipe = build_pipeline(options["second_stage"], models["second_stage"], models.get("detail"))
     if process_state().is_main_process:
         channels, size, _ = pipe.image_shape
         pipe.image_processor = VAEPlusImageProcessor(size, channels, options["autoencoder"].source_crop)
         pipe.save_pretrained(output_dir / "pipeline")
     return pipe
+
+
+def _before(stage: str) -> tuple[str, ...]:
+    """The stages that a stage is built on."""
+    return ("autoencoder",) if stage == "detail" else STAGES[: STAGES.index(stage)]
 
 
 def _look_ahead(options: dict[str, StageOptions], images: dict, configs: dict, labels: Labels | None):
@@ -163,7 +176,7 @@ def _look_ahead(options: dict[str, StageOptions], images: dict, configs: dict, l
         if not checkpoints:
             to_come[stage] = "from its start"
             continue
-        earlier = [name for name in STAGES[: STAGES.index(stage)] if getattr(each, name)]
+        earlier = [name for name in _before(stage) if getattr(each, name)]
         if changing := [name for name in earlier if name in to_come]:
             if not each.retrain:
                 raise ValueError(
@@ -206,16 +219,17 @@ def _check_that_stages_fit(options: dict[str, StageOptions]):
 def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, StageOptions]:
     """The options with which `train_all` trains each stage; arguments and errors as there."""
     check_preset(preset, "the preset")
-    folders = {stage: preset.get(stage, {}).get("output_dir", str(output_dir / stage)) for stage in STAGES}
+    stages = (*STAGES, "detail") if "detail" in preset else STAGES
+    folders = {stage: preset.get(stage, {}).get("output_dir", str(output_dir / stage)) for stage in stages}
     options = {}
-    for position, stage in enumerate(STAGES):
-        earlier = {before: folders[before] for before in STAGES[:position]}
+    for stage in stages:
+        earlier = {before: folders[before] for before in _before(stage)}
         fixed = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
         if stage != "second_stage":  # of a preset's `common`, or of a flag for all stages
             fixed |= {"second_stage": "vae", "label_column": None}
         options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **fixed})
         refuse_what_cannot_run(options[stage])
-    if len(set(folders.values())) < len(STAGES):
+    if len(set(folders.values())) < len(stages):
         raise ValueError(f"each stage needs an output_dir of its own, got {', '.join(folders.values())}.")
     return options
 
@@ -260,7 +274,7 @@ def with_holdout(preset: dict, output_dir: Path, default: float | int | None = N
 
     A run that is there goes on with what it held out; one of an earlier version held nothing out.
     """
-    layers = [preset.get("common", {}), *(preset.get(stage, {}) for stage in STAGES), overrides]
+    layers = [*preset.values(), overrides]
     options = all_stage_options(preset, output_dir, **overrides)
     are_own = all(
         each.dataset_name is None and (each.train_data_dir or each.train_data_files) and not each.streaming
@@ -595,6 +609,66 @@ def prior_stage(
     return Stage(model, dataset, prepare, turn=turn)
 
 
+def _detail_config(options: StageOptions, autoencoder: VAEPlusAutoencoderConfig) -> VAEPlusDetailConfig:
+    shape = {name: getattr(autoencoder, name) for name in ("image_size", "num_channels", "patch_size")}
+    return VAEPlusDetailConfig(**{**shape, "feature_dim": autoencoder.hidden_channels[0], **options.model})
+
+
+def detail_stage(options: StageOptions, images, backbone: nn.Module | None = None) -> Stage:
+    """Detail beyond the mean of a trained autoencoder's decoder, see [`VAEPlusDetailModel`].
+
+    Args:
+        options, images: as of `run_stage`.
+        backbone (*optional*): images in [0, 1] -> feature maps, in place of that of `feature_loss`: any frozen module
+            that gradients pass through.
+    """
+    autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder)
+    device, made_from = autoencoder.device, _made_from(images, autoencoder=autoencoder)
+    if backbone is None and options.feature_loss:
+        backbone = open_backbone(options.feature_loss, autoencoder.config.image_size)
+    if backbone is not None:
+        backbone = backbone.to(device, memory_format=torch.channels_last)
+        made_from["feature_loss"] = weights_fingerprint(backbone.state_dict())
+    dataset = images
+    if not isinstance(images, IterableDataset):
+        dataset = EncodedImages(images, {"code": encode_dataset(images, autoencoder, autoencoder.encode)})
+    torch.manual_seed(derived_seed(options.seed, 2))  # once more: encoding has drawn numbers, or the cache spared them
+    model = VAEPlusDetailModel(_detail_config(options, autoencoder.config))
+    shape = model.config.noise_shape
+
+    def raw_views(pixels):
+        return pixel_views(pixels) + ([] if backbone is None else backbone(pixels))
+
+    with torch.no_grad():  # every channel of every view counts alike
+        some = torch.cat(list(_some_images(images, device, 250)))
+        moments = [
+            (view.mean((0, 2, 3), keepdim=True), view.std((0, 2, 3), keepdim=True).clamp(min=1e-3))
+            for view in raw_views(some)
+        ]
+    num_patches = len(pixel_views(some[:1]))
+    shapes = [(mean.shape[1], PATCH if number < num_patches else 1) for number, (mean, _) in enumerate(moments)]
+
+    def views(pixels):
+        return [(view - mean) / std for view, (mean, std) in zip(raw_views(pixels), moments, strict=True)]
+
+    def prepare(batch, noise, step):
+        pixels = to_unit_range(batch["pixel_values"])
+        mean, features = autoencoder.decode_with_features(
+            batch["code"] if "code" in batch else autoencoder.encode(pixels)
+        )
+        generator = torch.Generator().manual_seed(derived_seed(options.seed, 9, step))  # the same in every process
+        return {
+            "features": features,
+            "mean": mean,
+            "noise": noise(2 * math.prod(shape)).view(-1, 2, *shape),
+            "pixel_values": pixels,
+            "directions": random_directions(shapes, options.num_directions, generator, device),
+            "views": views,
+        }
+
+    return Stage(model, dataset, prepare, _previewer(options, images), made_from=made_from)
+
+
 def fit_mixture(stage: Stage, options: StageOptions) -> VAEPlusMixtureModel:
     """Fit the mixture of `stage` by scikit-learn, in float64, to one z per image, and save it as `train` would.
 
@@ -674,9 +748,16 @@ def _previewer(options: StageOptions, images):
         return None
     first = images.pixels(0, 32)
     pipeline_of = cache(partial(build_pipeline, options))  # the frozen stages are read once, not at every picture
+    frozen_autoencoder = cache(partial(load_frozen, VAEPlusAutoencoderModel, options.autoencoder))
     seed = derived_seed(options.seed, 3)
 
     def preview(model) -> Image.Image:
+        if options.stage == "detail":
+            autoencoder, pixels = frozen_autoencoder(), first.to(model.device)
+            mean, features = autoencoder.decode_with_features(autoencoder.encode(pixels))
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(len(first), *model.config.noise_shape, generator=generator)
+            return image_grid(torch.stack([pixels, mean + model.sample(features, noise)], 1).flatten(0, 1), columns=8)
         if options.stage == "autoencoder":
             pixels = first.to(model.device)
             return image_grid(torch.stack([pixels, model(pixels).reconstruction], 1).flatten(0, 1), columns=8)
@@ -687,7 +768,7 @@ def _previewer(options: StageOptions, images):
     return preview
 
 
-def build_pipeline(options: StageOptions, model: VAEPlusPreTrainedModel):
+def build_pipeline(options: StageOptions, model: VAEPlusPreTrainedModel, detail: VAEPlusDetailModel | None = None):
     """The pipeline that ends with `model`, which is that of `options.stage`, and loads the stages before it."""
     from ..hub.pipeline import VAEPlusPipeline  # training the autoencoder does not need diffusers
 
@@ -695,4 +776,4 @@ def build_pipeline(options: StageOptions, model: VAEPlusPreTrainedModel):
     if options.stage == "vae":
         return VAEPlusPipeline(model, autoencoder)
     vae = load_frozen(VAEPlusVAEModel, options.vae) if options.vae else None
-    return VAEPlusPipeline(vae, autoencoder, model)
+    return VAEPlusPipeline(vae, autoencoder, model, detail)

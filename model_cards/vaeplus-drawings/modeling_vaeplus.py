@@ -7,8 +7,8 @@ alone. Two models make the three stages:
     stage 1  `VAEPlusVAEModel`          code     -> latents z  error measured on images through the frozen decoder
     stage 2  `VAEPlusVAEModel`          z        -> latents u  a model of the aggregate posterior q(z)
 
-Other second stages are in `modeling_priors.py`. Every second stage can be conditional: a model of the latents of
-images of a class, or with given attributes or factors.
+Other second stages are in `modeling_priors.py`, and detail beyond the decoder's mean in `modeling_detail.py`. Every
+second stage can be conditional: a model of the latents of images of a class, or with given attributes or factors.
 
 Conventions: pixels lie in [0, 1]; gamma is the decoder **variance** (Eq. 3); losses are sums over dimensions and
 means over the batch, in nats.
@@ -902,6 +902,22 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         """
         _check_shape("code", code, (self.config.latent_dim,))
         return 0.5 * self.decoder(code.to(self.dtype)) + 0.5
+
+    def decode_with_features(self, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`decode(code)`, and the decoder's last features: `(batch, hidden_channels[0], grid, grid)`.
+
+        `grid` is `image_size / patch_size`.
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        _check_shape("code", code, (self.config.latent_dim,))
+        *body, activation, last, unfold = self.decoder
+        features = code.to(self.dtype)
+        for layer in body:
+            features = layer(features)
+        features = activation(features)
+        return 0.5 * unfold(last(features)) + 0.5, features
 
     @torch.no_grad()
     def pullback_metric(self, codes: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
