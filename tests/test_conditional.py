@@ -1,5 +1,6 @@
 """Second stages that are conditioned on labels: what labels mean, densities, samples, training, and refusals."""
 
+import datetime
 import gzip
 import json
 import math
@@ -176,6 +177,26 @@ def test_labels_follow_their_images(tmp_path, monkeypatch):
     torch.testing.assert_close(kept.float(), read_labels(faces, "factors").values)
 
 
+def test_labels_of_a_data_set_on_the_hub_are_fetched_once(tmp_path, monkeypatch):
+    rows = {"image": [{"bytes": encoded(noise(number)), "path": None} for number in range(6)]}
+    rows |= {"kind": [1, 0, 1, 1, 0, 2], "day": [datetime.date(2026, 1, 1)] * 6}
+    picture = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    names = datasets.ClassLabel(names=["cat", "dog", "emu"])
+    kinds = datasets.Features(image=picture, kind=names, day=datasets.Value("date32"))
+    table, asked = datasets.Dataset.from_dict(rows, features=kinds).to_iterable_dataset(), []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *place, **o: asked.append(place) or datasets.IterableDatasetDict(train=table)
+    )
+    images = load_images("org/set", revision="1" * 40, resolution=32, cache_dir=tmp_path, progress=False)
+    found, before = read_labels(images, "kind"), len(asked)
+    assert found.id2label == {0: "cat", 1: "dog", 2: "emu"} and found.values.tolist() == rows["kind"]
+    assert read_labels(images, "kind").fingerprint == found.fingerprint and len(asked) == before
+    with pytest.raises(ValueError, match="label_column='day' holds something else .*date is not JSON"):
+        read_labels(images, "day")
+    with pytest.raises(ValueError, match="no column 'colour' in org/set"):
+        read_labels(images, "colour")
+
+
 # ----------------------------------------------------------------------------------------------- what people write
 
 
@@ -226,6 +247,7 @@ def test_labels_are_taken_as_people_write_them(fields, labels, expected):
         (lambda: flow(FACTORS).to_condition({"Age": 1}), "no 'Age' among the factors: choose"),
         (lambda: flow(ATTRIBUTES).to_condition([0, 0.5, 1]), "attributes are 0, 1 or not given"),
         (lambda: VAEPlusFlowMatchingConfig(condition="classes", id2label={0: "a"}), "must name 2 to 10,000 classes"),
+        (lambda: VAEPlusFlowMatchingConfig(condition="classes", id2label={0: "a", 1: 5}), "must name 2 to 10,000"),
         (lambda: VAEPlusFlowMatchingConfig(condition="factors", id2label={1: "a"}), "factors by their places 0, 1"),
         (lambda: VAEPlusMixtureConfig(**FACTORS), "a mixture takes classes as condition, not factors"),
         (lambda: VAEPlusVAEConfig(network="affine", **CLASSES), "is for VAEs of vectors with network='mlp'"),

@@ -14,6 +14,7 @@ from ..files import build_once
 from .folders import printable
 
 MAX_CLASSES = 10_000
+_EXPECTED = "whole numbers, texts, numbers, or lists of numbers"
 
 
 @dataclass
@@ -58,28 +59,34 @@ def read_labels(images, column: str) -> Labels:
         ValueError: there is no such column, or it holds something else, or the same for all images.
     """
     source = images.source
-    rows = _kept(images, column) if hasattr(source, "sha") and source.sha else source.labels(column)
+    is_remote = getattr(source, "sha", None) is not None
+    rows, names = _kept(images, column) if is_remote else (source.labels(column), source.label_names(column))
     if rows is None:
         raise ValueError(
             f"{images.name} has no labels: sort its pictures into a folder for each class, or name images that have"
             " labels."
         )
-    labels = labels_of([rows[number] for number in images.numbers], source.label_names(column), column)
+    labels = labels_of([rows[number] for number in images.numbers], names, column)
     if images.random_flip:
         labels.values = torch.cat([labels.values, labels.values])
     return labels
 
 
-def _kept(images, column: str) -> list:
-    """The column of a data set on the Hub, kept beside the images, since it takes a pass over the data set."""
+def _kept(images, column: str) -> tuple[list, list[str] | None]:
+    """Values and names of a column of a data set on the Hub, kept beside the images: they take a pass over it."""
     source = images.source
     key = hashlib.sha256(json.dumps([source.identity, column]).encode()).hexdigest()[:32]
 
     def build(path: Path):
-        path.write_text(json.dumps(source.labels(column)), encoding="utf-8")
+        try:
+            text = json.dumps([source.labels(column), source.label_names(column)])
+        except TypeError as error:
+            raise _refusal(column, f"something else ({error})", _EXPECTED) from error
+        path.write_text(text, encoding="utf-8")
 
-    def load(path: Path) -> list:
-        return json.loads(path.read_text(encoding="utf-8"))
+    def load(path: Path) -> tuple[list, list[str] | None]:
+        rows, names = json.loads(path.read_text(encoding="utf-8"))
+        return rows, names
 
     return build_once(images.path.parent.parent / "labels" / f"{key}.json", build, load)
 
@@ -103,7 +110,7 @@ def labels_of(rows: list, names: list[str] | None, column: str) -> Labels:
         rows, names = [[row] for row in rows], [column]
     elif not all(isinstance(row, list) for row in known):
         kinds = " and ".join(sorted({type(row).__name__ for row in known}))
-        raise refuse(f"values of the type {kinds}", "whole numbers, texts, numbers, or lists of numbers")
+        raise refuse(f"values of the type {kinds}", _EXPECTED)
     return _values(rows, names, refuse)
 
 

@@ -211,7 +211,10 @@ class VAEPlusConditionalConfig(VAEPlusConfig):
         if self.condition is None:
             return
         ids, least = self.label_ids, 2 if self.condition == "classes" else 1
-        if not least <= len(ids) <= 10_000 or (self.condition != "classes" and ids != list(range(len(ids)))):
+        are_texts = all(isinstance(name, str) for name in (self.id2label or {}).values())
+        if not (are_texts and least <= len(ids) <= 10_000) or (
+            self.condition != "classes" and ids != list(range(len(ids)))
+        ):
             wanted = "by their ids" if self.condition == "classes" else "by their places 0, 1, 2, ..."
             raise ValueError(
                 f"{type(self).__name__}.id2label must name {least} to 10,000 {self.condition} {wanted}, got"
