@@ -568,6 +568,8 @@ def test_labels_are_withheld_by_the_randomness_of_the_run():
     torch.testing.assert_close(given(values, part), given(values)[part], rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(given(classes, step=4), given(classes))
     assert stages._condition({}, source.at(0, slice(5)), options) == {}
+    options.label_dropout = 0.0
+    assert torch.equal(given(values), values) and torch.equal(given(classes), classes)
 
 
 def test_a_run_knows_its_labels(earlier, tmp_path, monkeypatch):

@@ -502,12 +502,14 @@ def _condition(batch: dict, noise: BatchNoise, options: StageOptions) -> dict[st
     """
     if "condition" not in batch:
         return {}
-    condition, share = batch["condition"], options.label_dropout
-    uniform = torch.special.ndtr(noise(1))
+    condition, draw = batch["condition"], noise(1)
+    # The noise is below these bounds with probabilities of `label_dropout` and twice that.
+    shares = torch.tensor([1.0, 2.0], dtype=torch.float64) * options.label_dropout
+    all_below, some_below = torch.special.ndtri(shares.clamp(max=1)).tolist()
     if not condition.is_floating_point():
-        return {"condition": condition.masked_fill(uniform[:, 0] < share, -1)}
-    some = (noise(condition.shape[1]) < 0) & (uniform < 2 * share)
-    return {"condition": condition.masked_fill((uniform < share) | some, math.nan)}
+        return {"condition": condition.masked_fill(draw[:, 0] < all_below, -1)}
+    some = (noise(condition.shape[1]) < 0) & (draw < some_below)
+    return {"condition": condition.masked_fill((draw < all_below) | some, math.nan)}
 
 
 def _prior_stage(options: StageOptions, images) -> Stage:
