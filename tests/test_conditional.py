@@ -238,6 +238,7 @@ def test_labels_are_taken_as_people_write_them(fields, labels, expected):
         (lambda: flow(CLASSES).to_condition([3.0]), "there is no class 3.0"),
         (lambda: flow(CLASSES).to_condition([True]), "there is no class True"),
         (lambda: flow(CLASSES).to_condition([[3]]), r"there is no class \[3\]"),
+        (lambda: flow(CLASSES).to_condition([torch.tensor([3, 5])]), r"there is no class tensor\(\[3, 5\]\)"),
         (lambda: flow(FACTORS).to_condition([1]), r"expected 2 factors \(age, light\) for each"),
         (lambda: flow(FACTORS).to_condition(torch.zeros(2, 3)), "expected 2 factors"),
         (lambda: flow(FACTORS).to_condition(3), "expected 2 factors"),

@@ -212,9 +212,8 @@ class VAEPlusConditionalConfig(VAEPlusConfig):
             return
         ids, least = self.label_ids, 2 if self.condition == "classes" else 1
         are_texts = all(isinstance(name, str) for name in (self.id2label or {}).values())
-        if not (are_texts and least <= len(ids) <= 10_000) or (
-            self.condition != "classes" and ids != list(range(len(ids)))
-        ):
+        are_places = self.condition == "classes" or ids == list(range(len(ids)))
+        if not (are_texts and are_places and least <= len(ids) <= 10_000):
             wanted = "by their ids" if self.condition == "classes" else "by their places 0, 1, 2, ..."
             raise ValueError(
                 f"{type(self).__name__}.id2label must name {least} to 10,000 {self.condition} {wanted}, got"
@@ -251,8 +250,10 @@ class VAEPlusConditionalConfig(VAEPlusConfig):
         """
         labels = labels.tolist() if isinstance(labels, np.ndarray | torch.Tensor) else labels
         if self.condition == "classes":
+            places = {None: -1} | {each: place for place, each in enumerate(self.label_ids)}
+            places |= {self.id2label[each]: place for place, each in reversed(list(enumerate(self.label_ids)))}
             rows = labels if isinstance(labels, list | tuple) else [labels]
-            return torch.tensor([self._place_of_class(row) for row in rows], dtype=torch.long)
+            return torch.tensor([self._place_of_class(row, places) for row in rows], dtype=torch.long)
         rows = labels if isinstance(labels, list | tuple) and labels and not _is_number(labels[0]) else [labels]
         num, rows = len(self.label_ids), list(rows)
         for place, row in enumerate(rows):
@@ -271,18 +272,12 @@ class VAEPlusConditionalConfig(VAEPlusConfig):
             raise ValueError("factors must be finite or not given (None), got infinity.")
         return values
 
-    def _place_of_class(self, label) -> int:
-        label = label.item() if hasattr(label, "item") else label
-        if label is None:
-            return -1
-        ids, place = self.label_ids, None
-        if isinstance(label, str):
-            place = next((place for place, each in enumerate(ids) if self.id2label[each] == label), None)
-        elif isinstance(label, Integral) and not isinstance(label, bool):
-            place = ids.index(label) if label in ids else None
-        if place is None:
+    def _place_of_class(self, label, places: dict[int | str | None, int]) -> int:
+        label = label.item() if getattr(label, "ndim", None) == 0 else label  # of numpy and torch
+        can_be_one = label is None or isinstance(label, str | Integral) and not isinstance(label, bool)
+        if not can_be_one or label not in places:
             raise ValueError(f"there is no class {label!r}: choose among {self._known_names()}, or None for all.")
-        return place
+        return places[label]
 
     def _values_by_name(self, row: Mapping) -> list:
         names = [self.id2label[place] for place in self.label_ids]
