@@ -42,6 +42,7 @@ JSON = {
             "seed": 7,
             "temperature": 0.5,
             "sharpness": 0.0,
+            "deterministic": False,
             "num_inference_steps": None,
         },
     ),
@@ -51,7 +52,7 @@ JSON = {
     ),
     "reconstruct": (
         f"reconstruct {PIPE} home/0.png home/1.png --output new/pairs.png",
-        {"files": ["new/pairs.png"], "num_images": 2, "sharpness": 0.0},
+        {"files": ["new/pairs.png"], "num_images": 2, "sharpness": 0.0, "deterministic": True},
     ),
     "interpolate": (
         f"interpolate {PIPE} home/0.png home/1.png --steps 4",

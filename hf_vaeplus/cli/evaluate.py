@@ -48,7 +48,8 @@ def add_evaluate(commands):
         "--sampler",
         nargs="+",
         default=[],
-        help="second_stage: the whole pipeline; sharpened: at sharpness 1; prior: without its second stage; mixture,"
+        help="second_stage: the whole pipeline; mean: without its detail; sharpened: means at sharpness 1; prior:"
+        " without its second stage; mixture,"
         " gaussian: 10 Gaussians or 1 fitted to the codes of training images (default: the pipeline as it is)",
     )
     parser.add_argument("--ndb", nargs="+", type=int, default=[], metavar="K", help="numbers of bins: 100 200 300")

@@ -266,6 +266,22 @@ def image_options_of(args, size: int, channels: int | None, crop: int | None = N
     return StageOptions(split=args.split, **source, **options)
 
 
+def check_seed(seed: int):
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must lie in [0, 2**63), got {seed}.")
+
+
+def add_deterministic(parser, default: bool):
+    told = "the decoder's mean; with --no-deterministic, detail around it, of a pipeline that has a model of it"
+    usual = "--deterministic" if default else "--no-deterministic"
+    parser.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help=f"{told} (default: {usual})",
+    )
+
+
 def add_sharpness(parser):
     told = "0 for the decoder's mean, 1 for the power spectrum of real images (default: 0)"
     parser.add_argument("--sharpness", type=float, default=0.0, help=told)

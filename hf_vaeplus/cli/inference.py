@@ -4,10 +4,12 @@ from pathlib import Path
 
 from .flags import (
     add_crop,
+    add_deterministic,
     add_overwrite,
     add_pipeline,
     add_sharpness,
     assignment,
+    check_seed,
     load_pipeline,
     local_path,
     output_picture,
@@ -35,6 +37,7 @@ def add_sample(commands):
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
     add_sharpness(parser)
+    add_deterministic(parser, default=False)
     told = "solve the ODE of a flow-matching second stage in so many steps (default: its one pass)"
     parser.add_argument("--num_inference_steps", type=int, default=None, help=told)
     told = "classes of a conditional second stage, by id or name, in turn; null for all classes"
@@ -53,8 +56,7 @@ def _sample(args):
 
     from ..pictures import image_grid
 
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed must lie in [0, 2**63), got {args.seed}.")
+    check_seed(args.seed)
     if args.separate:
         folder = Path(args.output or "samples")
         writable(folder, folder)
@@ -70,6 +72,7 @@ def _sample(args):
         args.num_images = 64 if labels is None else len(labels)
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
     wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
+    wanted["deterministic"] = args.deterministic
     wanted |= dict(decode_batch_size=args.batch_size, num_inference_steps=args.num_inference_steps)
     wanted |= dict(class_labels=labels, conditions=conditions, guidance_scale=args.guidance_scale)
     if args.separate:
@@ -80,8 +83,8 @@ def _sample(args):
         files = [output]
         write_output(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
     print(f"saved {args.num_images} pictures in {folder}" if args.separate else f"saved {output}")
-    named = "num_images seed temperature sharpness num_inference_steps class_labels guidance_scale".split()
-    return written_record(args, files, *named, conditions=conditions)
+    named = "num_images seed temperature sharpness deterministic num_inference_steps class_labels guidance_scale"
+    return written_record(args, files, *named.split(), conditions=conditions)
 
 
 def _class_label(pipe, word: str) -> int | str | None:
@@ -109,6 +112,8 @@ def add_reconstruct(commands):
     )
     add_pipeline(parser, "reconstructions.png")
     add_sharpness(parser)
+    add_deterministic(parser, default=True)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the detail's noise (default: 0)")
     parser.set_defaults(output="reconstructions.png")
     parser.add_argument("images", nargs="+", type=local_path, help="pictures, or folders of pictures")
     add_crop(parser)
@@ -127,15 +132,18 @@ def _reconstruct(args):
 
     from ..pictures import image_grid
 
+    check_seed(args.seed)
     output = output_picture(args)
     paths = pictures_in(args.images)
     pipe = load_pipeline(args)
     images = read_pictures(args, pipe, paths, skip=args.on_bad_image == "skip")
-    decoded = pipe.reconstruct(images, "pt", args.batch_size, args.sharpness)
+    generator = torch.Generator().manual_seed(args.seed)
+    wanted = dict(sharpness=args.sharpness, deterministic=args.deterministic, generator=generator)
+    decoded = pipe.reconstruct(images, "pt", args.batch_size, **wanted)
     pairs = torch.stack([images, decoded], 1)
     write_output(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
     print(f"saved {output}")
-    return written_record(args, [output], "sharpness", num_images=len(images))
+    return written_record(args, [output], "sharpness", "deterministic", num_images=len(images))
 
 
 def add_interpolate(commands):

