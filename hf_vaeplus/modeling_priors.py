@@ -10,11 +10,14 @@ Each gives `sample(latents, noise)`, as `VAEPlusVAEModel` does for the pipeline,
 the *active* dimensions of z alone: the others are N(0, 1) by construction, so they are drawn and scored as that. The
 active ones are whitened by the moments of the training data.
 
+With a `condition` in the config they model p(z | condition), of the null class p(z) (Ho and Salimans 2021).
+
 An exported Hub repository carries this file beside `modeling_vaeplus.py`, the only file that it imports.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +28,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
 from .modeling_vaeplus import (
-    VAEPlusConfig,
+    ConditionFeatures,
+    VAEPlusConditionalConfig,
     VAEPlusPreTrainedModel,
     _check_shape,
     _upcast,
@@ -39,13 +43,14 @@ _LOG_2PI = math.log(2 * math.pi)
 # ------------------------------------------------------------------------------------------------------- configs
 
 
-class VAEPlusPriorConfig(VAEPlusConfig):
+class VAEPlusPriorConfig(VAEPlusConditionalConfig):
     """Fields that the second stages of this file share.
 
     Args:
         latent_dim (`int`): number of dimensions of z, and of the noise that it is made from.
         active_dims (`tuple[int, ...]`, *optional*): the dimensions that are learned, in rising order; all if not
             given. The others are N(0, 1).
+        condition, id2label: see [`VAEPlusConditionalConfig`].
 
     Raises:
         ValueError: an unknown or non-positive field, or active dimensions that z does not have.
@@ -82,12 +87,13 @@ class VAEPlusFlowMatchingConfig(VAEPlusPriorConfig):
     """Configuration of [`VAEPlusFlowMatchingModel`].
 
     Args:
-        latent_dim, active_dims: see [`VAEPlusPriorConfig`].
+        latent_dim, active_dims, condition, id2label: see [`VAEPlusPriorConfig`].
         hidden_dim, num_blocks (`int`): width and residual blocks of the network.
         num_inference_steps (`int`): Heun steps of the ODE, two passes of the network each, for samples and for
             densities.
         distillation_steps (`int`): Heun steps of the ODE that one pass is distilled from; 0 for a model that is not
             distilled, whose samples take `num_inference_steps` steps.
+        distillation_guidance (`float`): `guidance_scale` of the ODE that one pass is distilled from, with a condition.
         max_exact_dim (`int`): up to so many active dimensions `log_prob` takes the trace of the exact Jacobian; beyond
             that it estimates the trace (Hutchinson).
 
@@ -101,6 +107,7 @@ class VAEPlusFlowMatchingConfig(VAEPlusPriorConfig):
     num_blocks: int = 3
     num_inference_steps: int = 16
     distillation_steps: int = 8
+    distillation_guidance: float | int = 1.0
     max_exact_dim: int = 512
 
     def __post_init__(self, **kwargs):
@@ -111,6 +118,12 @@ class VAEPlusFlowMatchingConfig(VAEPlusPriorConfig):
             raise ValueError(
                 f"VAEPlusFlowMatchingConfig.distillation_steps must be 0 to 1000, got {self.distillation_steps}."
             )
+        scale = self.distillation_guidance
+        if not 0 <= scale < math.inf or (scale != 1 and self.condition is None):
+            raise ValueError(
+                "VAEPlusFlowMatchingConfig.distillation_guidance must be at least 0 and finite, and 1 without a"
+                f" condition, got {scale}."
+            )
 
 
 @strict
@@ -118,7 +131,7 @@ class VAEPlusCouplingFlowConfig(VAEPlusPriorConfig):
     """Configuration of [`VAEPlusCouplingFlowModel`].
 
     Args:
-        latent_dim, active_dims: see [`VAEPlusPriorConfig`].
+        latent_dim, active_dims, condition, id2label: see [`VAEPlusPriorConfig`].
         hidden_dim, num_blocks (`int`): width and hidden layers of the MLP in each coupling.
         num_couplings (`int`): transformations, each of one half of the dimensions given the other.
         num_bins (`int`): of each monotone rational-quadratic spline on [-5, 5]; outside it is the identity.
@@ -145,8 +158,8 @@ class VAEPlusMixtureConfig(VAEPlusPriorConfig):
     """Configuration of [`VAEPlusMixtureModel`].
 
     Args:
-        latent_dim, active_dims: see [`VAEPlusPriorConfig`].
-        num_components (`int`): Gaussians.
+        latent_dim, active_dims, condition, id2label: see [`VAEPlusPriorConfig`].
+        num_components (`int`): Gaussians, with classes as condition those of each class.
 
     Raises:
         ValueError: an unknown or non-positive field.
@@ -159,11 +172,20 @@ class VAEPlusMixtureConfig(VAEPlusPriorConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self._check_positive("num_components", limit=10_000)
-        if self.num_components * self.num_active**2 > 2**30:
+        if self.condition not in (None, "classes"):
             raise ValueError(
-                f"VAEPlusMixtureConfig: {self.num_components} covariances of {self.num_active} dimensions are too many"
+                f"a mixture takes classes as condition, not {self.condition}: choose another second stage for them."
+            )
+        if self.num_gaussians * self.num_active**2 > 2**30:
+            raise ValueError(
+                f"VAEPlusMixtureConfig: {self.num_gaussians} covariances of {self.num_active} dimensions are too many"
                 " numbers: take fewer num_components."
             )
+
+    @property
+    def num_gaussians(self) -> int:
+        """Of all classes together; those of one class follow each other."""
+        return self.num_components * (1 if self.condition is None else len(self.label_ids))
 
 
 # ------------------------------------------------------------------------------------------------------- outputs
@@ -199,23 +221,25 @@ class TimedBlock(nn.Module):
 
 
 class VelocityNetwork(nn.Module):
-    """(batch, dim), a time in [0, 1] -> (batch, dim), at the start 0. A condition would join the embedding of time."""
+    """(batch, dim), a time in [0, 1] -> (batch, dim), at the start 0. A condition joins the embedding of time."""
 
     num_frequencies, time_dim = 8, 128
 
-    def __init__(self, dim: int, hidden_dim: int, num_blocks: int):
+    def __init__(self, dim: int, hidden_dim: int, num_blocks: int, condition_width: int = 0):
         super().__init__()
         self.time = nn.Linear(2 * self.num_frequencies, self.time_dim)
+        self.condition = nn.Linear(condition_width, self.time_dim) if condition_width else None
         self.entry = nn.Linear(dim, hidden_dim)
         self.offset = nn.Linear(self.time_dim, hidden_dim)  # or the norms would turn sharply around x = 0
         self.blocks = nn.ModuleList([TimedBlock(hidden_dim, self.time_dim) for _ in range(num_blocks)])
         self.norm = nn.LayerNorm(hidden_dim)
         self.exit = start_at_zero(nn.Linear(hidden_dim, dim))
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """`time` has shape `(batch, 1)`, or `(1, 1)` for all."""
+    def forward(self, x: torch.Tensor, time: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """`time` has shape `(batch, 1)`, or `(1, 1)` for all; `features` are of the condition."""
         angles = math.pi * time * torch.arange(1, self.num_frequencies + 1, device=x.device, dtype=time.dtype)
-        embedding = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype)))
+        embedding = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype))
+        embedding = F.silu(embedding if features is None else embedding + self.condition(features))
         hidden = self.entry(x) + self.offset(embedding)
         for block in self.blocks:
             hidden = block(hidden, embedding)
@@ -238,6 +262,7 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
         super().__init__(config)
         self.register_buffer("input_mean", torch.zeros(config.num_active))
         self.register_buffer("input_root", torch.eye(config.num_active))  # lower triangular
+        self.condition_features = None if config.condition is None else ConditionFeatures(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -288,7 +313,13 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
         active = self.config.active_dims
         return [] if active is None else sorted(set(range(self.config.latent_dim)) - set(active))
 
-    def sample(self, latents: torch.Tensor, noise: torch.Tensor | None = None, **options) -> torch.Tensor:
+    def sample(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        **options,
+    ) -> torch.Tensor:
         """z that the model makes up of noise.
 
         Args:
@@ -296,7 +327,9 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
                 active, z is u.
             noise (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): standard normal, independent of the
                 latents; only a mixture uses it, to choose the component.
-            options: `num_inference_steps` of flow matching.
+            condition (`torch.Tensor`, *optional*): here and below, of each z what
+                [`VAEPlusConditionalConfig.to_condition`] returns. A conditional model takes none for the null class.
+            options: of flow matching, see [`VAEPlusFlowMatchingModel`].
 
         Returns:
             float32 `torch.Tensor` of shape `(batch, latent_dim)`.
@@ -308,12 +341,15 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
         if noise is not None:
             _check_shape("noise", noise, self.config.input_shape)
         z = _upcast(latents).clone()
-        y = _upcast(self._sample(z[:, self._active].to(self._weight_dtype), noise, **options))
+        y = z[:, self._active].to(self._weight_dtype)
+        y = _upcast(self._sample(y, noise, self._features_of(condition, y), **options))
         z[:, self._active] = y @ _upcast(self.input_root).T + _upcast(self.input_mean)
         return z
 
-    def log_prob(self, z: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """log p(z) in nats, the density of N(0, 1) for the dimensions that are not active included.
+    def log_prob(
+        self, z: torch.Tensor, generator: torch.Generator | None = None, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """log p(z), or log p(z | condition), in nats, with the density of N(0, 1) for dimensions that are not active.
 
         Args:
             z (`torch.Tensor` of shape `(batch, latent_dim)`).
@@ -325,7 +361,8 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
         Raises:
             ValueError: wrong shape, or integers instead of floats.
         """
-        log_prob = _upcast(self._log_prob(self.whitened(z), generator))
+        y = self.whitened(z)
+        log_prob = _upcast(self._log_prob(y, generator, self._features_of(condition, y)))
         rest = _log_normal(_upcast(z)[:, self._inactive])
         return log_prob - _upcast(self.input_root).diagonal().log().sum() + rest
 
@@ -341,19 +378,30 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
         y = torch.linalg.solve_triangular(root, difference.T, upper=False).T
         return y.to(self._weight_dtype)
 
-    def _sample(self, latents: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    def _sample(
+        self, latents: torch.Tensor, noise: torch.Tensor | None, features: torch.Tensor | None
+    ) -> torch.Tensor:
         raise NotImplementedError
 
-    def _log_prob(self, y: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    def _log_prob(
+        self, y: torch.Tensor, generator: torch.Generator | None, features: torch.Tensor | None
+    ) -> torch.Tensor:
         raise NotImplementedError
 
-    def forward(self, inputs: torch.Tensor, return_dict: bool = True, return_loss: bool = True):
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        return_dict: bool = True,
+        return_loss: bool = True,
+        condition: torch.Tensor | None = None,
+    ) -> VAEPlusPriorOutput | tuple:
         """-log p(z), mean over the batch.
 
         Args:
             inputs (`torch.Tensor` of shape `(batch, latent_dim)`): z.
+            condition: see `sample`.
         """
-        output = VAEPlusPriorOutput(loss=-self.log_prob(inputs).mean())
+        output = VAEPlusPriorOutput(loss=-self.log_prob(inputs, condition=condition).mean())
         return output if return_dict else output.to_tuple()
 
 
@@ -366,6 +414,9 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
     as `teacher`, and `network` goes on as the one pass u -> u + network(u, 1/2), which regresses the ends of the
     teacher's ODE. The density is always that of the ODE.
 
+    Options of `sample`: `num_inference_steps` chooses the ODE, in so many steps. `guidance_scale` s of a conditional
+    model follows v(null) + s (v(condition) - v(null)) in place of v(condition), by the ODE.
+
     Example:
         >>> model(z, noise=u, times=times).loss.backward()
         >>> z = model.sample(torch.randn(4, 64))                          # one pass, once distilled
@@ -377,7 +428,7 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
 
     def __init__(self, config: VAEPlusFlowMatchingConfig):
         super().__init__(config)
-        shape = config.num_active, config.hidden_dim, config.num_blocks
+        shape = config.num_active, config.hidden_dim, config.num_blocks, config.condition_width
         self.network = VelocityNetwork(*shape)
         self.teacher = VelocityNetwork(*shape).requires_grad_(False) if config.distillation_steps else None
         self.register_buffer("distilled", torch.zeros((), dtype=torch.bool))
@@ -407,25 +458,44 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
         self.network.load_state_dict(source)
         self.distilled.fill_(True)
 
-    def velocity(self, y: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """v(y, t) of whitened active dimensions `(batch, num_active)` at a time in [0, 1], of shape `(1, 1)`."""
-        return self._velocity_by(self.teacher if self.distilled else self.network, y, time)
+    def velocity(self, y: torch.Tensor, time: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """v(y, t) of whitened active dimensions `(batch, num_active)` at a time in [0, 1], of shape `(1, 1)`.
+
+        `features` are those of `condition_features`.
+        """
+        return self._velocity_by(self.teacher if self.distilled else self.network, y, time, features)
 
     @staticmethod
-    def _velocity_by(network: VelocityNetwork, y: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def _velocity_by(network: VelocityNetwork, y, time, features=None) -> torch.Tensor:
         # E[y - u | y_t] is the first term where y and u are both N(0, I).
-        return (2 * time - 1) / (time.square() + (1 - time).square()) * y + network(y, time)
+        return (2 * time - 1) / (time.square() + (1 - time).square()) * y + network(y, time, features)
 
-    def _sample(self, latents, noise, num_inference_steps: int | None = None):
-        if num_inference_steps is None and self.distilled:
-            return self._one_pass(latents)
-        return self._solve(self.velocity, latents, num_inference_steps or self.config.num_inference_steps)
+    def _sample(self, latents, noise, features, num_inference_steps: int | None = None, guidance_scale: float = 1.0):
+        # One pass stands for one scale; a scale that is asked for takes the ODE.
+        if num_inference_steps is None and self.distilled and guidance_scale == 1:
+            return self._one_pass(latents, features)
+        velocity = self._guided(self.velocity, features, guidance_scale)
+        return self._solve(velocity, latents, num_inference_steps or self.config.num_inference_steps)
 
-    def _one_pass(self, latents: torch.Tensor) -> torch.Tensor:
+    def _guided(self, velocity_of: Callable, features: torch.Tensor | None, scale: float) -> Callable:
+        """The velocity of y and time with guidance (Ho and Salimans 2021, Eq. 6, with s = 1 + w)."""
+        if scale == 1:
+            return _given(velocity_of, features)
+        if features is None:
+            raise ValueError(f"guidance_scale={scale:g} needs a conditional model: leave it out.")
+        null = self.condition_features(None, features)
+
+        def velocity(y, time):
+            free = velocity_of(y, time, null)
+            return free + scale * (velocity_of(y, time, features) - free)
+
+        return velocity
+
+    def _one_pass(self, latents: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
         time = torch.full(
             (1, 1), 0.5, device=latents.device, dtype=latents.dtype
         )  # of the velocity that it starts from
-        return latents + self.network(latents, time)
+        return latents + self.network(latents, time, features)
 
     @staticmethod
     def _solve(velocity, y: torch.Tensor, num_steps: int) -> torch.Tensor:
@@ -435,7 +505,7 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
             y = y + 0.5 * (last - first) * (slope + velocity(y + (last - first) * slope, last))
         return y
 
-    def _log_prob(self, y, generator):
+    def _log_prob(self, y, generator, features):
         exact, num_active = self.log_prob_is_exact, self.config.num_active
         if not exact:
             logger.warning_once(
@@ -444,9 +514,12 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
             )
         # About so many tangents at a time: each has the size of a row of the batch.
         rows = max(1, 2**14 // num_active) if exact else len(y)
-        return torch.cat([self._log_prob_of_rows(part, generator) for part in y.split(rows)])
+        parts = y.split(rows)
+        given = [None] * len(parts) if features is None else features.split(rows)
+        return torch.cat([self._log_prob_of_rows(*pair, generator) for pair in zip(parts, given, strict=True)])
 
-    def _log_prob_of_rows(self, y, generator):
+    def _log_prob_of_rows(self, y, features, generator):
+        velocity = _given(self.velocity, features)
         if self.log_prob_is_exact:
             tangents = torch.eye(y.shape[1], device=y.device, dtype=y.dtype)[:, None].expand(-1, *y.shape)
         else:  # E[e^T J e] = tr J for signs e
@@ -455,10 +528,10 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
             tangents = (2 * signs - 1).to(y)[None]
 
         def with_trace(y, time):
-            along = torch.func.vmap(
-                lambda tangent: torch.func.jvp(lambda y: self.velocity(y, time), (y,), (tangent,))[1]
-            )(tangents)  # (tangents, batch, dim)
-            return self.velocity(y, time), (along * tangents).sum((0, 2))
+            along = torch.func.vmap(lambda tangent: torch.func.jvp(lambda y: velocity(y, time), (y,), (tangent,))[1])(
+                tangents
+            )  # (tangents, batch, dim)
+            return velocity(y, time), (along * tangents).sum((0, 2))
 
         # Backwards, from data to noise: d log p(y_t) / dt = -tr dv/dy (Chen et al. 2018, Eq. 8)
         change = torch.zeros_like(_upcast(y[:, 0]))
@@ -477,6 +550,7 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
         times: torch.Tensor | None = None,
         return_dict: bool = True,
         return_loss: bool = True,
+        condition: torch.Tensor | None = None,
     ) -> VAEPlusPriorOutput | tuple:
         """The loss of either phase: of flow matching if there are `inputs`, of the distillation if not.
 
@@ -484,6 +558,7 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
             inputs (`torch.Tensor` of shape `(batch, latent_dim)`, *optional*): z.
             noise (`torch.Tensor` of shape `(batch, latent_dim)`): u, standard normal.
             times (`torch.Tensor` of shape `(batch, 1)`, *optional*): in (0, 1); logit-normal if not given.
+            condition: see `sample`.
 
         Raises:
             ValueError: wrong shapes, or a distillation that was not started.
@@ -492,17 +567,19 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
             noise = torch.randn_like(inputs)
         _check_shape("noise", noise, self.config.input_shape)
         latents = noise[:, self._active].to(self._weight_dtype)
+        features = self._features_of(condition, latents)
         if inputs is None:
             if self.teacher is None:
                 raise ValueError("forward got no inputs, and a model with distillation_steps=0 is not distilled.")
             with torch.no_grad():
-                velocity = functools.partial(self._velocity_by, self.teacher)
+                teacher = functools.partial(self._velocity_by, self.teacher)
+                velocity = self._guided(teacher, features, self.config.distillation_guidance)
                 target = self._solve(velocity, latents, self.config.distillation_steps)
-            error = _upcast(self._one_pass(latents)) - _upcast(target)
+            error = _upcast(self._one_pass(latents, features)) - _upcast(target)
         else:
             y = self.whitened(inputs)
             times = torch.randn_like(y[:, :1]).sigmoid() if times is None else times.to(y)
-            velocity = self._velocity_by(self.network, torch.lerp(latents, y, times), times)
+            velocity = self._velocity_by(self.network, torch.lerp(latents, y, times), times, features)
             error = _upcast(velocity) - _upcast(y - latents)
         output = VAEPlusPriorOutput(loss=error.square().sum(1).mean())
         return output if return_dict else output.to_tuple()
@@ -511,14 +588,14 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
 class Couplings(nn.ModuleList):
     """(batch, dim) -> (batch, dim) and the log of the determinant, through all layers; or the inverse alone."""
 
-    def forward(self, y: torch.Tensor, inverse: bool = False):
+    def forward(self, y: torch.Tensor, inverse: bool = False, features: torch.Tensor | None = None):
         if inverse:
             for each in reversed(self):
-                y = each().inv(y)
+                y = each(features).inv(y)
             return y
         log_determinant = 0.0
         for each in self:
-            y, change = each().call_and_ladj(y)
+            y, change = each(features).call_and_ladj(y)
             log_determinant = log_determinant + change
         return y, log_determinant
 
@@ -559,6 +636,7 @@ class VAEPlusCouplingFlowModel(VAEPlusPriorModel):
                 bit = (torch.arange(config.num_active) >> (layer // 2 % num_bits)) & 1
                 each = coupling.GeneralCouplingTransform(
                     config.num_active,
+                    config.condition_width,
                     mask=bit == layer % 2,
                     univariate=transforms.MonotonicRQSTransform,
                     shapes=shapes,
@@ -574,27 +652,28 @@ class VAEPlusCouplingFlowModel(VAEPlusPriorModel):
                 init.zeros_(each.hyper[-1].weight)
                 init.zeros_(each.hyper[-1].bias)
 
-    def _run(self, y: torch.Tensor, inverse: bool = False):
+    def _run(self, y: torch.Tensor, inverse: bool = False, features: torch.Tensor | None = None):
         if self.training or y.device.type == "mps":
-            return self.couplings(y, inverse)
+            return self.couplings(y, inverse, features)
         doubled = {name: each.double() for name, each in self.couplings.named_parameters()}
-        return torch.func.functional_call(self.couplings, doubled, (y.double(), inverse))
+        features = None if features is None else features.double()
+        return torch.func.functional_call(self.couplings, doubled, (y.double(), inverse, features))
 
-    def to_noise(self, z: torch.Tensor) -> torch.Tensor:
+    def to_noise(self, z: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """The noise u, of shape `(batch, latent_dim)`, that `sample` makes z of, of the same shape.
 
         Raises:
             ValueError: wrong shape, or integers instead of floats.
         """
         y, noise = self.whitened(z), _upcast(z).clone()
-        noise[:, self._active] = self._run(y)[0].to(noise)
+        noise[:, self._active] = self._run(y, features=self._features_of(condition, y))[0].to(noise)
         return noise
 
-    def _sample(self, latents, noise):
-        return self._run(latents, inverse=True).to(latents)
+    def _sample(self, latents, noise, features):
+        return self._run(latents, inverse=True, features=features).to(latents)
 
-    def _log_prob(self, y, generator):
-        noise, log_determinant = self._run(y)
+    def _log_prob(self, y, generator, features):
+        noise, log_determinant = self._run(y, features=features)
         return (_log_normal(noise) + log_determinant).to(_upcast(y))
 
 
@@ -602,7 +681,8 @@ class VAEPlusMixtureModel(VAEPlusPriorModel):
     """A mixture of Gaussians of full covariance. It is not trained by gradients: [`~VAEPlusMixtureModel.set_mixture`]
     takes what was fitted, by scikit-learn for example.
 
-    A covariance is kept as its Cholesky factor, so it is definite in every precision.
+    A covariance is kept as its Cholesky factor, so it is definite in every precision. With classes as condition each
+    class has components of its own, and the null class is the mixture of all of them.
 
     Example:
         >>> model.set_mixture(weights, means, covariances)
@@ -614,14 +694,14 @@ class VAEPlusMixtureModel(VAEPlusPriorModel):
 
     def __init__(self, config: VAEPlusMixtureConfig):
         super().__init__(config)
-        shape = config.num_components, config.num_active
+        shape = config.num_gaussians, config.num_active
         self.log_weights = nn.Parameter(torch.zeros(shape[0]))
         self.means = nn.Parameter(torch.zeros(shape))
         self.factors = nn.Parameter(torch.zeros(*shape, shape[1]))
         self.post_init()
 
     def _init_own_weights(self):
-        init.constant_(self.log_weights, -math.log(self.config.num_components))
+        init.constant_(self.log_weights, -math.log(self.config.num_gaussians))
         init.zeros_(self.means)
         if not getattr(self.factors, "_is_hf_initialized", False):
             self.factors.copy_(torch.eye(self.config.num_active))
@@ -631,9 +711,10 @@ class VAEPlusMixtureModel(VAEPlusPriorModel):
         """Take over a mixture of the whitened active dimensions.
 
         Args:
-            weights (`torch.Tensor` of shape `(num_components,)`): positive, of sum 1.
-            means (`torch.Tensor` of shape `(num_components, num_active)`).
-            covariances (`torch.Tensor` of shape `(num_components, num_active, num_active)`): positive definite.
+            weights (`torch.Tensor` of shape `(num_gaussians,)`): positive, of sum 1; with classes, those of a class
+                have its share as their sum.
+            means (`torch.Tensor` of shape `(num_gaussians, num_active)`).
+            covariances (`torch.Tensor` of shape `(num_gaussians, num_active, num_active)`): positive definite.
 
         Raises:
             ValueError: wrong shapes, or values that are no mixture.
@@ -649,19 +730,44 @@ class VAEPlusMixtureModel(VAEPlusPriorModel):
         self.means.copy_(means)
         self.factors.copy_(factors)
 
-    def _sample(self, latents, noise):
+    def _sample(self, latents, noise, features):
         if noise is None:
             raise ValueError("a mixture needs noise of the shape of the latents, too: it chooses the components.")
-        bounds = _upcast(self.log_weights).softmax(0).cumsum(0)[:-1].contiguous()
-        chosen = torch.searchsorted(bounds, torch.special.ndtr(_upcast(noise)[:, 0].to(bounds)).contiguous())
+        log_weights = _upcast(self.log_weights)
+        uniform = torch.special.ndtr(_upcast(noise)[:, :1].to(log_weights)).contiguous()
+        bounds = log_weights.softmax(0).cumsum(0)[:-1].contiguous()
+        chosen = torch.searchsorted(bounds, uniform)[:, 0]
+        if features is not None:
+            of_class, is_null = self._class_of(features)
+            bounds = log_weights.reshape(-1, self.config.num_components).softmax(1).cumsum(1)[:, :-1].contiguous()
+            within = torch.searchsorted(bounds[of_class], uniform)[:, 0]
+            chosen = torch.where(is_null, chosen, of_class * self.config.num_components + within)
         return self.means[chosen] + (self.factors[chosen] @ latents[:, :, None])[:, :, 0]
 
-    def _log_prob(self, y, generator):
+    def _class_of(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The place of the class of each row, 0 for the null class, and whether it is that."""
+        place = features.argmax(1)
+        is_null = place == features.shape[1] - 1
+        return place.masked_fill(is_null, 0), is_null
+
+    def _log_prob(self, y, generator, features):
         factors, log_weights = _upcast(self.factors), _upcast(self.log_weights).log_softmax(0)
         difference = (_upcast(y) - _upcast(self.means)[:, None]).mT  # (components, dim, batch)
         standardised = torch.linalg.solve_triangular(factors, difference, upper=False)
         log_prob = _log_normal(standardised.mT) - factors.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
-        return (log_prob + log_weights[:, None]).logsumexp(0)
+        joint = log_prob + log_weights[:, None]
+        if features is None:
+            return joint.logsumexp(0)
+        of_class, is_null = self._class_of(features)
+        rows = torch.arange(len(log_weights), device=y.device) // self.config.num_components
+        others = (rows[:, None] != of_class) & ~is_null
+        share = log_weights[:, None].masked_fill(others, -math.inf).logsumexp(0)  # of the class
+        return joint.masked_fill(others, -math.inf).logsumexp(0) - share
+
+
+def _given(velocity: Callable, features: torch.Tensor | None):
+    """The velocity of y and time, of this condition if there is one."""
+    return velocity if features is None else functools.partial(velocity, features=features)
 
 
 def _time_steps(num_steps: int, like: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

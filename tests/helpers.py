@@ -92,9 +92,11 @@ def make_prior(kind: str, latent_dim: int = 2, **options) -> PreTrainedModel:
     }[kind]
     model = model_class(config_class(latent_dim=latent_dim, **own | options))
     if kind == "mixture":
-        dim = model.config.num_active
-        roots = torch.eye(dim) + 0.3 * torch.randn(3, dim, dim)
-        model.set_mixture(torch.tensor([0.5, 0.3, 0.2]), torch.randn(3, dim), 0.3 * roots @ roots.mT)
+        dim, count = model.config.num_active, model.config.num_gaussians
+        roots = torch.eye(dim) + 0.3 * torch.randn(count, dim, dim)
+        shares = torch.arange(1.0, count // 3 + 1) / torch.arange(1.0, count // 3 + 1).sum()  # of the classes
+        weights = torch.kron(shares, torch.tensor([0.5, 0.3, 0.2]))
+        model.set_mixture(weights, torch.randn(count, dim), 0.3 * roots @ roots.mT)
     else:
         perturbed(model)
     if kind == "flow_matching" and model.teacher is not None:

@@ -153,3 +153,17 @@ def test_priors(run, tmp_path):
     assert rows.keys() == {"data", "mixture", "coupling_flow", "flow_matching"}
     assert rows["data"] == pytest.approx(0.0378, abs=0.01)  # two modes at +-0.951 of width 0.31, between -0.4 and 0.4
     assert run("priors", "--only", "bimodal", "--work_dir", tmp_path / "work")["bimodal"] == found["bimodal"]
+
+
+def test_conditional(run, tmp_path):
+    found = run("conditional", "--only", "drawings", "--priors", "vae", "--work_dir", tmp_path / "work")
+    rows = {row["drawings"]: row for row in found["drawings"]}
+    assert rows.keys() == {"real drawings", "their reconstructions", "vae"}
+    # The judge sees nearly the same where the model decodes real drawings.
+    assert rows["their reconstructions"]["r2"] == pytest.approx(rows["real drawings"]["r2"], abs=0.05)
+    assert found["goals_of_drawings"][0]["measured"] == rows["vae"]["r2"]
+    with importing_from(FOLDER):
+        import conditional
+    wanted = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
+    torch.testing.assert_close(conditional.r2(wanted, wanted), torch.ones(2).double())
+    torch.testing.assert_close(conditional.r2(wanted.mean(0).expand(3, 2), wanted), torch.zeros(2).double())

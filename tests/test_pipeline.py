@@ -176,8 +176,8 @@ def test_a_sample_depends_neither_on_the_batch_size_nor_on_other_samples(pipelin
     )
 
     decoded, decode = [], pipeline.vae.decode
-    monkeypatch.setattr(pipeline.vae, "decode", lambda z: decoded.append(z) or decode(z))
-    monkeypatch.setattr(pipeline.second_stage, "decode", lambda u: torch.cat([u, u[:, :1]], dim=1))  # shows u
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z, *given: decoded.append(z) or decode(z))
+    monkeypatch.setattr(pipeline.second_stage, "decode", lambda u, *given: torch.cat([u, u[:, :1]], dim=1))  # shows u
     together = sampled(pipeline, generator=[generator(seed) for seed in range(4)])
     for seed in range(4):
         alone = sampled(pipeline, 1, generator=[generator(seed)])
@@ -473,7 +473,7 @@ def test_model_offload_hooks_fire(pipeline, images, monkeypatch):
 def test_sequential_offload(pipeline, images):
     """As `enable_sequential_cpu_offload`, which accepts no "cpu" without an index and fails with one."""
     pipe = make_pipeline()
-    for component in pipe.components.values():
+    for component in filter(None, pipe.components.values()):
         accelerate.cpu_offload(component, torch.device("cpu"), offload_buffers=len(component._parameters) > 0)
     assert pipe.vae.log_gamma.is_meta and pipe.vae.input_mean.is_meta
     assert torch.equal(sampled(pipe), sampled(pipeline))

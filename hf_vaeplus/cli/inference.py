@@ -8,6 +8,7 @@ from .flags import (
     add_overwrite,
     add_pipeline,
     add_sharpness,
+    assignment,
     check_seed,
     load_pipeline,
     local_path,
@@ -27,16 +28,24 @@ def add_sample(commands):
         description="Sample images from a pipeline: a grid as one PNG, or --separate files.",
         epilog="examples:\n"
         "  vaeplus sample runs/faces/pipeline --num_images 64 --seed 1 --output samples.png\n"
-        "  vaeplus sample org/vaeplus-celeba128 --num_images 1000 --separate --output samples/",
+        "  vaeplus sample org/vaeplus-celeba128 --num_images 1000 --separate --output samples/\n"
+        "  vaeplus sample runs/digits/pipeline --class_labels 3 5 --num_images 16",
     )
     add_pipeline(parser, "samples.png, with --separate samples/")
-    parser.add_argument("--num_images", type=int, default=64, help="how many (default: 64)")
+    told = "how many (default: 64, or one for each of --class_labels)"
+    parser.add_argument("--num_images", type=int, default=None, help=told)
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--temperature", type=float, default=1.0, help="factor on all noise (default: 1)")
     add_sharpness(parser)
     add_deterministic(parser, default=False)
     told = "solve the ODE of a flow-matching second stage in so many steps (default: its one pass)"
     parser.add_argument("--num_inference_steps", type=int, default=None, help=told)
+    told = "classes of a conditional second stage, by id or name, in turn; null for all classes"
+    parser.add_argument("--class_labels", nargs="+", default=None, help=told)
+    told = "attributes or factors of a conditional second stage, for all images"
+    parser.add_argument("--conditions", nargs="+", type=assignment, metavar="NAME=VALUE", default=None, help=told)
+    told = "above 1, more typical and less diverse images of the classes or conditions (default: 1)"
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help=told)
     parser.add_argument("--separate", action="store_true", help="write one file per image into the folder --output")
     add_overwrite(parser)
     parser.set_defaults(run=_sample)
@@ -57,10 +66,15 @@ def _sample(args):
         args.output = args.output or "samples.png"
         output = output_picture(args)
     pipe = load_pipeline(args)
+    labels = None if args.class_labels is None else [_class_label(pipe, word) for word in args.class_labels]
+    conditions = None if args.conditions is None else dict(args.conditions)
+    if args.num_images is None:
+        args.num_images = 64 if labels is None else len(labels)
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
     wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
     wanted["deterministic"] = args.deterministic
     wanted |= dict(decode_batch_size=args.batch_size, num_inference_steps=args.num_inference_steps)
+    wanted |= dict(class_labels=labels, conditions=conditions, guidance_scale=args.guidance_scale)
     if args.separate:
         files = [folder / f"{number:06d}.png" for number in range(args.num_images)]
         for file, image in zip(files, pipe(args.num_images, **wanted).images, strict=True):
@@ -69,8 +83,21 @@ def _sample(args):
         files = [output]
         write_output(output, image_grid(pipe(args.num_images, output_type="pt", **wanted).images).save)
     print(f"saved {args.num_images} pictures in {folder}" if args.separate else f"saved {output}")
-    told = ("num_images", "seed", "temperature", "sharpness", "deterministic", "num_inference_steps")
-    return written_record(args, files, *told)
+    named = "num_images seed temperature sharpness deterministic num_inference_steps class_labels guidance_scale"
+    return written_record(args, files, *named.split(), conditions=conditions)
+
+
+def _class_label(pipe, word: str) -> int | str | None:
+    """A word of the command line as the pipeline takes it: a name goes before a number."""
+    names = (getattr(getattr(pipe.second_stage, "config", None), "id2label", None) or {}).values()
+    if word in names:
+        return word
+    if word == "null":
+        return None
+    try:
+        return int(word)
+    except ValueError:
+        return word
 
 
 def add_reconstruct(commands):

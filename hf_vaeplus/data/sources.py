@@ -62,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 class _Source:
     count = None
+    label_name = "label"  # of what a source that has no columns says of its rows
     skips = False  # whether pictures that cannot be used are left out
 
     def __init__(self, name, resolution, crop, num_channels):
@@ -82,8 +83,14 @@ class _Source:
         Raises:
             ValueError: no such column, or no table.
         """
-        if column is not None:
-            raise ValueError(f"{self.name} has no columns, got label_column={column!r}; leave it out")
+        if column not in (None, self.label_name):
+            raise ValueError(
+                f"{self.name} has no columns, got label_column={column!r}; its own labels are called {self.label_name}"
+            )
+        return None
+
+    def label_names(self, column: str) -> list[str] | None:
+        """Names of the classes, attributes or factors that a column holds, where the source says so."""
         return None
 
     def decode(self, rows):
@@ -118,8 +125,16 @@ class _Digits(_Source):
         for i, digit in enumerate(load_digits().images):  # 8x8, 0 to 16
             yield f"digit {i}", np.round(digit * (255 / 16)).astype(np.uint8)
 
+    def labels(self, column=None):
+        from sklearn.datasets import load_digits
+
+        super().labels(column)
+        return None if column is None else load_digits().target.tolist()
+
 
 class _RenderedFaces(_Source):
+    label_name = "factors"
+
     def __init__(self, *args, num_factors, count):
         super().__init__(*args)
         self.num_factors, self.count = num_factors, count
@@ -133,6 +148,13 @@ class _RenderedFaces(_Source):
         if self.num_channels == 1:
             images = np.stack([np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in images])
         return images
+
+    def labels(self, column=None):
+        super().labels(column)
+        return None if column is None else factors_of(range(self.count), self.num_factors).tolist()
+
+    def label_names(self, column):
+        return list(FACTOR_NAMES[: self.num_factors])
 
 
 class _Pictures(_Source):
@@ -218,6 +240,18 @@ class _Table(_Source):
     def labels(self, column=None):
         return None if column is None else list(self._values(column))
 
+    def label_names(self, column):
+        if self.files:
+            import datasets
+
+            try:
+                features = datasets.Features.from_arrow_schema(_open_table(self.files[0]).schema_arrow)
+            except Exception:  # a file may say anything of its columns
+                return None
+        else:
+            features = self._stream_of_hub().features or {}
+        return getattr(features.get(column), "names", None)
+
     def _values(self, column):
         return self._values_of_files(column) if self.files else self._values_of_hub(column)
 
@@ -240,14 +274,17 @@ class _Table(_Source):
             except Exception as error:  # damaged files make Arrow raise nearly anything
                 raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
 
-    def _values_of_hub(self, column):
+    def _stream_of_hub(self):
         import datasets
 
         with _named(self.hub_id):
             splits = datasets.load_dataset(self.hub_id, revision=self.sha, streaming=True)
         if self.split not in splits:
             raise ValueError(f"no split {self.split!r} in {self.hub_id}, which has {sorted(splits)}; choose one")
-        table = splits[self.split].decode(False)
+        return splits[self.split]
+
+    def _values_of_hub(self, column):
+        table = self._stream_of_hub().decode(False)
         with _named(self.hub_id):
             columns = table.column_names or list(next(iter(table), {}))
         self._check_column(column, columns)

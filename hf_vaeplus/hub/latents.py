@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,8 @@ def encode_to_parquet(
     """Write the first VAE's posterior of every image as a data set, in constant memory.
 
     `datasets.load_dataset` reads it back, with these columns: `index` (int64, the row of the image in its split),
-    `file_name` where the images are files, `label` where the source has labels (int64 or text), `mean` and `logvar`
-    (float32 lists of length `latent_dim`). What is not complete has another name, and goes away when it is
+    `file_name` where the images are files, `label` where the source has labels (numbers, lists or text), `mean` and
+    `logvar` (float32 lists of length `latent_dim`). What is not complete has another name, and goes away when it is
     interrupted.
 
     Args:
@@ -117,7 +118,7 @@ def _posteriors(pipe, images, batch_size: int, rows_per_table: int, label_column
     dim = pipe.vae.config.latent_dim
     vector = List(Value("float32"), length=dim)
     facts = _facts(images, label_column)
-    known = {name: Value(str(column.type)) for name, column in facts.items()}
+    known = Features.from_arrow_schema(pa.schema([(name, column.type) for name, column in facts.items()]))
     schema = Features(index=Value("int64"), **known, mean=vector, logvar=vector).arrow_schema
     pending = []
     with tqdm(desc="encoding", unit="image", total=len(images) if hasattr(images, "__len__") else None) as bar:
@@ -139,7 +140,10 @@ def _posteriors(pipe, images, batch_size: int, rows_per_table: int, label_column
 
 
 def _facts(images, label_column: str | None) -> dict[str, pa.Array]:
-    """Names and labels of all rows of the source, where it has them: whole numbers (int64) or text."""
+    """Names and labels of all rows of the source, where it has them.
+
+    Labels are whole numbers (int64), other numbers (float64), lists of numbers (of float64) or text.
+    """
     source, facts = getattr(images, "source", None), {}
     if source is None:
         return facts
@@ -148,9 +152,17 @@ def _facts(images, label_column: str | None) -> dict[str, pa.Array]:
     if (labels := source.labels(label_column)) is not None:
         if all(isinstance(label, int | None) for label in labels):
             facts["label"] = pa.array([None if label is None else int(label) for label in labels], pa.int64())
+        elif all(isinstance(label, Real | None) for label in labels):
+            facts["label"] = pa.array(labels, pa.float64(), from_pandas=True)
+        elif all(label is None or _is_list_of_numbers(label) for label in labels):
+            facts["label"] = pa.array(labels, pa.list_(pa.float64()))
         else:
             facts["label"] = pa.array([None if label is None else str(label) for label in labels], pa.string())
     return facts
+
+
+def _is_list_of_numbers(label) -> bool:
+    return isinstance(label, list) and all(isinstance(number, Real | None) for number in label)
 
 
 def _write(folder: Path, tables: Iterator[pa.Table], rows_per_file: float) -> int:
@@ -197,7 +209,7 @@ these rows as well.
 
 _FACTS = {
     "file_name": "| `file_name` | string | file of the image, from the folder of the images |\n",
-    "label": "| `label` | int64 or string | what the source says of the image |\n",
+    "label": "| `label` | number, list or string | what the source says of the image |\n",
 }
 
 

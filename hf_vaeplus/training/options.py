@@ -253,6 +253,7 @@ def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: boo
             "images": f"other images{changed}",
             "autoencoder": "another autoencoder",
             "vae": "another first VAE",
+            "labels": "other labels",
             "feature_loss": "another network of --feature_loss",
         }
         raise ValueError(
@@ -328,6 +329,14 @@ class StageOptions(ImageOptions, TrainingOptions):
     distillation_share: float | int = option(
         0.25, "flow matching: share of the steps, the last ones, that distil the ODE into one pass", below_one
     )
+    label_column: str | None = option(
+        None,
+        "second stage: condition it on this column of the data set; `label` for the folders of pictures, or MNIST's"
+        " labels, `factors` for rendered-faces",
+    )
+    label_dropout: float | int = option(
+        0.1, "conditional second stage: share of the samples whose labels are withheld, for the null class", below_one
+    )
     feature_loss: str | None = option(
         None,
         "detail: folder or Hub id of a vision backbone of transformers, whose feature maps count besides pixels",
@@ -347,6 +356,15 @@ class StageOptions(ImageOptions, TrainingOptions):
         TrainingOptions.__post_init__(self)
         if self.stage != "second_stage" and self.second_stage != "vae":
             raise ValueError(f"second_stage={self.second_stage} is for stage second_stage, not for {self.stage}.")
+        if {"condition", "id2label"} & self.model.keys():
+            raise ValueError("condition and id2label follow from --label_column: leave them out of model.")
+        if self.label_column is not None:
+            if self.stage != "second_stage":
+                raise ValueError(
+                    f"label_column={self.label_column!r} is for stage second_stage, not for {self.stage}."
+                )
+            if self.streaming:
+                raise ValueError(f"label_column={self.label_column!r} needs cached images: leave out --streaming.")
         if self.second_stage == "mixture" and self.streaming:
             raise ValueError("second_stage=mixture is fitted to all latents at once: leave out --streaming.")
         if self.stage == "second_stage" and not self.vae:

@@ -7,7 +7,8 @@ alone. Two models make the three stages:
     stage 1  `VAEPlusVAEModel`          code     -> latents z  error measured on images through the frozen decoder
     stage 2  `VAEPlusVAEModel`          z        -> latents u  a model of the aggregate posterior q(z)
 
-Other second stages are in `modeling_priors.py`, and detail beyond the decoder's mean in `modeling_detail.py`.
+Other second stages are in `modeling_priors.py`, and detail beyond the decoder's mean in `modeling_detail.py`. Every
+second stage can be conditional: a model of the latents of images of a class, or with given attributes or factors.
 
 Conventions: pixels lie in [0, 1]; gamma is the decoder **variance** (Eq. 3); losses are sums over dimensions and
 means over the batch, in nats.
@@ -18,11 +19,13 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -189,8 +192,111 @@ class VAEPlusAutoencoderConfig(VAEPlusConfig):
         self._check_grid(self.image_size)
 
 
+class VAEPlusConditionalConfig(VAEPlusConfig):
+    """Fields of a second stage that is conditional: what is known of an image beforehand is its condition.
+
+    Args:
+        condition (`"classes" | "attributes" | "factors"`, *optional*): one of several classes, or several attributes
+            that are 0 or 1, or several numbers. A model without a condition knows the latents of all images alone.
+        id2label (`dict[int, str]`): names of the classes by their ids, or of attributes or factors by their place.
+
+    Raises:
+        ValueError: too few or too many names, or places that are not 0, 1, 2, ...
+    """
+
+    condition: Literal["classes", "attributes", "factors"] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.condition is None:
+            return
+        ids, least = self.label_ids, 2 if self.condition == "classes" else 1
+        are_texts = all(isinstance(name, str) for name in (self.id2label or {}).values())
+        are_places = self.condition == "classes" or ids == list(range(len(ids)))
+        if not (are_texts and are_places and least <= len(ids) <= 10_000):
+            wanted = "by their ids" if self.condition == "classes" else "by their places 0, 1, 2, ..."
+            raise ValueError(
+                f"{type(self).__name__}.id2label must name {least} to 10,000 {self.condition} {wanted}, got"
+                f" {str(self.id2label)[:80]}."
+            )
+
+    @property
+    def label_ids(self) -> list[int]:
+        """Ids of the classes, or places of the attributes or factors, in rising order."""
+        return sorted(self.id2label or {})
+
+    @property
+    def condition_width(self) -> int:
+        """How many numbers [`ConditionFeatures`] makes of a condition; 0 without one."""
+        if self.condition is None:
+            return 0
+        return len(self.label_ids) + 1 if self.condition == "classes" else 2 * len(self.label_ids)
+
+    def to_condition(self, labels) -> torch.Tensor:
+        """Labels as people write them, in the form in which the model takes them.
+
+        Args:
+            labels: of classes an id or a name, or a list, array or tensor of them; `None` is the null class, which
+                stands for images of all classes. Of attributes or factors the values in their order, or a `dict` of
+                some of them by name, or a list of these, or an array or tensor of shape `(n, number of names)`;
+                `None` and NaN stand for values that are not given.
+
+        Returns:
+            int64 `torch.Tensor` of shape `(n,)`: places of ids in `label_ids`, -1 for the null class. Of attributes
+                and factors float32 of shape `(n, number of names)`.
+
+        Raises:
+            ValueError: a class, a name or a shape that this model does not know, or a value that is none.
+        """
+        labels = labels.tolist() if isinstance(labels, np.ndarray | torch.Tensor) else labels
+        if self.condition == "classes":
+            places = {None: -1} | {each: place for place, each in enumerate(self.label_ids)}
+            places |= {self.id2label[each]: place for place, each in reversed(list(enumerate(self.label_ids)))}
+            rows = labels if isinstance(labels, list | tuple) else [labels]
+            return torch.tensor([self._place_of_class(row, places) for row in rows], dtype=torch.long)
+        rows = labels if isinstance(labels, list | tuple) and labels and not _is_number(labels[0]) else [labels]
+        num, rows = len(self.label_ids), list(rows)
+        for place, row in enumerate(rows):
+            row = self._values_by_name(row) if isinstance(row, Mapping) else row
+            rows[place] = row = row.tolist() if isinstance(row, np.ndarray | torch.Tensor) else row
+            if not isinstance(row, list | tuple) or len(row) != num or not all(map(_is_number, row)):
+                raise ValueError(
+                    f"expected {num} {self.condition} ({self._known_names()}) for each image, as a list of numbers or"
+                    f" a dict by name, got {str(row)[:80]}."
+                )
+        values = torch.tensor([[math.nan if value is None else float(value) for value in row] for row in rows])
+        values = values.to(torch.float32).reshape(-1, num)
+        if self.condition == "attributes" and not ((values == 0) | (values == 1) | values.isnan()).all():
+            raise ValueError(f"attributes are 0, 1 or not given (None), got {values.tolist()[0][:8]}.")
+        if values.isinf().any():
+            raise ValueError("factors must be finite or not given (None), got infinity.")
+        return values
+
+    def _place_of_class(self, label, places: dict[int | str | None, int]) -> int:
+        label = label.item() if getattr(label, "ndim", None) == 0 else label  # of numpy and torch
+        can_be_one = label is None or isinstance(label, str | Integral) and not isinstance(label, bool)
+        if not can_be_one or label not in places:
+            raise ValueError(f"there is no class {label!r}: choose among {self._known_names()}, or None for all.")
+        return places[label]
+
+    def _values_by_name(self, row: Mapping) -> list:
+        names = [self.id2label[place] for place in self.label_ids]
+        if unknown := [name for name in row if name not in names]:
+            raise ValueError(
+                f"there is no {unknown[0]!r} among the {self.condition}: choose among {self._known_names()}."
+            )
+        return [row.get(name) for name in names]
+
+    def _known_names(self) -> str:
+        names = [self.id2label[each] for each in self.label_ids]
+        if self.condition == "classes":
+            pairs = zip(map(str, self.label_ids), names, strict=True)
+            names = [number if number == name else f"{number} ({name})" for number, name in pairs]
+        return ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
+
+
 @strict
-class VAEPlusVAEConfig(VAEPlusConfig):
+class VAEPlusVAEConfig(VAEPlusConditionalConfig):
     """Configuration of [`VAEPlusVAEModel`], the VAE of stages 1 and 2 and of the baselines.
 
     Args:
@@ -226,6 +332,8 @@ class VAEPlusVAEConfig(VAEPlusConfig):
             [`VAEPlusVAEModel.set_pullback_metric`], without a decoder. gamma is a variance in that space.
         target_dim (`int`, *optional*): number of values in an image, for `reconstruction_space="pullback"`.
         matched_moments (`bool`): the weights hold the map of [`VAEPlusVAEModel.match_moments`], which sets this.
+        condition, id2label: of a second stage with `network="mlp"`, see [`VAEPlusConditionalConfig`]: encoder and
+            decoder see the condition beside their inputs.
 
     Raises:
         ValueError: an unknown, non-positive or inconsistent field.
@@ -283,6 +391,11 @@ class VAEPlusVAEConfig(VAEPlusConfig):
                 raise ValueError(
                     f"reconstruction_space='pullback' is for VAEs of codes, not of inputs {self.input_shape}."
                 )
+        if self.condition is not None and (self.network != "mlp" or len(self.input_shape) != 1):
+            raise ValueError(
+                f"a condition is for VAEs of vectors with network='mlp', not for network={self.network!r} and inputs"
+                f" {self.input_shape}."
+            )
         if self.network in ("conv", "aggregate"):
             if len(self.input_shape) != 3 or self.input_shape[1] != self.input_shape[2]:
                 raise ValueError(
@@ -549,6 +662,58 @@ class ConvDecoder(nn.Sequential):
         super().__init__(*layers, nn.PixelShuffle(config.patch_size))
 
 
+class ConditionFeatures(nn.Module):
+    """A condition as numbers for a network, of shape `(batch, condition_width)`.
+
+    A class is one-hot, with a last place for the null class. Attributes and factors are standardised, 0 where they are
+    not given, and followed by as many flags that say which are given.
+    """
+
+    def __init__(self, config: VAEPlusConditionalConfig):
+        super().__init__()
+        self.kind, self.num = config.condition, len(config.label_ids)
+        if self.kind != "classes":
+            self.register_buffer("mean", torch.zeros(self.num))
+            self.register_buffer("std", torch.ones(self.num))
+
+    def set_statistics(self, values: torch.Tensor) -> None:
+        """Standardise by mean and deviation of the values `(n, num)` of the training data; NaN is not given."""
+        if self.kind == "classes":
+            return
+        for place, column in enumerate(values.double().unbind(1)):
+            column = column[column.isfinite()]
+            deviation = float(column.std(correction=0)) if len(column) else 0.0
+            self.mean[place] = float(column.mean()) if len(column) else 0.0
+            self.std[place] = deviation if deviation > 1e-6 else 1.0  # a value that never moves says nothing
+
+    def forward(self, condition: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Features of conditions, as [`VAEPlusConditionalConfig.to_condition`] makes them, or of `None` for all rows.
+
+        `like`, a tensor of as many rows, lends its device and precision.
+
+        Raises:
+            ValueError: wrong shape or type, or a class that does not exist.
+        """
+        shape = (len(like),) if self.kind == "classes" else (len(like), self.num)
+        if condition is None:
+            condition = torch.full(shape, -1 if self.kind == "classes" else math.nan, device=like.device)
+        if condition.shape != shape or condition.is_floating_point() != (self.kind != "classes"):
+            numbers = "integers" if self.kind == "classes" else "floats"
+            raise ValueError(
+                f"a condition of {self.num} {self.kind} must be {numbers} of shape {shape}, got {condition.dtype} of"
+                f" shape {tuple(condition.shape)}: make it with config.to_condition."
+            )
+        if self.kind == "classes":
+            looks = not self.training and not torch.compiler.is_compiling()  # in training that would cost a wait
+            if looks and not bool(((condition >= -1) & (condition < self.num)).all()):
+                raise ValueError(f"places of {self.num} classes are -1 to {self.num - 1}: use config.to_condition.")
+            place = torch.where(condition < 0, self.num, condition)
+            return (place[:, None] == torch.arange(self.num + 1, device=place.device)).to(like)
+        given = condition.isfinite()
+        standardised = torch.where(given, (_upcast(condition) - _upcast(self.mean)) / _upcast(self.std), 0)
+        return torch.cat([standardised.to(like), given.to(like)], dim=1)
+
+
 # --------------------------------------------------------------------------------------------------------- models
 
 
@@ -558,6 +723,7 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
     config_class = VAEPlusConfig
     base_model_prefix = "vaeplus"
     supports_gradient_checkpointing = False
+    condition_features: ConditionFeatures | None  # of models that can be conditional
     _keep_in_fp32_modules_strict = ["log_gamma"]
 
     @classmethod
@@ -630,6 +796,18 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"{file} is named as weights but is no safetensors file: no other is opened.")
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
+    def _features_of(self, condition: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+        """Of [`ConditionFeatures`]; `None` for a model without a condition.
+
+        Raises:
+            ValueError: a condition for such a model, or one that does not fit.
+        """
+        if self.condition_features is not None:
+            return self.condition_features(condition, like)
+        if condition is not None:
+            raise ValueError(f"this {type(self).__name__} is unconditional: leave out the condition.")
+        return None
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """All initialization. transformers visits only modules with tensors of their own, so the rows of a layer that
@@ -655,6 +833,9 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, ConditionFeatures) and module.kind != "classes":
+            init.zeros_(module.mean)
+            init.ones_(module.std)
         elif isinstance(module, VAEPlusVAEModel):
             module._init_own_weights()
         elif isinstance(module, VAEPlusAutoencoderModel) and module.config.matched_spectrum:
@@ -856,6 +1037,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         convolutions = config.network in ("conv", "aggregate")
         # What the MLP, or the affine map, works on: the inputs themselves or the code of the convolutions.
         inner_dim = config.code_dim if config.network == "aggregate" else config.input_dim
+        self.condition_features = None if config.condition is None else ConditionFeatures(config)
         if config.network == "affine":
             self.encoder = nn.Linear(inner_dim, latent_dim)  # mu_z = W_z x + b_z
             self.logvar = nn.Parameter(torch.zeros(latent_dim))  # log s^2, the same for every x
@@ -865,8 +1047,9 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             self.encoder = ConvEncoder(config, *shape, 2 * latent_dim, config.num_conv_blocks)
             self.decoder = ConvDecoder(config, *shape, latent_dim, config.num_conv_blocks)
         else:
-            self.encoder = MLP(inner_dim, config.hidden_dim, 2 * latent_dim, encoder_blocks, config.encoder_residual)
-            self.decoder = MLP(latent_dim, config.hidden_dim, inner_dim, config.num_blocks, config.decoder_residual)
+            dims = [dim + config.condition_width for dim in (inner_dim, latent_dim)]
+            self.encoder = MLP(dims[0], config.hidden_dim, 2 * latent_dim, encoder_blocks, config.encoder_residual)
+            self.decoder = MLP(dims[1], config.hidden_dim, inner_dim, config.num_blocks, config.decoder_residual)
         self.image_decoder = None
         if config.network == "aggregate":
             shape = *config.input_shape[:2], inner_dim, config.num_conv_blocks
@@ -985,8 +1168,12 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             pixels = (_upcast(code) - _upcast(target)) @ _upcast(self.metric_root)
             return _upcast(self.error_floor) + sum_of_squares(pixels, torch.zeros_like(pixels))
 
-    def encode(self, inputs: torch.Tensor) -> GaussianPosterior:
+    def encode(self, inputs: torch.Tensor, condition: torch.Tensor | None = None) -> GaussianPosterior:
         """q(z|x), with float32 `mean` and `logvar` `(batch, latent_dim)`, of inputs `(batch, *input_shape)`.
+
+        Args:
+            condition (`torch.Tensor`, *optional*): here and below, of each input what
+                [`VAEPlusConditionalConfig.to_condition`] returns. A conditional model takes none for the null class.
 
         Raises:
             ValueError: wrong shape, or integers instead of floats.
@@ -995,6 +1182,9 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         hidden = (inputs.to(self._weight_dtype) - self.input_mean) / self.input_std
         if self.config.network in ("mlp", "affine"):
             hidden = hidden.flatten(1)
+        features = self._features_of(condition, hidden)
+        if features is not None:
+            hidden = torch.cat([hidden, features], dim=1)
         if self.config.network == "affine":
             mean = _upcast(self.encoder(hidden))
             logvar = _upcast(self.logvar).expand_as(mean)
@@ -1003,7 +1193,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         # Beyond these bounds exp() loses all float32 meaning; the gradient passes, so that there is a way back.
         return GaussianPosterior(mean, logvar + (logvar.clamp(-30, 20) - logvar).detach())
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Decoder mean f(z) + W z + b (Eq. 5) at latents of shape `(batch, latent_dim)`: `(batch, *input_shape)`.
 
         Raises:
@@ -1011,14 +1201,17 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         """
         _check_shape("latents", latents, (self.config.latent_dim,))
         latents = latents.to(self._weight_dtype)
-        mean = self.decoder(latents)
+        features = self._features_of(condition, latents)
+        mean = self.decoder(latents if features is None else torch.cat([latents, features], dim=1))
         if self.affine_skip is not None:
             mean = mean + self.affine_skip(latents).reshape_as(mean)
         if self.image_decoder is not None:
             mean = self.image_decoder(mean)
         return mean.reshape(-1, *self.config.input_shape) * self.input_std + self.input_mean
 
-    def sample(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def sample(
+        self, latents: torch.Tensor, noise: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Inputs that the model makes up: N(decode(u), gamma I) or, after `match_moments`, its affine map of them.
 
         Args:
@@ -1032,14 +1225,16 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             ValueError: wrong shapes, or integers instead of floats.
         """
         _check_shape("noise", noise, self.config.input_shape)
-        mean = _upcast(self.decode(latents))
+        mean = _upcast(self.decode(latents, condition))
         noise = noise.to(mean)
         if not self.config.matched_moments:
             return mean + (0.5 * self.decoder_log_variance).exp() * noise
         scale, noise_scale, shift = map(_upcast, (self.sample_scale, self.sample_noise, self.sample_shift))
         return mean @ scale.T + noise @ noise_scale.T + shift
 
-    def log_prob_bound(self, inputs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def log_prob_bound(
+        self, inputs: torch.Tensor, noise: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Importance-weighted bound of log p(x), which approaches it from below (Burda et al. 2016, Eq. 8).
 
         p is the VAE's own model, the mean over u of N(x | decode(u), gamma I). After `match_moments` samples are drawn
@@ -1057,12 +1252,13 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         """
         if self.config.gamma_is_of_images:
             raise ValueError("log_prob_bound needs a gamma of the inputs, and this one was measured on images.")
-        posterior = self.encode(inputs)
+        posterior = self.encode(inputs, condition)
         if noise.ndim != 3 or noise.shape[1:] != posterior.mean.shape:
             raise ValueError(f"noise must have shape (K, {', '.join(map(str, posterior.mean.shape))}), got"
                              f" {tuple(noise.shape)}.")  # fmt: skip
         latents = posterior.sample(noise)
-        means = self.decode(latents.flatten(0, 1)).reshape(len(noise), *inputs.shape)
+        conditions = None if condition is None else condition.expand(len(noise), *condition.shape).flatten(0, 1)
+        means = self.decode(latents.flatten(0, 1), conditions).reshape(len(noise), *inputs.shape)
         squared_error = (_upcast(inputs) - _upcast(means)).square().flatten(2).sum(2)
         nll = gaussian_nll(squared_error, self.config.input_dim, self.decoder_log_variance)
         # log N(u | 0, I) - log q(u | x) with u = mean + sigma eps: the 2 pi's cancel
@@ -1077,6 +1273,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         generator: torch.Generator | None = None,
         num_samples: int = 50_000,
         min_explained: float = 0.1,
+        conditions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """After training, give the samples of a second stage the mean and the covariance of what it models, q(z).
 
@@ -1091,6 +1288,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             generator (`torch.Generator`, *optional*): on the CPU, draws the u by which Cov[decode(u)] is measured.
             num_samples (`int`): how many of them; more than `dim`.
             min_explained (`float`): in (0, 1]; the stretch is at most its inverse square root.
+            conditions (`torch.Tensor`, *optional*): of the training data, n of them, of which each u gets one.
 
         Returns:
             `torch.Tensor` of shape `(dim,)`: rho in rising order, float64 on the CPU.
@@ -1119,7 +1317,12 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         root, inverse_root = (axes * variances.sqrt()) @ axes.T, (axes / variances.sqrt()) @ axes.T
         device = self.input_mean.device
         drawn = torch.randn(num_samples, self.config.latent_dim, generator=generator).split(1_000)
-        means = torch.cat([self.decode(latents.to(device)).cpu().double() for latents in drawn])
+        given = [None] * len(drawn)
+        if conditions is not None:
+            rows = torch.randint(len(conditions), (num_samples,), generator=generator)
+            given = [conditions[part].to(device) for part in rows.split(1_000)]
+        pairs = zip(drawn, given, strict=True)
+        means = torch.cat([self.decode(latents.to(device), each).cpu().double() for latents, each in pairs])
         explained, directions = torch.linalg.eigh(inverse_root @ torch.cov(means.T).reshape(dim, dim) @ inverse_root)
         explained = explained.clamp(min=0)
         stretched = explained >= min_explained
@@ -1143,6 +1346,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
         kl_weight: float = 1.0,
         return_dict: bool = True,
         return_loss: bool = True,
+        condition: torch.Tensor | None = None,
     ) -> VAEPlusVAEOutput | tuple:
         """The negative ELBO (Eq. 2) with one sample of z, in one pass that DistributedDataParallel synchronises.
 
@@ -1155,6 +1359,7 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             kl_weight (`float`): weight of the KL term, below 1 during a warm-up.
             return_loss (`bool`): without it only reconstruction and posterior are computed. It also tells the
                 `Trainer` that there is a loss without labels.
+            condition (`torch.Tensor`, *optional*): see `encode`.
 
         Raises:
             ValueError: wrong shapes, or a target decoder that contradicts `config.reconstruction_space`.
@@ -1169,10 +1374,10 @@ class VAEPlusVAEModel(VAEPlusPreTrainedModel):
             raise ValueError(f"targets must be floats (pixels in [0, 1]), got {targets.dtype}.")
         if target_decoder is not None and targets is None:
             raise ValueError("a target_decoder needs targets: pass the images that the inputs are codes of.")
-        posterior = self.encode(inputs)
+        posterior = self.encode(inputs, condition)
         if noise is not None and noise.shape != posterior.mean.shape:
             raise ValueError(f"noise must have shape {tuple(posterior.mean.shape)}, got {tuple(noise.shape)}.")
-        reconstruction = self.decode(posterior.sample(noise))
+        reconstruction = self.decode(posterior.sample(noise), condition)
         if target_decoder is not None:
             reconstruction = target_decoder(reconstruction)
         parts = dict(reconstruction=reconstruction, posterior_mean=posterior.mean, posterior_logvar=posterior.logvar)
@@ -1335,6 +1540,10 @@ def _upcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _is_number(value) -> bool:
+    return value is None or isinstance(value, Real)
+
+
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
     if tensor.shape[1:] != shape or not tensor.is_floating_point():
         expected = ", ".join(map(str, ("batch", *shape)))
@@ -1344,10 +1553,12 @@ def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
 
 
 __all__ = [
+    "ConditionFeatures",
     "GaussianPosterior",
     "VAEPlusAutoencoderConfig",
     "VAEPlusAutoencoderModel",
     "VAEPlusAutoencoderOutput",
+    "VAEPlusConditionalConfig",
     "VAEPlusConfig",
     "VAEPlusEncoderConfig",
     "VAEPlusEncoderModel",

@@ -15,7 +15,7 @@ lies on the CPU, whatever the device and the precision of the models.
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -33,6 +33,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 Picture = Image.Image | str | os.PathLike | np.ndarray | torch.Tensor
 Images = Picture | list[Picture] | tuple[Picture, ...]
 ImagesOut = list[Image.Image] | np.ndarray | torch.Tensor
+ClassLabels = int | str | list[int | str | None] | np.ndarray | torch.Tensor | None
+Conditions = Mapping[str, float] | list[Mapping[str, float] | list[float]] | np.ndarray | torch.Tensor | None
 Generators = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
 # Component: each `config.model_type` (a class loaded from a Hub repository is not the installed one) and its class.
@@ -215,6 +217,9 @@ class VAEPlusPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
         deterministic: bool = False,
+        class_labels: ClassLabels = None,
+        conditions: Conditions = None,
+        guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[ImagesOut]:
         """Sample images (Section 4): u ~ N(0, I), z = second_stage.sample(u), image = mean of the decoders at z.
 
@@ -239,11 +244,19 @@ class VAEPlusPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*): of a second stage by flow matching: solve its ODE in so many steps
                 of Heun's method, of two passes each, in place of the one pass that it was distilled to.
             deterministic (`bool`): the decoder's mean, without detail; needed with `sharpness`, which sharpens a mean.
+            class_labels (`int`, `str` or a list, array or tensor of them, *optional*): of a second stage that was
+                trained on classes: ids or names of `second_stage.config.id2label`, one for each image. `None`, also in
+                a list, stands for all classes. If `num_images` is a multiple of them, they are taken in turn.
+            conditions (`dict`, or list, array or tensor of shape `(num_images, number of names)`, *optional*): of a
+                second stage that was trained on attributes or factors: their values in the order of `id2label`, or
+                some of them by name. `None` and NaN stand for values that are not given.
+            guidance_scale (`float`): of conditional flow matching: above 1 the images become more typical of their
+                condition and less diverse. Such images take the ODE, of twice as many passes.
 
         Raises:
             TypeError: latents or generators of another type.
-            ValueError: a number out of range, latents of wrong shape, not finite or too large for the decoder, or
-                `num_inference_steps` for another second stage.
+            ValueError: a number out of range, latents of wrong shape, not finite or too large for the decoder, an
+                option for another second stage, or a condition that the second stage does not know.
         """
         _check_output_type(output_type)
         temperature = _check_factor("temperature", temperature)
@@ -256,8 +269,18 @@ class VAEPlusPipeline(DiffusionPipeline):
                 )
             num_images = _check_count("batch_size", batch_size)
         options = {}
+        guidance_scale = _check_factor("guidance_scale", guidance_scale)
+        condition = self._condition(class_labels, conditions)
+        is_flow = getattr(getattr(self.second_stage, "config", None), "model_type", None) == "vaeplus_flow_matching"
+        if guidance_scale != 1:
+            if not is_flow or condition is None:
+                raise ValueError(
+                    f"guidance_scale={guidance_scale:g} needs a second stage by flow matching and class_labels or"
+                    " conditions: leave it out."
+                )
+            options["guidance_scale"] = guidance_scale
         if num_inference_steps is not None:
-            if getattr(getattr(self.second_stage, "config", None), "model_type", None) != "vaeplus_flow_matching":
+            if not is_flow:
                 raise ValueError(
                     f"num_inference_steps={num_inference_steps} needs a second stage by flow matching: leave it out,"
                     " one pass is all there is."
@@ -270,6 +293,9 @@ class VAEPlusPipeline(DiffusionPipeline):
             if num_images not in (None, len(latents)):
                 raise ValueError(f"num_images={num_images} contradicts {len(latents)} latents: leave num_images out.")
             num_images = len(latents)
+        if condition is not None:
+            num_images = len(condition) if num_images is None else _check_count("num_images", num_images)
+            condition = _in_turn(condition, num_images).to(self._execution_device)
         num_images = _check_count("num_images", 1 if num_images is None else num_images)
         generator = _check_generators(generator, num_images)
         batches = self._batches(num_images, "decode_batch_size", decode_batch_size)
@@ -287,6 +313,8 @@ class VAEPlusPipeline(DiffusionPipeline):
         def decoded(rows: slice) -> torch.Tensor:
             z = latents[rows]
             if self.second_stage is not None:
+                if condition is not None:
+                    options["condition"] = condition[rows]
                 with _weights_in_place(self.second_stage):
                     z = self.second_stage.sample(z, eps[rows], **options)
             return self._decode_batch(z, None if texture is None else texture[rows])
@@ -425,14 +453,16 @@ class VAEPlusPipeline(DiffusionPipeline):
         prior: str = "standard_normal",
         unit: str = "nats",
         preprocess: bool = True,
+        class_labels: ClassLabels = None,
+        conditions: Conditions = None,
     ) -> torch.Tensor:
         """Importance-weighted estimate of log p(x), which approaches it from below (Burda et al. 2016, Eq. 8).
 
             log p(x) >= E log mean_k N(x | mean(z_k), gamma I) p(z_k) / q(z_k | x),    z_k ~ q(z | x)
 
         Args:
-            images, num_importance_samples, generator, decode_batch_size, prior, preprocess: as in
-                `log_importance_weights`.
+            images, num_importance_samples, generator, decode_batch_size, prior, preprocess, class_labels, conditions:
+                as in `log_importance_weights`.
             unit (`"nats" | "bits_per_dimension"`): the latter is -log2 p(x) / d + 8 of the d pixel values, of their
                 density in units of an 8-bit level: less is better. No noise is added to the levels, so it is not the
                 bound of a discrete model.
@@ -447,7 +477,14 @@ class VAEPlusPipeline(DiffusionPipeline):
         if unit not in ("nats", "bits_per_dimension"):
             raise ValueError(f"unit must be 'nats' or 'bits_per_dimension', got {unit!r}.")
         log_weights = self.log_importance_weights(
-            images, num_importance_samples, generator, decode_batch_size, prior, preprocess
+            images,
+            num_importance_samples,
+            generator,
+            decode_batch_size,
+            prior,
+            preprocess,
+            class_labels,
+            conditions,
         )
         nats = log_weights.logsumexp(0) - math.log(num_importance_samples)
         if unit == "bits_per_dimension":
@@ -474,7 +511,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         Args:
             images, num_importance_samples, generator, decode_batch_size, preprocess: as in `log_importance_weights`.
             prior (`"standard_normal" | "second_stage"`, *optional*): p(z) of likelihood and distance; by default the
-                second stage if it has an exact `log_prob`, else N(0, I).
+                second stage if it has an exact `log_prob`, else N(0, I); of a conditional one the null class.
 
         Returns:
             `VAEPlusScores`: one number per image of each kind, in the order of the images.
@@ -517,6 +554,8 @@ class VAEPlusPipeline(DiffusionPipeline):
         decode_batch_size: int = 64,
         prior: str = "standard_normal",
         preprocess: bool = True,
+        class_labels: ClassLabels = None,
+        conditions: Conditions = None,
     ) -> torch.Tensor:
         """log N(x | mean(z_k), gamma I) p(z_k) / q(z_k | x) at z_k ~ q(z | x): what bounds of log p(x) reduce.
 
@@ -529,6 +568,9 @@ class VAEPlusPipeline(DiffusionPipeline):
             decode_batch_size (`int`): see the class.
             prior (`"standard_normal" | "second_stage"`): p(z): N(0, I), the model of the first VAE alone, or the
                 density that the second stage has learned.
+            class_labels, conditions (*optional*): of each image, or one for all, as in sampling: the density of the
+                second stage is then p(z | condition), and the bound one of log p(x | condition). Without them a
+                conditional second stage gives that of its null class.
 
         Returns:
             `torch.Tensor` of shape `(K, n)`: nats, float64. The mean over K estimates the ELBO (Eq. 2).
@@ -539,12 +581,16 @@ class VAEPlusPipeline(DiffusionPipeline):
         """
         self.need_vae("likelihoods")
         self._check_prior(prior)
+        condition = self._condition(class_labels, conditions)
+        if condition is not None and prior != "second_stage":
+            raise ValueError("a likelihood given class_labels or conditions needs prior='second_stage'.")
         if not self.has_likelihood:
             raise ValueError(
                 "likelihoods need the decoder variance of images, but this VAE's gamma was measured on codes:"
                 " train it with reconstruction_space='pullback' or 'image'."
             )
         images = self._to_images(images, preprocess)
+        condition = None if condition is None else _in_turn(condition, len(images)).to(self._execution_device)
         num_importance_samples = _check_count("num_importance_samples", num_importance_samples)
         decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
         generator = _check_generators(generator, len(images))
@@ -565,8 +611,11 @@ class VAEPlusPipeline(DiffusionPipeline):
                 num_dims = targets[0].numel()
                 log_p_x = -0.5 * (squared_error / log_gamma.exp() + num_dims * (log_gamma + math.log(2 * math.pi)))
                 if prior == "second_stage":
+                    given = {}
+                    if condition is not None:
+                        given["condition"] = torch.cat([condition[rows]] * len(z))
                     with _weights_in_place(self.second_stage):
-                        log_p_z = self.second_stage.log_prob(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+                        log_p_z = self.second_stage.log_prob(z.flatten(0, 1), **given).unflatten(0, z.shape[:2])
                     # log p(z) - log q(z | x) with z = mean + sigma eps
                     log_ratio = log_p_z + 0.5 * (eps.square() + posterior.logvar + math.log(2 * math.pi)).sum(2)
                 else:
@@ -598,6 +647,25 @@ class VAEPlusPipeline(DiffusionPipeline):
         batch_size = _check_count(name, batch_size)
         batches = [slice(first, first + batch_size) for first in range(0, num_images, batch_size)]
         return batches if len(batches) == 1 else self.progress_bar(batches)
+
+    def _condition(self, class_labels: ClassLabels, conditions: Conditions) -> torch.Tensor | None:
+        """What the second stage takes as condition; `None` if none is given."""
+        if class_labels is None and conditions is None:
+            return None
+        given = "class_labels" if conditions is None else "conditions"
+        config = None if self.second_stage is None else self.second_stage.config
+        kind = getattr(config, "condition", None)
+        if kind is None:
+            raise ValueError(
+                f"this pipeline is unconditional: leave out {given}, or train its second stage with --label_column."
+            )
+        wanted = "class_labels" if kind == "classes" else "conditions"
+        if (class_labels is None) == (conditions is None) or given != wanted:
+            raise ValueError(f"the second stage of this pipeline was trained on {kind}: give {wanted} alone.")
+        condition = config.to_condition(class_labels if conditions is None else conditions)
+        if not len(condition):
+            raise ValueError(f"{given} is empty: give at least one.")
+        return condition
 
     def _check_prior(self, prior: str):
         if prior not in ("standard_normal", "second_stage"):
@@ -909,6 +977,16 @@ def _check_count(name: str, value: int, at_least: int = 1) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:  # numpy's integers as well
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
     return int(value)
+
+
+def _in_turn(condition: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` conditions, of as many or of a part of them."""
+    if count % len(condition):
+        raise ValueError(
+            f"there are {len(condition)} class_labels or conditions for {count} images: give one for each, or a number"
+            " of images that is a multiple of them."
+        )
+    return torch.cat([condition] * (count // len(condition)))
 
 
 def _check_factor(name: str, value: float) -> float:
