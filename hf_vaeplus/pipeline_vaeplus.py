@@ -217,6 +217,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
         deterministic: bool = False,
+        detail_temperature: float = 1.0,
         class_labels: ClassLabels = None,
         conditions: Conditions = None,
         guidance_scale: float = 1.0,
@@ -244,6 +245,7 @@ class VAEPlusPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*): of a second stage by flow matching: solve its ODE in so many steps
                 of Heun's method, of two passes each, in place of the one pass that it was distilled to.
             deterministic (`bool`): the decoder's mean, without detail; needed with `sharpness`, which sharpens a mean.
+            detail_temperature (`float`): one more factor on the noise of the detail: below 1 it is calmer.
             class_labels (`int`, `str` or a list, array or tensor of them, *optional*): of a second stage that was
                 trained on classes: ids or names of `second_stage.config.id2label`, one for each image. `None`, also in
                 a list, stands for all classes. If `num_images` is a multiple of them, they are taken in turn.
@@ -261,6 +263,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         _check_output_type(output_type)
         temperature = _check_factor("temperature", temperature)
         sharpness = self._check_sharpness(sharpness, deterministic)
+        detail_temperature = _check_factor("detail_temperature", detail_temperature)
         if batch_size is not None:
             if num_images not in (None, batch_size):
                 raise ValueError(
@@ -308,7 +311,8 @@ class VAEPlusPipeline(DiffusionPipeline):
             eps = temperature * randn_tensor((num_images, latent_dim), **noise)
         texture = None
         if self.detail is not None and not deterministic:
-            texture = temperature * randn_tensor((num_images, *self.detail.config.noise_shape), **noise)
+            texture = randn_tensor((num_images, *self.detail.config.noise_shape), **noise)
+            texture = temperature * detail_temperature * texture
 
         def decoded(rows: slice) -> torch.Tensor:
             z = latents[rows]
@@ -356,13 +360,14 @@ class VAEPlusPipeline(DiffusionPipeline):
         sharpness: float = 0.0,
         deterministic: bool = True,
         generator: Generators = None,
+        detail_temperature: float = 1.0,
     ) -> ImagesOut:
         """Images, in the form `output_type`, of latents z of the first VAE, of shape `(n, latent_dim)`.
 
         Without a VAE they are codes of the autoencoder.
 
         `sharpness` is that of sampling, `decode_batch_size` that of the class. `deterministic=False` adds detail,
-        whose noise is drawn from `generator` (of sampling).
+        whose noise is drawn from `generator`, times `detail_temperature` (both of sampling).
 
         Raises:
             TypeError: latents that are not a tensor, or generators of another type.
@@ -372,7 +377,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         _check_output_type(output_type)
         sharpness = self._check_sharpness(sharpness, deterministic)
         _check_latents(latents, self._latent_dim)
-        noise = self._detail_noise(len(latents), generator, deterministic)
+        noise = self._detail_noise(len(latents), generator, deterministic, detail_temperature)
         batches = self._batches(len(latents), "decode_batch_size", decode_batch_size)
         decoded = (self._decode_batch(latents[rows], None if noise is None else noise[rows]) for rows in batches)
         images = self._finished(decoded, len(latents), sharpness)
@@ -389,20 +394,23 @@ class VAEPlusPipeline(DiffusionPipeline):
         preprocess: bool = True,
         deterministic: bool = True,
         generator: Generators = None,
+        detail_temperature: float = 1.0,
     ) -> ImagesOut:
         """Images, in the form `output_type`, decoded from the posterior means of `images` (see the class).
 
-        `sharpness` is that of sampling, `deterministic` and `generator` are those of `decode`; `decode_batch_size`
-        images are encoded and decoded at a time.
+        `sharpness` is that of sampling; `deterministic`, `generator` and `detail_temperature` are those of `decode`;
+        `decode_batch_size` images are encoded and decoded at a time.
 
         Raises:
             TypeError, ValueError: as `encode`.
         """
         _check_output_type(output_type)
         self._check_sharpness(sharpness, deterministic)
+        _check_factor("detail_temperature", detail_temperature)
         decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
         mean = self.encode(images, decode_batch_size, preprocess).mean
-        return self.decode(mean, output_type, decode_batch_size, sharpness, deterministic, generator)
+        drawn = dict(deterministic=deterministic, generator=generator, detail_temperature=detail_temperature)
+        return self.decode(mean, output_type, decode_batch_size, sharpness, **drawn)
 
     @torch.no_grad()
     def interpolate(
@@ -677,9 +685,12 @@ class VAEPlusPipeline(DiffusionPipeline):
                 " train one with second_stage flow_matching, coupling_flow or mixture."
             )
 
-    def _detail_noise(self, num_images: int, generator: Generators, deterministic: bool) -> torch.Tensor | None:
+    def _detail_noise(
+        self, num_images: int, generator: Generators, deterministic: bool, temperature: float
+    ) -> torch.Tensor | None:
         """The noise of the detail of so many images, where they are not to be means."""
         generator = _check_generators(generator, num_images)
+        temperature = _check_factor("detail_temperature", temperature)
         if deterministic:
             return None
         if self.detail is None:
@@ -688,7 +699,9 @@ class VAEPlusPipeline(DiffusionPipeline):
                 " a section `detail` in the preset."
             )
         shape = (num_images, *self.detail.config.noise_shape)
-        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        return temperature * randn_tensor(
+            shape, generator=generator, device=self._execution_device, dtype=torch.float32
+        )
 
     def _check_sharpness(self, sharpness: float, deterministic: bool) -> float:
         sharpness = _check_factor("sharpness", sharpness)

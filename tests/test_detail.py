@@ -144,6 +144,10 @@ def test_samples_have_detail_and_a_seed_gives_the_same(pipe):
         pipe(4, generator(), temperature=0, output_type="pt").images[0],
         pipe(1, temperature=0, output_type="pt").images[0],
     )
+    calm = pipe(4, generator(), detail_temperature=0.5, output_type="pt").images
+    assert not torch.equal(calm, images) and not torch.equal(calm, mean)
+    with pytest.raises(ValueError, match="detail_temperature must be"):
+        pipe(1, detail_temperature=-1)
 
 
 def test_reconstructions_are_means_unless_asked(pipe):

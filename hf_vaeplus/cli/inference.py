@@ -72,7 +72,7 @@ def _sample(args):
         args.num_images = 64 if labels is None else len(labels)
     generator = torch.Generator().manual_seed(args.seed)  # the same noise on every device
     wanted = dict(generator=generator, temperature=args.temperature, sharpness=args.sharpness)
-    wanted["deterministic"] = args.deterministic
+    wanted |= dict(deterministic=args.deterministic, detail_temperature=args.detail_temperature)
     wanted |= dict(decode_batch_size=args.batch_size, num_inference_steps=args.num_inference_steps)
     wanted |= dict(class_labels=labels, conditions=conditions, guidance_scale=args.guidance_scale)
     if args.separate:
@@ -139,6 +139,7 @@ def _reconstruct(args):
     images = read_pictures(args, pipe, paths, skip=args.on_bad_image == "skip")
     generator = torch.Generator().manual_seed(args.seed)
     wanted = dict(sharpness=args.sharpness, deterministic=args.deterministic, generator=generator)
+    wanted["detail_temperature"] = args.detail_temperature
     decoded = pipe.reconstruct(images, "pt", args.batch_size, **wanted)
     pairs = torch.stack([images, decoded], 1)
     write_output(output, image_grid(pairs.flatten(0, 1), columns=2 * min(4, len(images))).save)
