@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -131,6 +132,13 @@ def test_a_preset_with_a_section_gives_a_pipeline_with_detail(trained, pipe):
     assert [line["step"] for line in lines] == [2, 4] and {"loss", "spread", "squared_error"} <= lines[0].keys()
     record = json.loads((trained / "detail" / "training_options.json").read_text())
     assert record["made_from"].keys() == {"images", "autoencoder"}
+
+
+def test_the_card_tells_of_the_detail(trained, tmp_path):
+    code, _, errors = run("card", str(trained), "org/faces", "--data_license", "none")
+    assert code == 0, errors
+    card = (trained / "pipeline" / "README.md").read_text()
+    assert "\n| detail |" in card and re.search(r"^Fingerprints: .*, detail `", card, re.MULTILINE)
 
 
 def test_samples_have_detail_and_a_seed_gives_the_same(pipe):

@@ -27,7 +27,7 @@ _METADATA = {
 }
 
 
-_TITLES = {"autoencoder": "autoencoder", "vae": "first VAE", "second_stage": "second stage"}
+_TITLES = {"autoencoder": "autoencoder", "vae": "first VAE", "second_stage": "second stage", "detail": "detail"}
 
 
 _TOLD = ("seed", "num_images", "images")  # of summary.json, as it is
@@ -64,10 +64,11 @@ def write_card(
     """
     validate_repo_id(model_id)
     run_dir, output_dir = Path(run_dir), Path(output_dir or Path(run_dir) / "pipeline")
+    stages = _stages_of(run_dir)
     needed = [
         *PICTURES,
         "summary.json",
-        *(f"{s}/{n}" for s in STAGES for n in ("config.json", "training_options.json")),
+        *(f"{s}/{n}" for s in stages for n in ("config.json", "training_options.json")),
     ]
     for name in needed:
         if not (run_dir / name).is_file():
@@ -106,9 +107,9 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
     def read(name: str) -> dict:
         return json.loads((run_dir / name).read_text(encoding="utf-8"))
 
-    summary = read("summary.json")
-    options = {stage: read(f"{stage}/training_options.json") for stage in STAGES}
-    configs = {stage: read(f"{stage}/config.json") for stage in STAGES}
+    summary, stages = read("summary.json"), _stages_of(run_dir)
+    options = {stage: read(f"{stage}/training_options.json") for stage in stages}
+    configs = {stage: read(f"{stage}/config.json") for stage in stages}
     last, images = options["second_stage"], summary["images"]
     made_by = last.get("made_by", summary)
     told, data_license, hub_id, people = CARD_FACTS.get(last["dataset_name"], (None, None, last["dataset_name"], None))
@@ -123,7 +124,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
         data=plain_text(told),
         data_license=data_license,
         people=people,
-        stages=[_stage_row(stage, run_dir / stage, options[stage], configs[stage]) for stage in STAGES],
+        stages=[_stage_row(stage, run_dir / stage, options[stage], configs[stage]) for stage in stages],
         command=code_text(made_by["command"]),
         made_by={name: plain_text(made_by[name]) for name in ("commit", "date", "machine")},
         torch=plain_text(made_by["versions"]["torch"]),
@@ -144,6 +145,11 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
     return fields, hub_id, _eval_results(summary, evaluation)
 
 
+def _stages_of(run_dir: Path) -> list[str]:
+    """The stages of every pipeline, and the detail of one that has it."""
+    return [*STAGES, *(["detail"] if (run_dir / "pipeline" / "detail").is_dir() else [])]
+
+
 def _measured_on(fingerprint, record: dict, summary: dict) -> str:
     """Whether figures are of the training images, by their content."""
     trained_on = record.get("made_from", {}).get("images")
@@ -162,11 +168,12 @@ def _fingerprints(run_dir: Path, evaluation: dict | None) -> str:
     Raises:
         ValueError: stages, pipeline, summary and evaluation are not of the same weights.
     """
-    weights = {stage: folder_fingerprint(run_dir / stage) for stage in STAGES}
-    records = {stage: read_record(run_dir / stage) for stage in STAGES}
+    stages = _stages_of(run_dir)
+    weights = {stage: folder_fingerprint(run_dir / stage) for stage in stages}
+    records = {stage: read_record(run_dir / stage) for stage in stages}
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     again = "run the same `vaeplus train` again"
-    for stage in STAGES:
+    for stage in stages:
         known = {name: each for name, each in records[stage].get("made_from", {}).items() if name in weights}
         if records[stage].get("weights", weights[stage]) != weights[stage]:
             raise ValueError(f"{run_dir / stage} holds other weights than its run saved: {again}.")
@@ -184,13 +191,13 @@ def _fingerprints(run_dir: Path, evaluation: dict | None) -> str:
         )
     made_from = [record.get("made_from", {}).get("images") for record in records.values()]
     images = {f"training images `{code_text(each)}`": None for each in made_from if each}
-    return "Fingerprints: " + ", ".join([*images, *(f"{_TITLES[stage]} `{weights[stage]}`" for stage in STAGES)])
+    return "Fingerprints: " + ", ".join([*images, *(f"{_TITLES[stage]} `{weights[stage]}`" for stage in stages)])
 
 
 def check_weights_of_card(folder: Path):
     """Raises ValueError if the card in the folder of a pipeline tells of other weights."""
     told = _FINGERPRINTS.search((folder / "README.md").read_text(encoding="utf-8"))
-    stages = [stage for stage in STAGES if (folder / stage).is_dir()]
+    stages = [stage for stage in _TITLES if (folder / stage).is_dir()]
     if told and not all(str(folder_fingerprint(folder / stage)) in told[0] for stage in stages):
         raise ValueError(
             f"{folder / 'README.md'} tells of other weights than those beside it: write it again with `vaeplus card`,"
