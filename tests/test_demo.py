@@ -23,16 +23,15 @@ import yaml
 from helpers import SIZE, make_pipeline
 from PIL import Image
 
-from hf_vaeplus import (
-    VAEPlusPipeline,
-)
+from hf_vaeplus import VAEPlusImageProcessor, VAEPlusPipeline
 from hf_vaeplus.cli.flags import read_pictures
 from hf_vaeplus.cli.main import main
+from hf_vaeplus.directions import save_directions
 
 gradio = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[demo]'")
 httpx = pytest.importorskip("httpx")  # of Gradio
 
-from hf_vaeplus.demo import MAX_BYTES, Handlers, build_demo, serve  # noqa: E402
+from hf_vaeplus.demo import MAX_BYTES, NUM_FRAMES, Handlers, build_demo, serve  # noqa: E402
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"
 
@@ -43,8 +42,13 @@ def pipe() -> VAEPlusPipeline:
 
 
 @pytest.fixture(scope="module")
-def handlers(pipe) -> Handlers:
-    return Handlers(pipe)
+def directions() -> dict[str, torch.Tensor]:
+    return {"smile": torch.linspace(-1, 1, 9), "<age>": torch.ones(9)}
+
+
+@pytest.fixture(scope="module")
+def handlers(pipe, directions) -> Handlers:
+    return Handlers(pipe, directions)
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +127,55 @@ def test_reconstruction_and_its_figures(handlers, pipe, files):
     picture = read_pictures(Namespace(images=[files / "a.png"], crop=None), pipe)
     seen, again, draw, figures = handlers.reconstruct(upload(files / "a.png"))
     assert same([again], pipe.reconstruct(picture))
+    scores = pipe.score(picture, 16, torch.Generator().manual_seed(0))
     assert np.array_equal(pixels(seen), (255 * picture[0].permute(1, 2, 0)).round().numpy())
     error = (pipe.reconstruct(picture, "pt") - picture).square().sum().item()
     posterior = pipe.encode(picture)
     normal = torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
     kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum().item()
-    found = [float(number) for number in re.findall(r"\*\*([\d.]*\d)", figures)]
-    assert found == pytest.approx([error, kl], rel=1e-3)
+    found = [float(number) for number in re.findall(r"\*\*(-?[\d.]*\d)", figures)]
+    assert found == pytest.approx([error, kl, scores.log_likelihood.item()], rel=1e-3)
     assert not same([draw], [again]) and not same([draw], [handlers.draw(upload(files / "a.png"))])
+
+
+def test_a_picture_unlike_the_training_data_gets_a_hint(handlers, pipe, files, tmp_path):
+    """Such as noise, which no decoder draws. Samples of the model get none."""
+    sample = handlers.sample(3, 1, 1.0)[0]
+    sample.save(tmp_path / "sample.png")
+    assert "unlike" not in handlers.reconstruct(upload(tmp_path / "sample.png"))[3]
+    noise = np.random.default_rng(0).integers(0, 2, (SIZE, SIZE, 3), dtype=np.uint8) * 255
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    figures = handlers.reconstruct(upload(tmp_path / "noise.png"))[3]
+    times = pipe.score(noise[None]).squared_error.item() / (0.02 * noise.size)  # gamma is 0.02
+    assert f"unlike the training data</b>: its squared error is {times:.1f} times the usual 61.44" in figures
+
+
+def test_pictures_are_prepared_by_the_stored_image_processor(files):
+    cropped = make_pipeline(latent_dim=9)
+    cropped.image_processor = VAEPlusImageProcessor(SIZE, crop=50)
+    handlers = Handlers(cropped)
+    whole = Image.open(files / "a.png").crop((20, 5, 70, 55)).resize((SIZE, SIZE), Image.Resampling.BOX)
+    assert np.array_equal(pixels(handlers.reconstruct(upload(files / "a.png"))[0]), pixels(whole))
+    whole.save(files / "exact.png")
+    assert np.array_equal(pixels(handlers.reconstruct(upload(files / "exact.png"))[0]), pixels(whole))
+    whole.crop((0, 0, 20, 20)).save(files / "small.png")
+    with pytest.raises(ValueError, match="20 x 20 pixels, and the model looks at the central 50 x 50"):
+        handlers.check(upload(files / "small.png"))
+
+
+def gif_of(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(re.search(r"<img src='data:image/gif;base64,([^']+)'", text)[1])))
+
+
+def test_a_way_as_a_gif_goes_there_and_back(handlers, files):
+    ends = upload(files / "a.png"), upload(files / "b.png")
+    gif, way = gif_of(handlers.way_as_gif(*ends, 5)), handlers.interpolate(*ends, 5)
+    assert gif.n_frames == 8 and gif.info["loop"] == 0
+    for number, place in enumerate((0, 1, 2, 3, 4, 3, 2, 1)):
+        gif.seek(number)
+        assert gif.width >= 128 and gif.width % SIZE == 0
+        frame = pixels(gif.convert("RGB").resize((SIZE, SIZE), Image.Resampling.NEAREST)).astype(float)
+        assert np.abs(frame - pixels(way[place])).mean() < 8  # of 256 colours
 
 
 def test_interpolation_is_the_pipelines(handlers, pipe, files):
@@ -156,17 +201,43 @@ def test_a_slider_sets_its_dimension_and_no_other(handlers, pipe, files):
     assert same([handlers.explore(z, *values)], [image])  # untouched: not even rounded
     moved = z.clone()
     moved[0, handlers.directions[2]] = -1.5
-    again = handlers.explore(z, *values[:2], -1.5, *values[3:])
+    values[4] = -1.5  # after the two named directions
+    again = handlers.explore(z, *values)
     assert same([again], pipe.decode(moved, "pil")) and not same([again], [image])
-    assert same([handlers.reset(z)[0]], [image]) and list(handlers.reset(z)[1:]) == values
+    assert same([handlers.reset(z)[0]], [image]) and handlers.reset(z)[1:3] == (0, 0)
+
+
+def test_a_named_slider_adds_its_direction(handlers, pipe, directions):
+    z, _, *values = handlers.start_from_sample(0)
+    values[:2] = -0.5, 2.0
+    moved = z - 0.5 * directions["smile"] + 2 * directions["<age>"]
+    assert same([handlers.explore(z, *values)], pipe.decode(moved, "pil"))
+    with pytest.raises(ValueError, match="the direction smile must be a number from -3 to 3, got 4"):
+        handlers.explore(z, 4, *values[1:])
 
 
 def test_what_lies_beyond_the_sliders_stays_until_it_is_moved(handlers, pipe):
     z = torch.full((1, 9), 0.123456)
     z[0, handlers.directions[:3]] = torch.tensor([5.0, -4.0, 1.0])
     values = handlers.reset(z)[1:]
-    assert values == (3.0, -3.0, 1.0, *5 * [0.12])
+    assert values == (0, 0, 3.0, -3.0, 1.0, *5 * [0.12])
     assert same([handlers.explore(z, *values)], pipe.decode(z, "pil"))
+
+
+@pytest.mark.parametrize("place", [1, 4], ids=["named", "a dimension"])
+def test_a_strip_shows_a_direction_from_end_to_end(place, handlers):
+    z, _, *values = handlers.start_from_sample(0)
+    text = handlers.strip(z, handlers.sliders[place], *values)
+    assert "<age>" not in text  # a name is no HTML
+    film = pixels(Image.open(io.BytesIO(base64.b64decode(re.search(r"url\(data:image/png;base64,([^)]+)", text)[1]))))
+    assert film.shape == (SIZE, NUM_FRAMES * SIZE, 3)
+    frames = [Image.fromarray(each) for each in film.reshape(SIZE, NUM_FRAMES, SIZE, 3).swapaxes(0, 1)]
+    stops = np.linspace(-3, 3, NUM_FRAMES).tolist()
+    assert same(frames, [handlers.explore(z, *values[:place], stop, *values[place + 1 :]) for stop in stops])
+    assert gif_of(handlers.walk(z, handlers.sliders[place], *values)).n_frames == 2 * NUM_FRAMES - 2
+    for name in ("z99", None, 3, ["smile"], {}):
+        with pytest.raises(ValueError, match="the direction must be one of smile, <age>, z"):
+            handlers.strip(z, name, *values)
 
 
 def test_explore_starts_from_a_sample(handlers, pipe):
@@ -232,7 +303,8 @@ def test_a_real_number_out_of_range_gives_one_sentence(value, handlers):
     for call, name in (
         (lambda: handlers.sample(0, 1, value), "temperature"),
         (lambda: handlers.sample(0, 1, 1.0, value), "sharpness"),
-        (lambda: handlers.explore(z, value, *values[1:]), "direction z"),
+        (lambda: handlers.explore(z, *values[:2], value, *values[3:]), "direction z"),
+        (lambda: handlers.explore(z, value, *values[1:]), "direction smile"),
     ):
         with pytest.raises(ValueError, match=f"{name}.* must be a number from"):
             call()
@@ -247,9 +319,9 @@ def test_exploring_nothing_gives_one_sentence(handlers):
 
 
 @contextmanager
-def served(pipe):
+def served(pipe, directions):
     """The address of the demo of a pipeline."""
-    demo = build_demo(pipe)
+    demo = build_demo(pipe, directions, "faces of <b>")
     try:
         yield serve(demo, block=False, server_name="127.0.0.1").rstrip("/")
     finally:
@@ -257,8 +329,8 @@ def served(pipe):
 
 
 @pytest.fixture(scope="module")
-def address(pipe) -> str:
-    with served(pipe) as address:
+def address(pipe, directions) -> str:
+    with served(pipe, directions) as address:
         yield address
 
 
@@ -309,7 +381,10 @@ HOSTILE = [
     ("reconstruct", [{"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}]),
     ("reconstruct", [{"path": "HTTPS://example.org/a.png", "meta": {"_type": "gradio.FileData"}}]),
     ("interpolate", [None, None, 9]),
-    ("explore", 8 * [9]),
+    ("explore", 10 * [9]),
+    ("strip", ["<b>z99</b>", *10 * [0]]),
+    ("walk", [{"path": "/etc/passwd"}, *10 * [0]]),
+    ("way_as_gif", [None, None, 9]),
     ("explore", 2 * [{}, None, "", -1]),
 ]
 
@@ -422,6 +497,21 @@ def test_the_space_builds_the_page_of_its_pipeline(pipe, tmp_path, monkeypatch):
     page = runpy.run_path(str(SPACE / "app.py"))["demo"]
     tabs = [block.label for block in page.blocks.values() if isinstance(block, gradio.Tab)]
     assert tabs == ["Sample", "Reconstruct", "Interpolate", "Explore"]
+    assert page.title == f"{tmp_path.name} (VAE+)"
+
+
+def test_the_directions_beside_a_pipeline_become_sliders(pipe, directions, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "faces" / "pipeline")
+    place = str(tmp_path / "faces" / "pipeline")
+    found = []
+    monkeypatch.setattr("hf_vaeplus.demo.serve", lambda page, **_: found.append(page))
+    save_directions(directions, pipe, place)
+    save_directions({"frown": -directions["smile"]}, pipe, tmp_path / "frown.safetensors")
+    for flags in ([], ["--directions", str(tmp_path / "frown.safetensors")]):
+        assert main(["demo", place, *flags]) == 0
+    labels = [{block.label for block in page.blocks.values() if isinstance(block, gradio.Slider)} for page in found]
+    assert {"smile", "<age>"} <= labels[0] and "frown" in labels[1] and "smile" not in labels[1]
+    assert found[0].title == "faces (VAE+)"
 
 
 def test_the_spaces_header(monkeypatch):
