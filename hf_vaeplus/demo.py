@@ -57,7 +57,8 @@ NUM_EXAMPLES = 6
 GIF_SIDE = 192  # pixels, at least: pictures of 28 x 28 would be stamps
 GIF_DURATION = 90  # milliseconds a frame
 NUM_IMPORTANCE_SAMPLES = 16  # of a score
-UNLIKE_ERROR, UNLIKE_DISTANCE = 3.0, 1.5  # times the usual one: such a picture is unlike the training data
+UNLIKE_ERROR = 4.0  # times the error that the model expects: of unseen faces and digits less than 1% have more
+UNLIKE_LENGTH = 1.7  # times the usual length of a code: as rare
 
 # Gradio shows small pictures small, smoothed and under their labels.
 CSS = """
@@ -70,7 +71,9 @@ CSS = """
 .upload img {width: 100% !important; height: 100% !important; object-fit: contain !important}
 .pictures {--least: 15%}
 .way {--least: 10%}
-.pictures .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
+.pictures .grid-wrap, .examples .grid-wrap {min-height: 0 !important; max-height: none !important;
+    overflow: visible !important}
+.examples .grid-container {padding-top: 0 !important; grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
 .pictures .grid-container {padding-top: 0 !important;
     grid-template-columns: repeat(auto-fill, minmax(max(92px, var(--least)), 1fr)) !important}
 .strip .window, .strip .film {background-image: var(--film); image-rendering: pixelated; border-radius: 4px}
@@ -124,9 +127,9 @@ class Handlers:
         self.kl = statistics.kl_per_dimension()  # nats, of each dimension of z
         self.directions = self.kl.argsort(descending=True)[:NUM_DIRECTIONS].tolist()
         self.usual_length = torch.cat(lengths).square().mean().sqrt().item()
-        # gamma is the mean squared error of a value in training, unless the config keeps it above
+        # gamma is the mean squared error of a pixel value in training, unless the config keeps it above
         num_values = math.prod(pipe.image_shape)
-        self.usual_error = num_values * pipe.vae.decoder_log_variance.exp().item() if pipe.has_likelihood else None
+        self.expected_error = num_values * pipe.vae.decoder_log_variance.exp().item() if pipe.has_likelihood else None
         self.samples = self.sample(0, 18, 1.0)
         self.sliders = [*self.named, *[f"z{j}" for j in self.directions]]
 
@@ -217,11 +220,10 @@ class Handlers:
                 f" {NUM_IMPORTANCE_SAMPLES} samples; {scores.bits_per_dimension.item():.3g} bits per value."
             )
         reasons = []
-        if self.usual_error is not None and error > UNLIKE_ERROR * self.usual_error:
-            reasons.append(
-                f"its squared error is {error / self.usual_error:.1f} times the usual {self.usual_error:.4g}"
-            )
-        if length > UNLIKE_DISTANCE * self.usual_length:
+        if self.expected_error is not None and error > UNLIKE_ERROR * self.expected_error:
+            times, expected = error / self.expected_error, f"{self.expected_error:.4g}"
+            reasons.append(f"its squared error is {times:.1f} times the {expected} that the model expects")
+        if length > UNLIKE_LENGTH * self.usual_length:
             reasons.append(f"its code lies {length / self.usual_length:.1f} times as far out as is usual")
         if reasons:
             told = "This picture is unlike the training data"
@@ -413,7 +415,7 @@ def _reconstruct_tab(handlers):
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             picture = _upload("Upload a picture", handlers.samples[0])
-            chosen = _examples(handlers, picture)
+            chosen = _examples(handlers, picture, "Or take a sample of the model")
             another = gr.Button("Another posterior draw")
             gr.Markdown(_seen_as(handlers))
         with gr.Column(scale=3, min_width=320, elem_classes=["result"]):
@@ -434,7 +436,7 @@ def _interpolate_tab(handlers):
             with gr.Row():
                 ends = [_upload(label, sample, height=200)
                         for label, sample in zip(("From", "To"), handlers.samples, strict=False)]  # fmt: skip
-            chosen = _examples(handlers, ends[1])
+            chosen = _examples(handlers, ends[1], "To: or take a sample of the model")
             steps = gr.Slider(
                 2, MAX_STEPS, 9, step=1, label="Steps", info="pictures on the way, the two ends included"
             )
@@ -509,10 +511,10 @@ def _seen_as(handlers) -> str:
     return f"A picture may have any size. The model sees {part}, as in training."
 
 
-def _examples(handlers, picture):
+def _examples(handlers, picture, label):
     """Samples of the model below an upload; the event that one was clicked on and stands in the upload."""
     examples = gr.Gallery(
-        handlers.samples[:NUM_EXAMPLES], label="Or take a sample of the model", format="png", columns=NUM_EXAMPLES,
+        handlers.samples[:NUM_EXAMPLES], label=label, format="png", columns=NUM_EXAMPLES,
         height="auto", allow_preview=False, interactive=False, buttons=[], elem_classes=["crisp", "examples"],
     )  # fmt: skip
     return _on(examples.select, handlers.example, None, picture, api_visibility="private").success

@@ -147,7 +147,7 @@ def test_a_picture_unlike_the_training_data_gets_a_hint(handlers, pipe, files, t
     Image.fromarray(noise).save(tmp_path / "noise.png")
     figures = handlers.reconstruct(upload(tmp_path / "noise.png"))[3]
     times = pipe.score(noise[None]).squared_error.item() / (0.02 * noise.size)  # gamma is 0.02
-    assert f"unlike the training data</b>: its squared error is {times:.1f} times the usual 61.44" in figures
+    assert f"unlike the training data</b>: its squared error is {times:.1f} times the 61.44 that" in figures
 
 
 def test_pictures_are_prepared_by_the_stored_image_processor(files):
@@ -175,7 +175,7 @@ def test_a_way_as_a_gif_goes_there_and_back(handlers, files):
         gif.seek(number)
         assert gif.width >= 128 and gif.width % SIZE == 0
         frame = pixels(gif.convert("RGB").resize((SIZE, SIZE), Image.Resampling.NEAREST)).astype(float)
-        assert np.abs(frame - pixels(way[place])).mean() < 8  # of 256 colours
+        assert np.argmin([np.abs(frame - pixels(each)).mean() for each in way]) == place  # of 256 colours
 
 
 def test_interpolation_is_the_pipelines(handlers, pipe, files):
@@ -212,7 +212,7 @@ def test_a_named_slider_adds_its_direction(handlers, pipe, directions):
     values[:2] = -0.5, 2.0
     moved = z - 0.5 * directions["smile"] + 2 * directions["<age>"]
     assert same([handlers.explore(z, *values)], pipe.decode(moved, "pil"))
-    with pytest.raises(ValueError, match="the direction smile must be a number from -3 to 3, got 4"):
+    with pytest.raises(ValueError, match="the direction smile must be a number from -3 to 3, got '4'"):
         handlers.explore(z, 4, *values[1:])
 
 
@@ -669,23 +669,50 @@ def test_browser_interpolate(page, handlers, files):
 
 def test_browser_explore(page, handlers, files):
     panel = open_tab(page, "Explore")
-    picture, slider = panel.locator(".square img"), panel.get_by_role("slider").last
+    picture, slider = panel.locator(".square img"), panel.get_by_role("slider").first
     z, image, *values = handlers.start_from_picture(upload(files / "a.png"))
     images = changed(picture, lambda: panel.locator("input[type=file]").set_input_files(files / "a.png"))
-    assert same(images, [image]) and float(slider.input_value()) == values[-1]
+    assert same(images, [image]) and float(slider.input_value()) == values[0] == 0
 
-    def drag():
-        slider.scroll_into_view_if_needed()
-        box = slider.bounding_box()
-        x, y = box["x"] + box["width"] * (0.2 if values[-1] > 0 else 0.8), box["y"] + box["height"] / 2
+    def touch(element, share):
+        element.scroll_into_view_if_needed()
+        box = element.bounding_box()
+        x, y = box["x"] + box["width"] * share, box["y"] + box["height"] / 2
         (page.touchscreen.tap if page.viewport_size["width"] < 500 else page.mouse.click)(x, y)
 
-    images = changed(picture, drag)
+    images = changed(picture, lambda: touch(slider, 0.8))
     value = float(slider.input_value())
-    assert abs(value - values[-1]) > 0.5
-    assert same(images, [handlers.explore(z, *values[:-1], value)])
+    assert value > 0.5
+    assert same(images, [handlers.explore(z, value, *values[1:])])
     box = picture.bounding_box()
     assert box["width"] >= 150 and 0 <= box["y"] < page.viewport_size["height"]  # in sight while sliders are moved
     assert not too_wide(page)
     assert same(changed(picture, panel.get_by_role("button", name="Back to the start").click), [image])
-    assert float(slider.input_value()) == values[-1]
+    assert float(slider.input_value()) == 0
+
+    place = panel.get_by_label("place on the strip")
+    touch(place, 0.99)
+    assert place.input_value() == str(NUM_FRAMES - 1)
+    window = panel.locator(".strip .window")
+    assert window.evaluate("window => getComputedStyle(window).backgroundPositionX") == "100%"
+    panel.get_by_role("button", name="A walk as a GIF").click()
+    panel.locator(".walk img").wait_for()
+    assert panel.locator(".walk a").get_attribute("download") == "walk.gif"
+    panel.get_by_role("button", name="Clear").click()
+    panel.locator(".strip").wait_for(state="detached")
+    assert not picture.count() and not panel.locator(".walk").count()
+
+
+def test_browser_results_stand_above_on_a_phone_and_go_with_their_picture(page, handlers):
+    panel = open_tab(page, "Reconstruct")
+    outputs, inputs = panel.locator(".square img"), panel.locator(".upload")
+    is_above = outputs.first.bounding_box()["y"] + 50 < inputs.bounding_box()["y"]
+    assert is_above == (page.viewport_size["width"] < 500)
+    images = changed(outputs, panel.locator(".examples button").nth(2).click)
+    assert same(images[:1], [handlers.samples[2]])
+    panel.get_by_role("button", name="Clear").click()
+    outputs.first.wait_for(state="detached")
+    assert not outputs.count() and "Squared error" not in panel.inner_text()
+    panel.locator(".examples button").nth(1).click()
+    outputs.nth(2).wait_for()
+    assert page.title() == "faces of <b> (VAE+)" and page.get_by_role("heading", name="faces of <b>").is_visible()

@@ -54,7 +54,8 @@ def of_photographs(images: torch.Tensor) -> dict[str, torch.Tensor]:
 def measure(data: Data, args) -> dict:
     images, unseen = data.training(args.num_training), data.unseen(args.num_images)
     if data.name == "drawings":
-        labels = dict(zip(FACTOR_NAMES, torch.from_numpy(data.training_labels(len(images))).T, strict=False))
+        names = [name.replace("_", " ") for name in FACTOR_NAMES]
+        labels = dict(zip(names, torch.from_numpy(data.training_labels(len(images))).T, strict=False))
     else:
         label = of_digits if data.name == "mnist" else of_photographs
         labels = label(to_unit_range(images))
