@@ -368,12 +368,12 @@ def build_demo(
         name (`str`, *optional*): of the model, the title; that of its folder or repository if not given.
     """
     handlers = Handlers(pipe, directions_beside(pipe) if directions is None else directions)
-    name = html.escape(name or _name_of(pipe))
-    _, size, _ = pipe.image_shape
+    name = name or _name_of(pipe)
+    size, latent_dim = pipe.image_shape[1], pipe.vae.config.latent_dim
     with _Page(title=f"{name} (VAE+)", analytics_enabled=False, delete_cache=(KEEP_FILES // 4, KEEP_FILES)) as page:
         gr.Markdown(
-            f"# {name}\nVAE+: pictures of {size} x {size} pixels from noise in one pass, and for every picture a"
-            f" posterior over {pipe.vae.config.latent_dim} latent dimensions, of which {handlers.active} are in use."
+            f"# {html.escape(name)}\nVAE+: pictures of {size} x {size} pixels from noise in one pass, and for every"
+            f" picture a posterior over {latent_dim} latent dimensions, of which {handlers.active} are in use."
         )
         with gr.Tab("Sample"):
             _sample_tab(handlers)

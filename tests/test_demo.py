@@ -698,7 +698,7 @@ def test_browser_explore(page, handlers, files):
     panel.get_by_role("button", name="A walk as a GIF").click()
     panel.locator(".walk img").wait_for()
     assert panel.locator(".walk a").get_attribute("download") == "walk.gif"
-    panel.get_by_role("button", name="Clear").click()
+    panel.get_by_role("button", name="Remove Image").click()
     panel.locator(".strip").wait_for(state="detached")
     assert not picture.count() and not panel.locator(".walk").count()
 
@@ -710,7 +710,7 @@ def test_browser_results_stand_above_on_a_phone_and_go_with_their_picture(page, 
     assert is_above == (page.viewport_size["width"] < 500)
     images = changed(outputs, panel.locator(".examples button").nth(2).click)
     assert same(images[:1], [handlers.samples[2]])
-    panel.get_by_role("button", name="Clear").click()
+    panel.get_by_role("button", name="Remove Image").click()
     outputs.first.wait_for(state="detached")
     assert not outputs.count() and "Squared error" not in panel.inner_text()
     panel.locator(".examples button").nth(1).click()

@@ -4,8 +4,8 @@
     python examples/posteriors/directions.py mnist --pipeline runs/mnist/pipeline --data ../shared/data/mnist
     python examples/posteriors/directions.py celeba128 --data ../shared/data/celeba128
 
-The drawings' labels are the factors they were drawn from. The others' are measured on the pictures themselves: slant,
-thickness and height of a digit; brightness, warmth, contrast and side of the light of a face. `--save` writes the
+The drawings' labels are the factors they were drawn from. The others' are measured on the pictures themselves: ink,
+slant, width and height of a digit; brightness, warmth, side of the light and background of a face. `--save` writes the
 directions beside the pipeline, where `vaeplus demo` finds them.
 """
 
@@ -43,11 +43,12 @@ def of_photographs(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Labels of colour images `(n, 3, H, W)`, from their light."""
     light = images.double().mean(1)
     half = light.shape[2] // 2
+    corners = torch.cat([light[:, : half // 2, : half // 2], light[:, : half // 2, -half // 2 :]], 2)  # the upper two
     return {
         "brightness": light.mean((1, 2)),
         "warmth": (images[:, 0] - images[:, 2]).double().mean((1, 2)),
-        "contrast": light.std((1, 2)),
         "light from the right": light[:, :, half:].mean((1, 2)) - light[:, :, :half].mean((1, 2)),
+        "bright background": corners.mean((1, 2)) - light.mean((1, 2)),
     }
 
 
