@@ -54,7 +54,7 @@ NUM_DIRECTIONS = 8
 RANGE = 3.0  # of a slider, in standard deviations of the prior or of a named attribute
 NUM_FRAMES = 13  # of a strip: -RANGE to RANGE
 NUM_EXAMPLES = 6
-GIF_SIDE = 192  # pixels, at least: pictures of 28 x 28 would be stamps
+GIF_SIDE = 128  # pixels, at least: pictures of 28 x 28 would be stamps
 GIF_DURATION = 90  # milliseconds a frame
 NUM_IMPORTANCE_SAMPLES = 16  # of a score
 UNLIKE_ERROR = 4.0  # times the error that the model expects: of unseen faces and digits less than 1% have more
@@ -297,13 +297,13 @@ class Handlers:
         film = torch.cat(list(self._frames(z, name, values)), dim=2)
         file = io.BytesIO()
         _picture(film[None]).save(file, "PNG")
-        start, middle = html.escape(str(name)), NUM_FRAMES // 2
+        label, middle = html.escape(name), NUM_FRAMES // 2
         return (
             f"<div class='strip' style='--count: {NUM_FRAMES}; --at: {middle}; --film: url({_data_url(file, 'png')})'>"
             f"<div class='window' role='img' aria-label='the picture on the strip'></div><div class='film'>"
             f"<input type='range' min='0' max='{NUM_FRAMES - 1}' value='{middle}' aria-label='place on the strip'"
             ' oninput=\'this.closest(".strip").style.setProperty("--at", this.value)\'></div>'
-            f"<div class='ends'><span>-{RANGE:g}</span><span>{start}</span><span>+{RANGE:g}</span></div></div>"
+            f"<div class='ends'><span>-{RANGE:g}</span><span>{label}</span><span>+{RANGE:g}</span></div></div>"
         )
 
     def walk(self, z, name, *values) -> str:
@@ -313,7 +313,7 @@ class Handlers:
     def _frames(self, z, name, values) -> torch.Tensor:
         """`(NUM_FRAMES, C, H, W)`."""
         if name not in self.sliders:
-            raise ValueError(f"the direction must be one of {', '.join(self.sliders)}, got {str(name)[:40]!r}.")
+            raise ValueError(f"there is no direction {str(name)[:40]!r}: choose one of the list.")
         place = self.sliders.index(name)
         stops = torch.linspace(-RANGE, RANGE, NUM_FRAMES).tolist()
         return self.pipe.decode(

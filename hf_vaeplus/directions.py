@@ -6,6 +6,7 @@ smiling = pipe.decode(latents + 2 * directions["smile"])  # two standard deviati
 save_directions(directions, pipe, folder)                 # `vaeplus demo folder` has a slider for each
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +123,8 @@ def directions_beside(pipe: "VAEPlusPipeline") -> dict[str, torch.Tensor]:
 
 
 def _weights(pipe: "VAEPlusPipeline") -> dict[str, str]:
-    return stage_fingerprints({"autoencoder": pipe.autoencoder, "vae": pipe.vae})
+    """Metadata of a file: one entry, because safetensors stores several in any order."""
+    return {"made_for": json.dumps(stage_fingerprints({"autoencoder": pipe.autoencoder, "vae": pipe.vae}))}
 
 
 def _check(directions: Mapping[str, torch.Tensor], pipe: "VAEPlusPipeline", what: str):

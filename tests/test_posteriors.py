@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_pipeline, run_script
+from helpers import importing_from, make_pipeline, run_script
+from PIL import Image
 from safetensors.torch import save_file
 from test_pipeline import generator, make_vae, probabilistic_pca  # noqa: F401
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.directions import directions_beside, find_directions, load_directions, save_directions
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "posteriors"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples" / "posteriors"
 
 
 # ------------------------------------------------------------------------------------------------------ restorations
@@ -137,9 +139,77 @@ def test_directions_are_stored_beside_a_pipeline_and_belong_to_its_weights(tmp_p
 # ---------------------------------------------------------------------------------------------------------- examples
 
 
-def example(name: str, folder: Path, *options) -> dict:
-    """The result of an example on the drawings, run as a program in this process."""
-    output = folder / "posteriors.json"
-    code, _, errors = run_script(EXAMPLES / f"{name}.py", "drawings", "--output", output, *options)
-    assert code == 0, errors[-3000:]
-    return json.loads(output.read_text())[name]["drawings"]
+@pytest.fixture
+def example(tmp_path):
+    """Runs an example on the drawings as a program, in this process, and returns its result."""
+
+    def run(name, *options) -> dict:
+        output = tmp_path / "posteriors.json"
+        code, _, errors = run_script(EXAMPLES / f"{name}.py", "drawings", "--output", output, *options)
+        assert code == 0, errors[-3000:]
+        found = json.loads(output.read_text())[name]["drawings"]
+        assert found["command"] and found["commit"] and found["date"] and found["seed"] == 0 and found["num_images"]
+        return found
+
+    return run
+
+
+def test_planted_anomalies_are_found(example):
+    found = example("anomalies", "--num_images", 30, "--num_importance_samples", 1)["auroc"]
+    assert found.keys() == {"patch", "scratch", "halves swapped"}
+    assert all(auroc[score] >= 0.95 for auroc in found.values() for score in ("squared_error", "log_likelihood"))
+
+
+# The lower half alone leaves more than one face possible.
+RESTORED = ("hole, a quarter of the pixels", "75% of the pixels missing", "noise of 0.3")
+
+
+def test_the_search_comes_nearer_than_the_nearest_training_image(example):
+    found = example("restoration", "--num_images", 8, "--num_training", 1_000, "--num_steps", 50)["squared_error"]
+    assert len(found) == 4 and all(found[damage]["better than nearest"] >= 0.2 for damage in RESTORED)
+
+
+def test_an_edit_makes_the_change_of_the_factor(example, tmp_path):
+    picture = tmp_path / "rows.png"
+    small = ("--num_images", 30, "--num_training", 500)
+    found = example("directions", *small, "--picture", picture)["directions"]
+    assert {"smile", "turn", "hair colour"} < found.keys() and len(found) == 8
+    assert all(change["of the change"] > 0.5 for change in found.values())
+    assert Image.open(picture).size == (9 * 65, 8 * 65)
+
+
+def test_neighbours_in_code_space_show_nearly_the_same_face(example):
+    found = example("neighbours", "--num_images", 60, "--num_training", 1_000)
+    distances = [found[space]["squared distance of factors"] for space in ("code space", "pixels")]
+    assert distances[0] < distances[1] < 0.3 * found["pixels"]["of random pairs"]
+
+
+def test_the_nearest_training_image_is_that_of_the_pixels_seen():
+    with importing_from(EXAMPLES):
+        from common import nearest_training_images
+
+        training = torch.randint(256, (50, 1, 4, 4), generator=generator(), dtype=torch.uint8)
+        queries = torch.rand(6, 1, 4, 4, generator=generator(1))
+        seen = torch.rand(6, 4, 4, generator=generator(2)) < 0.6
+        found = nearest_training_images(training, queries, seen)
+    errors = [[(mask * (query - each / 255)).square().sum() for each in training[:, 0]]
+              for query, mask in zip(queries[:, 0], seen, strict=True)]  # fmt: skip
+    assert torch.equal(found, training[torch.tensor(errors).argmin(1)] / 255)
+
+
+RESULTS = json.loads((ROOT / "results" / "posteriors.json").read_text())
+
+
+def test_the_page_has_the_numbers_of_the_results():
+    with importing_from(EXAMPLES):
+        from tables import tables
+
+        page = (ROOT / "docs" / "posteriors.md").read_text()
+        assert all(table in page for table in tables(RESULTS))
+
+
+def test_the_goals_are_met():
+    for model in ("drawings", "mnist"):
+        assert all(auroc["squared_error"] >= 0.95 for auroc in RESULTS["anomalies"][model]["auroc"].values())
+    for errors in (found["squared_error"] for found in RESULTS["restoration"].values()):
+        assert all(errors[damage]["better than nearest"] >= 0.2 for damage in RESTORED)

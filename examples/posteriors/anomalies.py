@@ -6,7 +6,7 @@
 
 Half of the unseen images stay as they are. Into each of the others an anomaly is planted. `squared_error`,
 `log_likelihood` and `latent_distance` are those of `vaeplus score`. `local_error` is the largest error in any window
-of the picture, in units of the usual error there, which 1,000 training images tell: it finds what is small.
+of the picture, beside the errors of 1,000 training images in the same window: it finds what is small.
 """
 
 import sys
@@ -60,22 +60,36 @@ def error_maps(pipe, images: torch.Tensor) -> torch.Tensor:
     return (again - to_unit_range(images)).square().sum(1, keepdim=True)
 
 
-def local_errors(maps: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
-    """The largest mean of the error in a window, in units of the usual error there `(1, 1, H, W)`."""
-    side = max(2, maps.shape[-1] // 8)
-    return (avg_pool2d(maps, side, 1) / avg_pool2d(usual, side, 1)).flatten(1).amax(1)
+class LocalError:
+    """The largest error in any window of a sixth of a side, in standard deviations of the usual one there (of logs).
+
+    Args:
+        usual: error maps `(n, 1, H, W)` of training images.
+    """
+
+    def __init__(self, usual: torch.Tensor):
+        self.floor = 0.1 * usual.mean()  # where no error is usual, a little one is none
+        windows = self._windows(usual)
+        self.mean, spread = windows.mean(0), windows.std(0)
+        self.spread = spread + 0.1 * spread.mean()
+
+    def __call__(self, maps: torch.Tensor) -> torch.Tensor:
+        return ((self._windows(maps) - self.mean) / self.spread).flatten(1).amax(1)
+
+    def _windows(self, maps):
+        side = max(2, maps.shape[-1] // 6)
+        return (avg_pool2d(maps, side, 1).clamp(min=0) + self.floor).log()
 
 
 def measure(data: Data, args) -> dict:
     images = data.unseen(2 * args.num_images)
     normal, others = images.split(len(images) // 2)
-    usual = error_maps(data.pipe, data.training(1_000)).mean(0, keepdim=True)
-    usual = usual + 0.1 * usual.mean()  # where no error is usual, a little one is none
+    local_error = LocalError(error_maps(data.pipe, data.training(1_000)))
 
     def scored(images: torch.Tensor) -> list[dict]:
         batch = [{} for _ in images], images
         rows, _ = score_images(data.pipe, [batch], args.num_importance_samples, args.seed)
-        local = local_errors(error_maps(data.pipe, images), usual)
+        local = local_error(error_maps(data.pipe, images))
         return [row | {"local_error": value} for row, value in zip(rows, local.tolist(), strict=True)]
 
     auroc, rows = {}, scored(normal)
