@@ -73,7 +73,9 @@ CSS = """
 .way {--least: 10%}
 .pictures .grid-wrap, .examples .grid-wrap {min-height: 0 !important; max-height: none !important;
     overflow: visible !important}
-.examples .grid-container {padding-top: 0 !important; grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
+.examples .grid-container {padding-top: 0 !important;
+    grid-template-columns: repeat(auto-fill, minmax(56px, 1fr)) !important}
+.examples .gallery-item, .examples button {width: 100% !important; height: auto !important; aspect-ratio: 1}
 .pictures .grid-container {padding-top: 0 !important;
     grid-template-columns: repeat(auto-fill, minmax(max(92px, var(--least)), 1fr)) !important}
 .strip .window, .strip .film {background-image: var(--film); image-rendering: pixelated; border-radius: 4px}
@@ -246,10 +248,10 @@ class Handlers:
         """The pictures of [`interpolate`], there and back, as a GIF in HTML."""
         return _gif(self.interpolate(first, last, steps))
 
-    def example(self, chosen: gr.SelectData) -> Image.Image:
+    def example(self, chosen: gr.EventData) -> Image.Image:
         """The sample that was clicked on."""
-        number = _number("the example", chosen.index, 0, NUM_EXAMPLES - 1, whole=True)
-        return self.samples[number]
+        index = chosen._data.get("index") if isinstance(chosen._data, dict) else None  # of a client, so anything
+        return self.samples[_number("the example", index, 0, NUM_EXAMPLES - 1, whole=True)]
 
     def start_from_sample(self, seed) -> tuple:
         """As `start_from_picture`, from the picture that is drawn alone with this seed."""

@@ -310,6 +310,12 @@ def test_a_real_number_out_of_range_gives_one_sentence(value, handlers):
             call()
 
 
+@pytest.mark.parametrize("sent", [None, {}, [3], {"index": "<b>"}, {"index": 99}, {"index": [0, 1]}])
+def test_an_example_that_is_none_gives_one_sentence(sent, handlers):
+    with pytest.raises(ValueError, match="the example must be a whole number from 0 to 5"):
+        handlers.example(gradio.EventData(None, sent))
+
+
 def test_exploring_nothing_gives_one_sentence(handlers):
     with pytest.raises(ValueError, match="take a sample or upload one"):
         handlers.reset(None)
@@ -385,6 +391,7 @@ HOSTILE = [
     ("strip", ["<b>z99</b>", *10 * [0]]),
     ("walk", [{"path": "/etc/passwd"}, *10 * [0]]),
     ("way_as_gif", [None, None, 9]),
+    ("example", []),
     ("explore", 2 * [{}, None, "", -1]),
 ]
 
