@@ -73,8 +73,8 @@ CSS = """
 .way {--least: 10%}
 .pictures .grid-wrap, .examples .grid-wrap {min-height: 0 !important; max-height: none !important;
     overflow: visible !important}
-.examples .grid-container {padding-top: 0 !important;
-    grid-template-columns: repeat(auto-fill, minmax(56px, 1fr)) !important}
+.examples .grid-container {padding-top: 0 !important; grid-auto-rows: auto !important;
+    grid-template-rows: none !important; grid-template-columns: repeat(auto-fill, minmax(48px, 1fr)) !important}
 .examples .gallery-item, .examples button {width: 100% !important; height: auto !important; aspect-ratio: 1}
 .pictures .grid-container {padding-top: 0 !important;
     grid-template-columns: repeat(auto-fill, minmax(max(92px, var(--least)), 1fr)) !important}
