@@ -1,18 +1,19 @@
-"""The tables of docs/posteriors.md, from results/posteriors.json.
+"""Write the tables of docs/posteriors.md, between their markers, from results/posteriors.json.
 
 python examples/posteriors/tables.py
 """
 
 import json
+import re
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "posteriors.json"
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"drawings": "drawings", "mnist": "MNIST", "celeba128": "faces"}
 
 
-def tables(results: dict) -> list[str]:
-    """In Markdown."""
-    return [_markdown(*rows(results[use])) for use, rows in ROWS]
+def tables(results: dict) -> dict[str, str]:
+    """Name of a table -> Markdown."""
+    return {name: _markdown(*rows(results[use])) for name, (use, rows) in TABLES.items()}
 
 
 def _anomalies(found):
@@ -25,10 +26,14 @@ def _anomalies(found):
 
 def _restoration(found):
     kinds = ("search", "nearest training image", "encoder alone", "mean training image")
-    rows = [[MODELS[model], damage, *(f"{errors[kind]:.3g}" for kind in kinds),
+    rows = [[MODELS[model], damage, *(_error(errors[kind]) for kind in kinds),
              f"{100 * errors['better than nearest']:.0f}%"]
             for model in MODELS for damage, errors in found[model]["squared_error"].items()]  # fmt: skip
     return ["pictures", "damage", *kinds, "better than nearest"], rows
+
+
+def _error(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _directions(found):
@@ -51,13 +56,13 @@ def _neighbours(found):
     return ["pictures", "measured", "neighbour in code space", "neighbour in pixels"], rows
 
 
-ROWS = (
-    ("anomalies", _anomalies),
-    ("directions", _directions),
-    ("directions", _measured),
-    ("restoration", _restoration),
-    ("neighbours", _neighbours),
-)
+TABLES = {
+    "anomalies": ("anomalies", _anomalies),
+    "directions": ("directions", _directions),
+    "measured": ("directions", _measured),
+    "restoration": ("restoration", _restoration),
+    "neighbours": ("neighbours", _neighbours),
+}
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -65,4 +70,10 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(tables(json.loads(RESULTS.read_text(encoding="utf-8")))))
+    page = ROOT / "docs" / "posteriors.md"
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables(json.loads((ROOT / "results" / "posteriors.json").read_text(encoding="utf-8"))).items():
+        pattern = f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda found, table=table: found[1] + table + found[2], text, flags=re.DOTALL)
+        assert count == 1, f"{page} has no markers for the table {name}"
+    page.write_text(text, encoding="utf-8")
