@@ -165,7 +165,7 @@ RESTORED = ("hole, a quarter of the pixels", "75% of the pixels missing", "noise
 
 
 def test_the_search_comes_nearer_than_the_nearest_training_image(example):
-    found = example("restoration", "--num_images", 8, "--num_training", 1_000, "--num_steps", 50)["squared_error"]
+    found = example("restoration", "--num_images", 6, "--num_training", 1_000, "--num_steps", 30)["squared_error"]
     assert len(found) == 4 and all(found[damage]["better than nearest"] >= 0.2 for damage in RESTORED)
 
 
