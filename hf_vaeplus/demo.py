@@ -7,23 +7,25 @@ Whatever a request holds is checked here and not by the page: a client can call 
 """
 
 import asyncio
+import base64
 import contextlib
 import functools
 import html
+import io
+import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 
 from .data.pixels import to_uint8, to_unit_range
-from .image_processing_vaeplus import decode_image
+from .directions import directions_beside
 from .metrics.latents import PosteriorStatistics
-from .metrics.reconstruction import psnr, squared_error
+from .metrics.reconstruction import psnr
 
 if TYPE_CHECKING:
     from .pipeline_vaeplus import VAEPlusPipeline
@@ -49,7 +51,14 @@ MAX_SESSIONS = 256  # whose state is kept
 KEEP_FILES = 3600  # seconds, of uploads and of pictures made
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what browsers show; some of Pillow's other readers start programs
 NUM_DIRECTIONS = 8
-RANGE = 3.0  # of a slider, in standard deviations of the prior
+RANGE = 3.0  # of a slider, in standard deviations of the prior or of a named attribute
+NUM_FRAMES = 13  # of a strip: -RANGE to RANGE
+NUM_EXAMPLES = 6
+GIF_SIDE = 128  # pixels, at least: pictures of 28 x 28 would be stamps
+GIF_DURATION = 90  # milliseconds a frame
+NUM_IMPORTANCE_SAMPLES = 16  # of a score
+UNLIKE_ERROR = 4.0  # times the error that the model expects: of unseen faces and digits less than 1% have more
+UNLIKE_LENGTH = 1.7  # times the usual length of a code: as rare
 
 # Gradio shows small pictures small, smoothed and under their labels.
 CSS = """
@@ -62,11 +71,30 @@ CSS = """
 .upload img {width: 100% !important; height: 100% !important; object-fit: contain !important}
 .pictures {--least: 15%}
 .way {--least: 10%}
-.pictures .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
+.pictures .grid-wrap, .examples .grid-wrap {min-height: 0 !important; max-height: none !important;
+    overflow: visible !important}
+.examples .grid-container {padding-top: 0 !important; grid-auto-rows: auto !important;
+    grid-template-rows: none !important; grid-template-columns: repeat(auto-fill, minmax(48px, 1fr)) !important}
+.examples .gallery-item, .examples button {width: 100% !important; height: auto !important; aspect-ratio: 1}
 .pictures .grid-container {padding-top: 0 !important;
     grid-template-columns: repeat(auto-fill, minmax(max(92px, var(--least)), 1fr)) !important}
+.strip .window, .strip .film {background-image: var(--film); image-rendering: pixelated; border-radius: 4px}
+.strip .window {width: min(100%, 260px); aspect-ratio: 1; margin: 0 auto 8px;
+    background-size: calc(100% * var(--count)) 100%;
+    background-position: calc(100% * var(--at) / (var(--count) - 1)) 0}
+.strip .film {position: relative; aspect-ratio: var(--count); background-size: 100% 100%}
+.strip .film::after {content: ""; position: absolute; top: 0; bottom: 0; width: calc(100% / var(--count));
+    left: calc(100% * var(--at) / var(--count)); box-shadow: 0 0 0 3px var(--color-accent); border-radius: 2px}
+.strip input {position: absolute; inset: -8px 0; width: 100%; margin: 0; opacity: 0; cursor: ew-resize;
+    touch-action: pan-y}
+.strip .film:focus-within {outline: 2px solid var(--color-accent); outline-offset: 4px}
+.strip .ends {display: flex; justify-content: space-between; font-size: 13px; padding-top: 6px}
+.walk img {image-rendering: pixelated; border-radius: 4px; width: min(100%, 260px); margin: 0 auto}
+.walk {text-align: center}
+.unlike {padding: 8px 12px; border-left: 4px solid #d97706; background: color-mix(in srgb, #d97706 12%, transparent)}
 @media (max-width: 640px) {
     .gradio-container {overflow: clip !important}
+    .result {order: -1}
     .gradio-container .main {padding: 16px !important}
     .tab-container button {padding: 0 8px !important; font-size: 14px !important}
     .stays {position: sticky !important; top: 0; z-index: 1000; background: var(--body-background-fill)}
@@ -86,18 +114,26 @@ class Handlers:
         ValueError: one sentence for the visitor, from every method, about a value that cannot be used.
     """
 
-    def __init__(self, pipe: "VAEPlusPipeline"):
+    def __init__(self, pipe: "VAEPlusPipeline", directions: Mapping[str, torch.Tensor] | None = None):
         pipe.need_vae("posteriors to show")
-        self.pipe = pipe
+        self.pipe, self.named = pipe, dict(directions or {})
         self.sharpens = pipe.autoencoder is not None and pipe.autoencoder.config.matched_spectrum
         generator = torch.Generator().manual_seed(0)
         statistics = PosteriorStatistics(pipe.vae.config.latent_dim)
+        lengths = []
         for _ in range(4):  # 256 samples, encoded back: a saved pipeline holds no images and no figures of any
             posterior = pipe.encode(pipe(64, generator=generator, output_type="pt").images)
             statistics.update(posterior.mean, posterior.logvar)
+            lengths.append(posterior.mean.norm(dim=1))
         self.active = statistics.active_units_by_variance()
         self.kl = statistics.kl_per_dimension()  # nats, of each dimension of z
         self.directions = self.kl.argsort(descending=True)[:NUM_DIRECTIONS].tolist()
+        self.usual_length = torch.cat(lengths).square().mean().sqrt().item()
+        # gamma is the mean squared error of a pixel value in training, unless the config keeps it above
+        num_values = math.prod(pipe.image_shape)
+        self.expected_error = num_values * pipe.vae.decoder_log_variance.exp().item() if pipe.has_likelihood else None
+        self.samples = self.sample(0, 18, 1.0)
+        self.sliders = [*self.named, *[f"z{j}" for j in self.directions]]
 
     @contextlib.contextmanager
     def time_limit(self):
@@ -131,7 +167,7 @@ class Handlers:
         return seed, self.sample(seed, *values[1:])
 
     def read(self, file) -> torch.Tensor:
-        """An uploaded picture as the model sees it, read as on the command line: `(1, C, H, W)` in [0, 1]."""
+        """An uploaded picture as the model sees it, prepared as in training: `(1, C, H, W)` in [0, 1]."""
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise ValueError("there is no picture yet: upload one.")
         try:
@@ -147,9 +183,19 @@ class Handlers:
                 f"this picture has {width} x {height} pixels, expected at least {MIN_SIDE} on each side and"
                 f" {MAX_PIXELS:,} in all: upload another."
             )
-        channels, resolution, _ = self.pipe.image_shape
-        pixels = decode_image(Path(file["path"]), "this", resolution, None, channels)
-        return to_unit_range(torch.from_numpy(np.stack([pixels])).permute(0, 3, 1, 2))
+        processor = self.pipe.image_processor
+        if (
+            processor.crop is not None
+            and min(width, height) < processor.crop
+            and {width, height} != {processor.image_size}
+        ):
+            raise ValueError(
+                f"this picture has {width} x {height} pixels, and the model looks at the central {processor.crop} x"
+                f" {processor.crop}, as in training: upload a larger one."
+            )
+        with Image.open(file["path"], formats=FORMATS) as image:
+            pixels = processor.pixels(image, "this")
+        return to_unit_range(torch.tensor(pixels).permute(2, 0, 1)[None])
 
     def check(self, file):
         """Nothing, if `read` can read the file."""
@@ -160,13 +206,31 @@ class Handlers:
         seen = self.read(file)
         posterior = self.pipe.encode(seen)
         again = self.pipe.decode(posterior.mean, "pt")
-        error = squared_error(again, seen)
+        return _picture(seen), _picture(again), self._draw(posterior), self._figures(seen, posterior)
+
+    def _figures(self, seen, posterior) -> str:
+        scores = self.pipe.score(seen, NUM_IMPORTANCE_SAMPLES, torch.Generator().manual_seed(0))
+        error, length = scores.squared_error.item(), posterior.mean.norm().item()
         figures = (
-            f"Squared error **{error.item():.4g}** (summed over {seen.numel()} values in [0, 1]; PSNR"
-            f" {psnr(error, seen.numel()).item():.1f} dB), KL of the posterior from the prior"
+            f"Squared error **{error:.4g}** (summed over {seen.numel()} values in [0, 1]; PSNR"
+            f" {psnr(scores.squared_error, seen.numel()).item():.1f} dB), KL of the posterior from the prior"
             f" **{posterior.kl().sum():.4g} nats**."
         )
-        return _picture(seen), _picture(again), self._draw(posterior), figures
+        if scores.log_likelihood is not None:
+            figures += (
+                f" Score: log-likelihood **{scores.log_likelihood.item():.5g} nats**, a bound by"
+                f" {NUM_IMPORTANCE_SAMPLES} samples; {scores.bits_per_dimension.item():.3g} bits per value."
+            )
+        reasons = []
+        if self.expected_error is not None and error > UNLIKE_ERROR * self.expected_error:
+            times, expected = error / self.expected_error, f"{self.expected_error:.4g}"
+            reasons.append(f"its squared error is {times:.1f} times the {expected} that the model expects")
+        if length > UNLIKE_LENGTH * self.usual_length:
+            reasons.append(f"its code lies {length / self.usual_length:.1f} times as far out as is usual")
+        if reasons:
+            told = "This picture is unlike the training data"
+            figures += f"\n\n<div class='unlike'><b>{told}</b>: {' and '.join(reasons)}.</div>"
+        return figures
 
     def draw(self, file) -> Image.Image:
         """Another draw from the posterior of the picture."""
@@ -179,6 +243,15 @@ class Handlers:
         """`steps` pictures from the first uploaded picture to the last."""
         steps = _number("the number of steps", steps, 2, MAX_STEPS, whole=True)
         return self.pipe.interpolate(self.read(first), self.read(last), steps)[0]
+
+    def way_as_gif(self, first, last, steps) -> str:
+        """The pictures of [`interpolate`], there and back, as a GIF in HTML."""
+        return _gif(self.interpolate(first, last, steps))
+
+    def example(self, chosen: gr.EventData) -> Image.Image:
+        """The sample that was clicked on."""
+        index = chosen._data.get("index") if isinstance(chosen._data, dict) else None  # of a client, so anything
+        return self.samples[_number("the example", index, 0, NUM_EXAMPLES - 1, whole=True)]
 
     def start_from_sample(self, seed) -> tuple:
         """As `start_from_picture`, from the picture that is drawn alone with this seed."""
@@ -193,23 +266,61 @@ class Handlers:
         return z, self.pipe.decode(z)[0], *self._slider_values(z)
 
     def _slider_values(self, z) -> list[float]:
-        return [round(min(max(z[0, j].item(), -RANGE), RANGE), 2) for j in self.directions]
+        """Where all sliders stand at the start: named directions at 0, dimensions where `z` lies."""
+        at_z = [round(min(max(z[0, j].item(), -RANGE), RANGE), 2) for j in self.directions]
+        return [0.0] * len(self.named) + at_z
+
+    def _moved(self, z, values) -> torch.Tensor:
+        """`z`, but for the directions whose sliders were moved."""
+        if z is None:
+            raise ValueError("there is no picture to start from: take a sample or upload one.")
+        moved = z.clone()
+        values = [_number(f"the direction {name}", value, -RANGE, RANGE)
+                  for name, value in zip(self.sliders, values, strict=True)]  # fmt: skip
+        starts, count = self._slider_values(z), len(self.named)
+        for j, value, start in zip(self.directions, values[count:], starts[count:], strict=True):
+            if value != start:  # `start` is rounded and cut to the range: what is not moved stays exact
+                moved[0, j] = value
+        for direction, value in zip(self.named.values(), values[:count], strict=True):
+            moved += value * direction
+        return moved
 
     def explore(self, z, *values) -> Image.Image:
         """The picture at `z`, but for the directions whose sliders were moved."""
-        if z is None:
-            raise ValueError("there is no picture to start from: take a sample or upload one.")
-        z = z.clone()
-        for j, value, start in zip(self.directions, values, self._slider_values(z), strict=True):
-            value = _number(f"the direction z{j}", value, -RANGE, RANGE)
-            if value != start:  # `start` is rounded and cut to the range: what is not moved stays exact
-                z[0, j] = value
-        return self.pipe.decode(z)[0]
+        return self.pipe.decode(self._moved(z, values))[0]
 
     def reset(self, z) -> tuple:
         """The picture and the sliders as they were at the start."""
-        values = [0.0] * len(self.directions) if z is None else self._slider_values(z)
+        values = [0.0] * len(self.sliders) if z is None else self._slider_values(z)
         return self.explore(z, *values), *values
+
+    def strip(self, z, name, *values) -> str:
+        """Pictures along one direction, from end to end of its slider, to drag through: HTML."""
+        film = torch.cat(list(self._frames(z, name, values)), dim=2)
+        file = io.BytesIO()
+        _picture(film[None]).save(file, "PNG")
+        label, middle = html.escape(name), NUM_FRAMES // 2
+        return (
+            f"<div class='strip' style='--count: {NUM_FRAMES}; --at: {middle}; --film: url({_data_url(file, 'png')})'>"
+            f"<div class='window' role='img' aria-label='the picture on the strip'></div><div class='film'>"
+            f"<input type='range' min='0' max='{NUM_FRAMES - 1}' value='{middle}' aria-label='place on the strip'"
+            ' oninput=\'this.closest(".strip").style.setProperty("--at", this.value)\'></div>'
+            f"<div class='ends'><span>-{RANGE:g}</span><span>{label}</span><span>+{RANGE:g}</span></div></div>"
+        )
+
+    def walk(self, z, name, *values) -> str:
+        """The pictures of [`strip`], there and back, as a GIF in HTML."""
+        return _gif([_picture(frame[None]) for frame in self._frames(z, name, values)])
+
+    def _frames(self, z, name, values) -> torch.Tensor:
+        """`(NUM_FRAMES, C, H, W)`."""
+        if name not in self.sliders:
+            raise ValueError(f"there is no direction {str(name)[:40]!r}: choose one of the list.")
+        place = self.sliders.index(name)
+        stops = torch.linspace(-RANGE, RANGE, NUM_FRAMES).tolist()
+        return self.pipe.decode(
+            torch.cat([self._moved(z, [*values[:place], stop, *values[place + 1 :]]) for stop in stops]), "pt"
+        )
 
 
 def _number(name: str, value, low: float, high: float, whole: bool = False) -> int | float:
@@ -225,40 +336,69 @@ def _picture(images: torch.Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
+def _gif(frames: list[Image.Image]) -> str:
+    """An endless GIF, there and back, with a link that saves it: HTML. No file is left on the server."""
+    scale = math.ceil(GIF_SIDE / frames[0].width)
+    frames = [each.resize((each.width * scale, each.height * scale), Image.Resampling.NEAREST) for each in frames]
+    file = io.BytesIO()
+    frames[0].save(
+        file, "GIF", save_all=True, append_images=frames[1:] + frames[-2:0:-1], duration=GIF_DURATION, loop=0
+    )
+    url = _data_url(file, "gif")
+    return (
+        f"<div class='walk'><img src='{url}' alt='a walk'><a href='{url}' download='walk.gif'>Save walk.gif</a></div>"
+    )
+
+
+def _data_url(file: io.BytesIO, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def build_demo(pipe: "VAEPlusPipeline") -> gr.Blocks:
+def build_demo(
+    pipe: "VAEPlusPipeline", directions: Mapping[str, torch.Tensor] | None = None, name: str | None = None
+) -> gr.Blocks:
     """The page of a pipeline: four tabs, filled with samples of the pipeline. [`serve`] starts it.
 
     It takes 256 samples and their posteriors to order the latent directions by their KL.
 
     Args:
         pipe (`VAEPlusPipeline`): on the device where it is to run.
+        directions: named directions, each with a slider (directions.py); those beside the stored pipeline by default.
+        name (`str`, *optional*): of the model, the title; that of its folder or repository if not given.
     """
-    handlers = Handlers(pipe)
-    samples = handlers.sample(0, 18, 1.0)
-    _, size, _ = pipe.image_shape
-    with _Page(title="VAE+", analytics_enabled=False, delete_cache=(KEEP_FILES // 4, KEEP_FILES)) as page:
+    handlers = Handlers(pipe, directions_beside(pipe) if directions is None else directions)
+    name = name or _name_of(pipe)
+    size, latent_dim = pipe.image_shape[1], pipe.vae.config.latent_dim
+    with _Page(title=f"{name} (VAE+)", analytics_enabled=False, delete_cache=(KEEP_FILES // 4, KEEP_FILES)) as page:
         gr.Markdown(
-            f"# VAE+\nPictures of {size} x {size} pixels from noise in one pass, and for every picture a posterior"
-            f" over {pipe.vae.config.latent_dim} latent dimensions, of which {handlers.active} are in use."
+            f"# {html.escape(name)}\nVAE+: pictures of {size} x {size} pixels from noise in one pass, and for every"
+            f" picture a posterior over {latent_dim} latent dimensions, of which {handlers.active} are in use."
         )
         with gr.Tab("Sample"):
-            _sample_tab(handlers, samples)
+            _sample_tab(handlers)
         with gr.Tab("Reconstruct"):
-            _reconstruct_tab(handlers, samples[0])
+            _reconstruct_tab(handlers)
         with gr.Tab("Interpolate"):
-            _interpolate_tab(handlers, samples[:2])
+            _interpolate_tab(handlers)
         with gr.Tab("Explore"):
             _explore_tab(handlers)
     return page.queue(max_size=MAX_WAITING, api_open=False)
 
 
-def _sample_tab(handlers, samples):
+def _name_of(pipe) -> str:
+    """`faces` of `runs/faces/pipeline` and of `org/faces`."""
+    folder = Path(pipe.name_or_path or "")
+    parts = [part for part in (folder.resolve() if folder.is_dir() else folder).parts if part != "pipeline"]
+    return parts[-1] if pipe.name_or_path and parts else "VAE+"
+
+
+def _sample_tab(handlers):
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            count = gr.Slider(1, MAX_COUNT, len(samples), step=1, label="Pictures")
+            count = gr.Slider(1, MAX_COUNT, len(handlers.samples), step=1, label="Pictures")
             seed = gr.Number(0, label="Seed", info="the same seed and number give the same pictures", precision=0)
             values = [seed, count, gr.Slider(0, 2, 1, step=0.05, label="Temperature", info="factor on all noise")]
             if handlers.sharpens:
@@ -266,66 +406,125 @@ def _sample_tab(handlers, samples):
                 values.append(gr.Slider(0, 1, 0, step=0.05, label="Sharpness", info=told))
             button = gr.Button("Sample", variant="primary")
             another = gr.Button("Sample with another seed")
-        with gr.Column(scale=3, min_width=320):
-            gallery = _gallery(samples, "Samples")
+        with gr.Column(scale=3, min_width=320, elem_classes=["result"]):
+            gallery = _gallery(handlers.samples, "Samples")
     for event in (button.click, seed.submit):
         _on(event, handlers.sample, values, gallery)
     _on(another.click, handlers.sample_another, values, [seed, gallery])
 
 
-def _reconstruct_tab(handlers, sample):
+def _reconstruct_tab(handlers):
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            picture = _upload("Upload a picture", sample)
+            picture = _upload("Upload a picture", handlers.samples[0])
+            chosen = _examples(handlers, picture, "Or take a sample of the model")
             another = gr.Button("Another posterior draw")
-        with gr.Column(scale=3, min_width=320):
+            gr.Markdown(_seen_as(handlers))
+        with gr.Column(scale=3, min_width=320, elem_classes=["result"]):
             *pictures, figures = handlers.reconstruct(picture.value)
             labels = ("Model input", "Reconstruction", "Posterior draw")
             with gr.Row():
                 outputs = [_output(image, label) for image, label in zip(pictures, labels, strict=True)]
             outputs.append(gr.Markdown(figures))
-    _on(_checked(handlers, picture), handlers.reconstruct, picture, outputs)
+    for event in (_checked(handlers, picture), chosen):
+        _on(event, handlers.reconstruct, picture, outputs)
     _on(another.click, handlers.draw, picture, outputs[2])
+    _clears(picture, outputs)
 
 
-def _interpolate_tab(handlers, samples):
+def _interpolate_tab(handlers):
     with gr.Row():
-        ends = [_upload(label, sample) for label, sample in zip(("From", "To"), samples, strict=True)]
-    steps = gr.Slider(2, MAX_STEPS, 9, step=1, label="Steps", info="pictures on the way, the two ends included")
-    button = gr.Button("Interpolate", variant="primary")
-    way = _gallery(handlers.interpolate(*[end.value for end in ends], 9), "The way", "way")
-    for event in (button.click, *[_checked(handlers, end) for end in ends]):
-        _on(event, handlers.interpolate, [*ends, steps], way)
+        with gr.Column(scale=1, min_width=260):
+            with gr.Row():
+                ends = [_upload(label, sample, height=200)
+                        for label, sample in zip(("From", "To"), handlers.samples, strict=False)]  # fmt: skip
+            chosen = _examples(handlers, ends[1], "To: or take a sample of the model")
+            steps = gr.Slider(
+                2, MAX_STEPS, 9, step=1, label="Steps", info="pictures on the way, the two ends included"
+            )
+            button = gr.Button("Interpolate", variant="primary")
+            as_gif = gr.Button("The way as a GIF")
+        with gr.Column(scale=2, min_width=320, elem_classes=["result"]):
+            way = _gallery(handlers.interpolate(*[end.value for end in ends], 9), "The way", "way")
+            gif = gr.HTML()
+    values = [*ends, steps]
+    for event in (button.click, chosen, *[_checked(handlers, end) for end in ends]):
+        _on(event, handlers.interpolate, values, way)
+    _on(as_gif.click, handlers.way_as_gif, values, gif)
+    for end in ends:
+        _clears(end, [way, gif])
 
 
 def _explore_tab(handlers):
     z, image, *values = handlers.start_from_sample(0)
     latents = gr.State(z)
-    gr.Markdown(
-        "Each slider is a latent dimension of the first VAE, in standard deviations of the prior. First come those"
-        " that say most about a picture, by the mean KL of their posterior from the prior over 256 samples."
-    )
+    count = len(handlers.named)
     with gr.Row():
         with gr.Column(scale=1, min_width=260, elem_classes=["stays"]):
             picture = _output(image, "The picture at these latents")
         with gr.Column(scale=2, min_width=320):
-            with gr.Row():
-                labels = [f"z{j}: {handlers.kl[j]:.2f} nats" for j in handlers.directions]
-                sliders = [_direction(label, value) for label, value in zip(labels, values, strict=True)]
+            sliders = []
+            if handlers.named:
+                with gr.Row():
+                    sliders += [_direction(name, value) for name, value in zip(handlers.named, values, strict=False)]
+            with gr.Accordion("Latent dimensions", open=not handlers.named):
+                gr.Markdown(
+                    "Each slider is a latent dimension of the first VAE, in standard deviations of the prior. First"
+                    " come those that say most about a picture, by the mean KL of their posterior from the prior over"
+                    " 256 samples."
+                )
+                with gr.Row():
+                    labels = [f"z{j}: {handlers.kl[j]:.2f} nats" for j in handlers.directions]
+                    sliders += [_direction(label, value) for label, value in zip(labels, values[count:], strict=True)]
             reset = gr.Button("Back to the start")
+    with gr.Row():
+        with gr.Column(scale=1, min_width=260):
+            which = gr.Dropdown(
+                handlers.sliders, value=handlers.sliders[0], label="Drag through a direction", filterable=False
+            )
+            as_gif = gr.Button("A walk as a GIF")
+            gif = gr.HTML()
+        with gr.Column(scale=2, min_width=320):
+            strip = gr.HTML(handlers.strip(z, handlers.sliders[0], *values))
     with gr.Row():
         with gr.Column(min_width=260):
             seed = gr.Number(0, label="Start from the sample with this seed", precision=0)
             button = gr.Button("Start from this sample")
         with gr.Column(min_width=260):
             upload = _upload("Or start from a picture", None, height=200)
-    start = [latents, picture, *sliders]
-    for event in (button.click, seed.submit):
-        _on(event, handlers.start_from_sample, seed, start)
-    _on(_checked(handlers, upload), handlers.start_from_picture, upload, start)
-    _on(reset.click, handlers.reset, latents, [picture, *sliders])
+            gr.Markdown(_seen_as(handlers))
+    start, along = [latents, picture, *sliders], [latents, which, *sliders]
+    started = [_on(event, handlers.start_from_sample, seed, start) for event in (button.click, seed.submit)]
+    for event in started:
+        event.success(lambda: None, None, upload, api_visibility="private")  # the picture is no longer its own
+    started.append(_on(_checked(handlers, upload), handlers.start_from_picture, upload, start))
+    started.append(_on(reset.click, handlers.reset, latents, [picture, *sliders]))
+    for event in (*[each.success for each in started], which.input, *[slider.release for slider in sliders]):
+        _on(event, handlers.strip, along, strip)
     for slider in sliders:
         _on(slider.input, handlers.explore, [latents, *sliders], picture, trigger_mode="always_last")
+    _on(as_gif.click, handlers.walk, along, gif)
+    _clears(upload, [latents, picture, strip, gif])
+
+
+def _seen_as(handlers) -> str:
+    crop = handlers.pipe.image_processor.crop
+    part = "its largest centred square" if crop is None else f"its central {crop} x {crop} pixels"
+    return f"A picture may have any size. The model sees {part}, as in training."
+
+
+def _examples(handlers, picture, label):
+    """Samples of the model below an upload; the event that one was clicked on and stands in the upload."""
+    examples = gr.Gallery(
+        handlers.samples[:NUM_EXAMPLES], label=label, format="png", columns=NUM_EXAMPLES,
+        height="auto", allow_preview=False, interactive=False, buttons=[], elem_classes=["crisp", "examples"],
+    )  # fmt: skip
+    return _on(examples.select, handlers.example, None, picture, api_visibility="private").success
+
+
+def _clears(picture, outputs):
+    """A picture that is taken off the page takes its results with it."""
+    picture.clear(lambda: [None] * len(outputs), None, outputs, queue=False, api_visibility="private")
 
 
 def _gallery(images, label, *classes):

@@ -23,16 +23,15 @@ import yaml
 from helpers import SIZE, make_pipeline
 from PIL import Image
 
-from hf_vaeplus import (
-    VAEPlusPipeline,
-)
+from hf_vaeplus import VAEPlusImageProcessor, VAEPlusPipeline
 from hf_vaeplus.cli.flags import read_pictures
 from hf_vaeplus.cli.main import main
+from hf_vaeplus.directions import save_directions
 
 gradio = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[demo]'")
 httpx = pytest.importorskip("httpx")  # of Gradio
 
-from hf_vaeplus.demo import MAX_BYTES, Handlers, build_demo, serve  # noqa: E402
+from hf_vaeplus.demo import MAX_BYTES, NUM_FRAMES, Handlers, build_demo, serve  # noqa: E402
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"
 
@@ -43,8 +42,13 @@ def pipe() -> VAEPlusPipeline:
 
 
 @pytest.fixture(scope="module")
-def handlers(pipe) -> Handlers:
-    return Handlers(pipe)
+def directions() -> dict[str, torch.Tensor]:
+    return {"smile": torch.linspace(-1, 1, 9), "<age>": torch.ones(9)}
+
+
+@pytest.fixture(scope="module")
+def handlers(pipe, directions) -> Handlers:
+    return Handlers(pipe, directions)
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +127,55 @@ def test_reconstruction_and_its_figures(handlers, pipe, files):
     picture = read_pictures(Namespace(images=[files / "a.png"], crop=None), pipe)
     seen, again, draw, figures = handlers.reconstruct(upload(files / "a.png"))
     assert same([again], pipe.reconstruct(picture))
+    scores = pipe.score(picture, 16, torch.Generator().manual_seed(0))
     assert np.array_equal(pixels(seen), (255 * picture[0].permute(1, 2, 0)).round().numpy())
     error = (pipe.reconstruct(picture, "pt") - picture).square().sum().item()
     posterior = pipe.encode(picture)
     normal = torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp())
     kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum().item()
-    found = [float(number) for number in re.findall(r"\*\*([\d.]*\d)", figures)]
-    assert found == pytest.approx([error, kl], rel=1e-3)
+    found = [float(number) for number in re.findall(r"\*\*(-?[\d.]*\d)", figures)]
+    assert found == pytest.approx([error, kl, scores.log_likelihood.item()], rel=1e-3)
     assert not same([draw], [again]) and not same([draw], [handlers.draw(upload(files / "a.png"))])
+
+
+def test_a_picture_unlike_the_training_data_gets_a_hint(handlers, pipe, files, tmp_path):
+    """Such as noise, which no decoder draws. Samples of the model get none."""
+    sample = handlers.sample(3, 1, 1.0)[0]
+    sample.save(tmp_path / "sample.png")
+    assert "unlike" not in handlers.reconstruct(upload(tmp_path / "sample.png"))[3]
+    noise = np.random.default_rng(0).integers(0, 2, (SIZE, SIZE, 3), dtype=np.uint8) * 255
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    figures = handlers.reconstruct(upload(tmp_path / "noise.png"))[3]
+    times = pipe.score(noise[None]).squared_error.item() / (0.02 * noise.size)  # gamma is 0.02
+    assert f"unlike the training data</b>: its squared error is {times:.1f} times the 61.44 that" in figures
+
+
+def test_pictures_are_prepared_by_the_stored_image_processor(files):
+    cropped = make_pipeline(latent_dim=9)
+    cropped.image_processor = VAEPlusImageProcessor(SIZE, crop=50)
+    handlers = Handlers(cropped)
+    whole = Image.open(files / "a.png").crop((20, 5, 70, 55)).resize((SIZE, SIZE), Image.Resampling.BOX)
+    assert np.array_equal(pixels(handlers.reconstruct(upload(files / "a.png"))[0]), pixels(whole))
+    whole.save(files / "exact.png")
+    assert np.array_equal(pixels(handlers.reconstruct(upload(files / "exact.png"))[0]), pixels(whole))
+    whole.crop((0, 0, 20, 20)).save(files / "small.png")
+    with pytest.raises(ValueError, match="20 x 20 pixels, and the model looks at the central 50 x 50"):
+        handlers.check(upload(files / "small.png"))
+
+
+def gif_of(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(re.search(r"<img src='data:image/gif;base64,([^']+)'", text)[1])))
+
+
+def test_a_way_as_a_gif_goes_there_and_back(handlers, files):
+    ends = upload(files / "a.png"), upload(files / "b.png")
+    gif, way = gif_of(handlers.way_as_gif(*ends, 5)), handlers.interpolate(*ends, 5)
+    assert gif.n_frames == 8 and gif.info["loop"] == 0
+    for number, place in enumerate((0, 1, 2, 3, 4, 3, 2, 1)):
+        gif.seek(number)
+        assert gif.width >= 128 and gif.width % SIZE == 0
+        frame = pixels(gif.convert("RGB").resize((SIZE, SIZE), Image.Resampling.NEAREST)).astype(float)
+        assert np.argmin([np.abs(frame - pixels(each)).mean() for each in way]) == place  # of 256 colours
 
 
 def test_interpolation_is_the_pipelines(handlers, pipe, files):
@@ -156,17 +201,43 @@ def test_a_slider_sets_its_dimension_and_no_other(handlers, pipe, files):
     assert same([handlers.explore(z, *values)], [image])  # untouched: not even rounded
     moved = z.clone()
     moved[0, handlers.directions[2]] = -1.5
-    again = handlers.explore(z, *values[:2], -1.5, *values[3:])
+    values[4] = -1.5  # after the two named directions
+    again = handlers.explore(z, *values)
     assert same([again], pipe.decode(moved, "pil")) and not same([again], [image])
-    assert same([handlers.reset(z)[0]], [image]) and list(handlers.reset(z)[1:]) == values
+    assert same([handlers.reset(z)[0]], [image]) and handlers.reset(z)[1:3] == (0, 0)
+
+
+def test_a_named_slider_adds_its_direction(handlers, pipe, directions):
+    z, _, *values = handlers.start_from_sample(0)
+    values[:2] = -0.5, 2.0
+    moved = z - 0.5 * directions["smile"] + 2 * directions["<age>"]
+    assert same([handlers.explore(z, *values)], pipe.decode(moved, "pil"))
+    with pytest.raises(ValueError, match="the direction smile must be a number from -3 to 3, got '4'"):
+        handlers.explore(z, 4, *values[1:])
 
 
 def test_what_lies_beyond_the_sliders_stays_until_it_is_moved(handlers, pipe):
     z = torch.full((1, 9), 0.123456)
     z[0, handlers.directions[:3]] = torch.tensor([5.0, -4.0, 1.0])
     values = handlers.reset(z)[1:]
-    assert values == (3.0, -3.0, 1.0, *5 * [0.12])
+    assert values == (0, 0, 3.0, -3.0, 1.0, *5 * [0.12])
     assert same([handlers.explore(z, *values)], pipe.decode(z, "pil"))
+
+
+@pytest.mark.parametrize("place", [1, 4], ids=["named", "a dimension"])
+def test_a_strip_shows_a_direction_from_end_to_end(place, handlers):
+    z, _, *values = handlers.start_from_sample(0)
+    text = handlers.strip(z, handlers.sliders[place], *values)
+    assert "<age>" not in text  # a name is no HTML
+    film = pixels(Image.open(io.BytesIO(base64.b64decode(re.search(r"url\(data:image/png;base64,([^)]+)", text)[1]))))
+    assert film.shape == (SIZE, NUM_FRAMES * SIZE, 3)
+    frames = [Image.fromarray(each) for each in film.reshape(SIZE, NUM_FRAMES, SIZE, 3).swapaxes(0, 1)]
+    stops = np.linspace(-3, 3, NUM_FRAMES).tolist()
+    assert same(frames, [handlers.explore(z, *values[:place], stop, *values[place + 1 :]) for stop in stops])
+    assert gif_of(handlers.walk(z, handlers.sliders[place], *values)).n_frames == 2 * NUM_FRAMES - 2
+    for name in ("z99", None, 3, ["smile"], {}):
+        with pytest.raises(ValueError, match="there is no direction .*: choose one of the list"):
+            handlers.strip(z, name, *values)
 
 
 def test_explore_starts_from_a_sample(handlers, pipe):
@@ -232,10 +303,17 @@ def test_a_real_number_out_of_range_gives_one_sentence(value, handlers):
     for call, name in (
         (lambda: handlers.sample(0, 1, value), "temperature"),
         (lambda: handlers.sample(0, 1, 1.0, value), "sharpness"),
-        (lambda: handlers.explore(z, value, *values[1:]), "direction z"),
+        (lambda: handlers.explore(z, *values[:2], value, *values[3:]), "direction z"),
+        (lambda: handlers.explore(z, value, *values[1:]), "direction smile"),
     ):
         with pytest.raises(ValueError, match=f"{name}.* must be a number from"):
             call()
+
+
+@pytest.mark.parametrize("sent", [None, {}, [3], {"index": "<b>"}, {"index": 99}, {"index": [0, 1]}])
+def test_an_example_that_is_none_gives_one_sentence(sent, handlers):
+    with pytest.raises(ValueError, match="the example must be a whole number from 0 to 5"):
+        handlers.example(gradio.EventData(None, sent))
 
 
 def test_exploring_nothing_gives_one_sentence(handlers):
@@ -247,9 +325,9 @@ def test_exploring_nothing_gives_one_sentence(handlers):
 
 
 @contextmanager
-def served(pipe):
+def served(pipe, directions):
     """The address of the demo of a pipeline."""
-    demo = build_demo(pipe)
+    demo = build_demo(pipe, directions, "faces of <b>")
     try:
         yield serve(demo, block=False, server_name="127.0.0.1").rstrip("/")
     finally:
@@ -257,8 +335,8 @@ def served(pipe):
 
 
 @pytest.fixture(scope="module")
-def address(pipe) -> str:
-    with served(pipe) as address:
+def address(pipe, directions) -> str:
+    with served(pipe, directions) as address:
         yield address
 
 
@@ -309,7 +387,11 @@ HOSTILE = [
     ("reconstruct", [{"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}]),
     ("reconstruct", [{"path": "HTTPS://example.org/a.png", "meta": {"_type": "gradio.FileData"}}]),
     ("interpolate", [None, None, 9]),
-    ("explore", 8 * [9]),
+    ("explore", 10 * [9]),
+    ("strip", ["<b>z99</b>", *10 * [0]]),
+    ("walk", [{"path": "/etc/passwd"}, *10 * [0]]),
+    ("way_as_gif", [None, None, 9]),
+    ("example", []),
     ("explore", 2 * [{}, None, "", -1]),
 ]
 
@@ -422,6 +504,21 @@ def test_the_space_builds_the_page_of_its_pipeline(pipe, tmp_path, monkeypatch):
     page = runpy.run_path(str(SPACE / "app.py"))["demo"]
     tabs = [block.label for block in page.blocks.values() if isinstance(block, gradio.Tab)]
     assert tabs == ["Sample", "Reconstruct", "Interpolate", "Explore"]
+    assert page.title == f"{tmp_path.name} (VAE+)"
+
+
+def test_the_directions_beside_a_pipeline_become_sliders(pipe, directions, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "faces" / "pipeline")
+    place = str(tmp_path / "faces" / "pipeline")
+    found = []
+    monkeypatch.setattr("hf_vaeplus.demo.serve", lambda page, **_: found.append(page))
+    save_directions(directions, pipe, place)
+    save_directions({"frown": -directions["smile"]}, pipe, tmp_path / "frown.safetensors")
+    for flags in ([], ["--directions", str(tmp_path / "frown.safetensors")]):
+        assert main(["demo", place, *flags]) == 0
+    labels = [{block.label for block in page.blocks.values() if isinstance(block, gradio.Slider)} for page in found]
+    assert {"smile", "<age>"} <= labels[0] and "frown" in labels[1] and "smile" not in labels[1]
+    assert found[0].title == "faces (VAE+)"
 
 
 def test_the_spaces_header(monkeypatch):
@@ -579,23 +676,50 @@ def test_browser_interpolate(page, handlers, files):
 
 def test_browser_explore(page, handlers, files):
     panel = open_tab(page, "Explore")
-    picture, slider = panel.locator(".square img"), panel.get_by_role("slider").last
+    picture, slider = panel.locator(".square img"), panel.get_by_role("slider").first
     z, image, *values = handlers.start_from_picture(upload(files / "a.png"))
     images = changed(picture, lambda: panel.locator("input[type=file]").set_input_files(files / "a.png"))
-    assert same(images, [image]) and float(slider.input_value()) == values[-1]
+    assert same(images, [image]) and float(slider.input_value()) == values[0] == 0
 
-    def drag():
-        slider.scroll_into_view_if_needed()
-        box = slider.bounding_box()
-        x, y = box["x"] + box["width"] * (0.2 if values[-1] > 0 else 0.8), box["y"] + box["height"] / 2
+    def touch(element, share):
+        element.scroll_into_view_if_needed()
+        box = element.bounding_box()
+        x, y = box["x"] + box["width"] * share, box["y"] + box["height"] / 2
         (page.touchscreen.tap if page.viewport_size["width"] < 500 else page.mouse.click)(x, y)
 
-    images = changed(picture, drag)
+    images = changed(picture, lambda: touch(slider, 0.8))
     value = float(slider.input_value())
-    assert abs(value - values[-1]) > 0.5
-    assert same(images, [handlers.explore(z, *values[:-1], value)])
+    assert value > 0.5
+    assert same(images, [handlers.explore(z, value, *values[1:])])
     box = picture.bounding_box()
     assert box["width"] >= 150 and 0 <= box["y"] < page.viewport_size["height"]  # in sight while sliders are moved
     assert not too_wide(page)
     assert same(changed(picture, panel.get_by_role("button", name="Back to the start").click), [image])
-    assert float(slider.input_value()) == values[-1]
+    assert float(slider.input_value()) == 0
+
+    place = panel.get_by_label("place on the strip")
+    touch(place, 0.99)
+    assert place.input_value() == str(NUM_FRAMES - 1)
+    window = panel.locator(".strip .window")
+    assert window.evaluate("window => getComputedStyle(window).backgroundPositionX") == "100%"
+    panel.get_by_role("button", name="A walk as a GIF").click()
+    panel.locator(".walk img").wait_for()
+    assert panel.locator(".walk a").get_attribute("download") == "walk.gif"
+    panel.get_by_role("button", name="Remove Image").click()
+    panel.locator(".strip").wait_for(state="detached")
+    assert not picture.count() and not panel.locator(".walk").count()
+
+
+def test_browser_results_stand_above_on_a_phone_and_go_with_their_picture(page, handlers):
+    panel = open_tab(page, "Reconstruct")
+    outputs, inputs = panel.locator(".square img"), panel.locator(".upload")
+    is_above = outputs.first.bounding_box()["y"] + 50 < inputs.bounding_box()["y"]
+    assert is_above == (page.viewport_size["width"] < 500)
+    images = changed(outputs, panel.locator(".examples button").nth(2).click)
+    assert same(images[:1], [handlers.samples[2]])
+    panel.get_by_role("button", name="Remove Image").click()
+    outputs.first.wait_for(state="detached")
+    assert not outputs.count() and "Squared error" not in panel.inner_text()
+    panel.locator(".examples button").nth(1).click()
+    outputs.nth(2).wait_for()
+    assert page.title() == "faces of <b> (VAE+)" and page.get_by_role("heading", name="faces of <b>").is_visible()

@@ -1,5 +1,6 @@
 """The pages: every link leads somewhere, every command parses, and the walk-throughs run as they are written."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -10,8 +11,10 @@ from datasets import load_dataset
 from helpers import code_blocks, make_pipeline, run_code
 from PIL import Image
 
+from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.cli.flags import parse_stage_options
 from hf_vaeplus.cli.main import build_parser, main
+from hf_vaeplus.directions import load_directions
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -125,6 +128,18 @@ def test_scores(tmp_path, monkeypatch):
         assert main([*shlex.split(command)[1:], "--overwrite"]) == 0, command
     (block,) = code_blocks((ROOT / "docs/scores.md").read_text())
     assert run_code(block, tmp_path / "vaeplus-quickstart/pipeline")["scores"].log_likelihood.shape == (1,)
+
+
+def test_posteriors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model_cards").symlink_to(ROOT / "model_cards")
+    short = functools.partialmethod(VAEPlusPipeline.restore, num_steps=2)
+    monkeypatch.setattr(VAEPlusPipeline, "restore", short)
+    found = {}
+    for block in code_blocks((ROOT / "docs/posteriors.md").read_text()):
+        exec(compile(block, "page", "exec"), found)
+    assert len(found["smiling"]) == len(found["filled"]) == len(found["clean"]) == 4
+    assert load_directions(found["pipe"], found["path"]).keys() == {"turn", "smile"}
 
 
 def test_encode(hub, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ FLOORS = (
     {"fields", "files", "metrics", "progress", "provenance", "version"},
     {"image_processing_vaeplus", "modeling_baselines", "modeling_detail", "modeling_priors", "modeling_vaeplus"},
     {"data"},
-    {"pictures", "pipeline_vaeplus"},
+    {"directions", "pictures", "pipeline_vaeplus"},
     {"diagnosis", "evaluation", "hub", "training"},
     {"cli", "demo", "registration"},
     {"__init__"},

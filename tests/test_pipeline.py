@@ -236,12 +236,12 @@ def test_numbers_of_numpy_and_tuples_are_taken(pipeline, images):
 
 def test_every_method_gives_pictures_unless_asked_for_something_else(pipeline, images):
     z = pipeline.encode(images).mean
-    for found in (pipeline(5).images, pipeline.decode(z), pipeline.reconstruct(images)):
+    for found in (pipeline(5).images, pipeline.decode(z), pipeline.reconstruct(images), pipeline.restore(images)):
         assert len(found) == 5 and all(isinstance(each, Image.Image) for each in found)
     assert isinstance(pipeline.interpolate(images, images)[0][0], Image.Image)
     signatures = [inspect.signature(each) for _, each in inspect.getmembers(VAEPlusPipeline, inspect.isfunction)]
     defaults = [each.parameters["output_type"].default for each in signatures if "output_type" in each.parameters]
-    assert defaults == 4 * ["pil"]
+    assert defaults == 5 * ["pil"]
 
 
 def test_the_methods_say_what_they_return():

@@ -3,7 +3,7 @@
 import socket
 from pathlib import Path
 
-from .flags import add_json, load_pipeline, weights_path
+from .flags import add_json, load_pipeline, local_path, weights_path
 
 
 def add_demo(commands):
@@ -28,6 +28,12 @@ def add_demo(commands):
     )
     parser.add_argument("--port", type=int, default=None, help="(default: the first free one from 7860)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--directions",
+        type=local_path,
+        default=None,
+        help="file of named directions, each a slider (default: directions.safetensors beside the pipeline)",
+    )
     add_json(parser)
     parser.set_defaults(run=_demo, interrupted="the page is closed")
 
@@ -55,8 +61,14 @@ def _demo(args):
     except (OSError, OverflowError) as error:
         address = f"{args.host}:{args.port or ''}"
         raise ValueError(f"cannot serve at {address} ({error}): choose another --host or --port.") from error
+    pipe = load_pipeline(args)
+    directions = None
+    if args.directions:
+        from ..directions import load_directions
+
+        directions = load_directions(pipe, args.directions)
     serve(
-        build_demo(load_pipeline(args)),
+        build_demo(pipe, directions),
         server_name=args.host,
         server_port=args.port,
         ready=lambda address: args.print_json({"url": address}),

@@ -126,7 +126,16 @@ def is_repository(folder: str | Path) -> bool:
 
 def _files_of(folder: Path) -> list[Path]:
     """The files of an exported repository and no others."""
-    patterns = ("README.md", "*.png", "*.json", "*.py", "*/*.json", "*/*.py", "*/*.safetensors")
+    patterns = (
+        "README.md",
+        "*.png",
+        "*.json",
+        "*.py",
+        "directions.safetensors",
+        "*/*.json",
+        "*/*.py",
+        "*/*.safetensors",
+    )
     return sorted(path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern))
 
 

@@ -413,6 +413,68 @@ class VAEPlusPipeline(DiffusionPipeline):
         return self.decode(mean, output_type, decode_batch_size, sharpness, **drawn)
 
     @torch.no_grad()
+    def restore(
+        self,
+        images: Images,
+        seen: np.ndarray | torch.Tensor | None = None,
+        noise_std: float = 0.0,
+        num_steps: int = 200,
+        output_type: str = "pil",
+        decode_batch_size: int = 64,
+        preprocess: bool = True,
+    ) -> ImagesOut:
+        """Pictures that have holes or noise, restored by a search for the most probable z (Eq. 2 at one z).
+
+            argmax_z  log N(x | mean(z), (gamma + noise_std^2) I) over the pixels seen  +  log N(z | 0, I)
+
+        The search starts at the code of the picture whose holes the decoder has filled, and takes steps of Adam. The
+        result is the decoder's mean everywhere: put the pixels that were seen back with `torch.where` if they are to
+        stay as they are.
+
+        Args:
+            images, preprocess, output_type, decode_batch_size: see the class; what the holes hold does not matter.
+            seen (bool array of shape `(height, width)` or `(n, height, width)`, *optional*): False where a pixel is
+                missing, of the images as the model sees them.
+            noise_std (`float`): standard deviation of the noise on pixels in [0, 1].
+            num_steps (`int`): of the search; the cost is a pass through the decoder and back each.
+
+        Raises:
+            TypeError, ValueError: as `encode`; also a mask of another shape or type, an image without a seen pixel, or
+                a VAE whose gamma was measured on codes instead of images.
+        """
+        _check_output_type(output_type)
+        self._need_likelihood("restorations")
+        noise_std = _check_factor("noise_std", noise_std)
+        num_steps = _check_count("num_steps", num_steps)
+        images = self._to_images(images, preprocess)
+        seen = _check_seen(seen, len(images), self.image_shape)
+        variance = _log_gamma(self.vae).exp().cpu().item() + noise_std**2
+
+        def restored(rows: slice) -> torch.Tensor:
+            targets = self._to_float(images[rows])
+            mask = seen[rows, None].to(targets.device)
+            z = torch.zeros(len(targets), self.vae.config.latent_dim, device=targets.device)
+            for _ in range(1 if mask.all() else 5):
+                filled = torch.where(mask, targets, self._decode_batch(z).clamp(0, 1))
+                z = self._encode_batch(filled).mean
+            z.requires_grad_()
+            optimizer = torch.optim.Adam([z], lr=0.1)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+            for _ in range(num_steps):
+                with torch.enable_grad():
+                    squared_error = (mask * (targets - self._decode_batch(z))).square().sum()
+                    loss = 0.5 * (squared_error / variance + z.square().sum())
+                (z.grad,) = torch.autograd.grad(loss, z)  # of z alone, not of the weights
+                optimizer.step()
+                schedule.step()
+            return self._decode_batch(z.detach())
+
+        batches = self._batches(len(images), "decode_batch_size", decode_batch_size)
+        found = self._finished(map(restored, batches), len(images), 0.0)
+        self.maybe_free_model_hooks()
+        return _to_output(found, output_type)
+
+    @torch.no_grad()
     def interpolate(
         self,
         a: Images,
@@ -550,6 +612,14 @@ class VAEPlusPipeline(DiffusionPipeline):
         kind = "negative_log_density" if prior == "second_stage" else "mahalanobis"
         return VAEPlusScores(nats, bits, errors, distance, kind, num_importance_samples, prior)
 
+    def _need_likelihood(self, what: str) -> None:
+        self.need_vae(what)
+        if not self.has_likelihood:
+            raise ValueError(
+                f"{what} need the decoder variance of images, but this VAE's gamma was measured on codes: train it"
+                " with reconstruction_space='pullback' or 'image'."
+            )
+
     def _bits_per_dimension(self, nats: torch.Tensor) -> torch.Tensor:
         return 8 - nats / (math.prod(self.image_shape) * math.log(2))
 
@@ -587,16 +657,11 @@ class VAEPlusPipeline(DiffusionPipeline):
             TypeError, ValueError: as `encode`; also a VAE whose gamma was measured on codes instead of images, or a
                 second stage without an exact `log_prob`.
         """
-        self.need_vae("likelihoods")
+        self._need_likelihood("likelihoods")
         self._check_prior(prior)
         condition = self._condition(class_labels, conditions)
         if condition is not None and prior != "second_stage":
             raise ValueError("a likelihood given class_labels or conditions needs prior='second_stage'.")
-        if not self.has_likelihood:
-            raise ValueError(
-                "likelihoods need the decoder variance of images, but this VAE's gamma was measured on codes:"
-                " train it with reconstruction_space='pullback' or 'image'."
-            )
         images = self._to_images(images, preprocess)
         condition = None if condition is None else _in_turn(condition, len(images)).to(self._execution_device)
         num_importance_samples = _check_count("num_importance_samples", num_importance_samples)
@@ -1023,6 +1088,23 @@ def _check_latents(latents: torch.Tensor, latent_dim: int):
         )
     if not latents.isfinite().all():
         raise ValueError("latents must be finite, got NaN or infinity.")
+
+
+def _check_seen(seen, num_images: int, image_shape: tuple[int, int, int]) -> torch.Tensor:
+    """Bools of shape `(num_images, height, width)`; all True for `None`."""
+    shape = image_shape[1:]
+    if seen is None:
+        return torch.ones(num_images, *shape, dtype=torch.bool)
+    mask = torch.as_tensor(seen)
+    if mask.dtype != torch.bool or mask.shape not in (shape, (num_images, *shape)):
+        raise ValueError(
+            f"seen must be bools of shape {tuple(shape)} or {(num_images, *shape)}, got {mask.dtype} of shape"
+            f" {tuple(mask.shape)}."
+        )
+    mask = mask.expand(num_images, *shape)
+    if not mask.flatten(1).any(1).all():
+        raise ValueError("seen must leave a pixel of every image, got one of which nothing is seen: leave it out.")
+    return mask
 
 
 def _check_generators(generator: Generators, num_images: int) -> torch.Generator | list[torch.Generator] | None:
