@@ -6,9 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import importing_from, run_script
+import torch.nn.functional as F
+from helpers import SIZE, importing_from, make_pipeline, run_script
+from PIL import Image
+from torch.testing import assert_close
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -167,3 +171,33 @@ def test_conditional(run, tmp_path):
     wanted = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
     torch.testing.assert_close(conditional.r2(wanted, wanted), torch.ones(2).double())
     torch.testing.assert_close(conditional.r2(wanted.mean(0).expand(3, 2), wanted), torch.zeros(2).double())
+
+
+def test_half_size_gives_the_image_shrunk(tmp_path):
+    """Decoded images are means of four pixels, and codes those of images whose pixels are repeated."""
+    with importing_from(FOLDER):
+        import half_size
+    whole = make_pipeline().autoencoder
+    half, code = half_size.half_size(whole), torch.randn(3, 6)
+    assert_close(half.decode(code), F.avg_pool2d(whole.decode(code), 2), rtol=1e-4, atol=1e-5)
+    images = torch.rand(3, 3, SIZE // 2, SIZE // 2)
+    assert_close(half.encode(images), whole.encode(F.interpolate(images, scale_factor=2)), rtol=1e-4, atol=1e-5)
+
+
+def test_detail_trains_and_judges_its_candidates(tmp_path):
+    """Those that need no extractor, on pictures of noise."""
+    for split, count in (("train", 60), ("validation", 100)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.random.default_rng(number).integers(0, 256, (128, 128, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / f"{number}.png")
+    make_pipeline().autoencoder.save_pretrained(tmp_path / "autoencoder")
+    words = f"{tmp_path / 'autoencoder'} --train_data_dir {tmp_path / 'data'} --features pixels:8 --seconds 0.2"
+    words += f" --num_images 100 --work_dir {tmp_path / 'work'} --output {tmp_path / 'found.json'}"
+    code, _, errors = run_script(FOLDER / "detail.py", *words.split())
+    assert code == 0, errors[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    names = [(row["candidate"], row.get("temperature")) for row in found["rows"]]
+    assert names == [("mean", None), ("compute", 0), ("bands", 0), ("pixels", 0.6), ("pixels", 1.0)]
+    assert all(row["over_downsample"]["pixels:8"] > 0 and row["squared_error"] > 0 for row in found["rows"])
+    assert found["commit"] and (tmp_path / "work" / "reconstructions.png").is_file()
