@@ -234,3 +234,7 @@ def test_a_model_that_is_no_backbone_is_refused(preset, trained, tmp_path):
 
     with pytest.raises(ValueError, match="does not offer as a backbone"):
         open_backbone(str(trained / "autoencoder"), 32)
+    (tmp_path / "preset.yaml").write_text(yaml.safe_dump(preset))  # before a stage is trained
+    words = ["--output_dir", str(tmp_path / "run"), "--set", f"detail.feature_loss={tmp_path / 'gone'}"]
+    code, _, errors = run("train", "--config", str(tmp_path / "preset.yaml"), *words)
+    assert code == 2 and "names no model" in errors and not (tmp_path / "run" / "autoencoder").exists()

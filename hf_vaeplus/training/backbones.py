@@ -34,10 +34,16 @@ def open_backbone(name: str, image_size: int) -> Callable[[torch.Tensor], list[t
     """The backbone in a folder or a repository of the Hub, from safetensors alone and without code of its own.
 
     Raises:
-        ValueError: a model that transformers does not offer as a backbone, or that takes no images of this size.
-        OSError: nothing is there, or nothing in safetensors.
+        ValueError: nothing is there, or nothing in safetensors; a model that transformers does not offer as a
+            backbone, or that takes no images of this size.
     """
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--feature_loss {name} names no model ({' '.join(str(error).split())}): give the folder or the Hub id of a"
+            " backbone of transformers."
+        ) from error
     stages = getattr(config, "stage_names", None)
     if not stages or type(config) not in MODEL_FOR_BACKBONE_MAPPING:
         raise ValueError(
@@ -57,9 +63,9 @@ def open_backbone(name: str, image_size: int) -> Callable[[torch.Tensor], list[t
         backbone = Backbone(network, told["image_mean"], told["image_std"])
         with torch.no_grad():
             backbone(torch.full((1, 3, image_size, image_size), 0.5))
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"--feature_loss {name} cannot look at images of {image_size} x {image_size} pixels"
+            f"--feature_loss {name} cannot be loaded, or cannot look at images of {image_size} x {image_size} pixels"
             f" ({' '.join(str(error).split())}): choose another backbone."
         ) from error
     return backbone

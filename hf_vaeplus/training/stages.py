@@ -151,6 +151,8 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
     configs = {"autoencoder": autoencoder, "vae": vae, "second_stage": second_stage}
     if "detail" in options:
         configs["detail"] = _detail_config(options["detail"], autoencoder)
+        if options["detail"].feature_loss:  # refused now, not after hours
+            open_backbone(options["detail"].feature_loss, autoencoder.image_size)
     _look_ahead(options, images, configs, labels)
     output_dir.mkdir(parents=True, exist_ok=True)
     models = {stage: run_stage(options[stage], images[stage]) for stage in options}
