@@ -41,8 +41,8 @@ def open_backbone(name: str, image_size: int) -> Callable[[torch.Tensor], list[t
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--feature_loss {name} names no model ({' '.join(str(error).split())}): give the folder or the Hub id of a"
-            " backbone of transformers."
+            f"--feature_loss {name} names no model ({' '.join(str(error).split())}): give the folder or the Hub id of"
+            " a backbone of transformers."
         ) from error
     stages = getattr(config, "stage_names", None)
     if not stages or type(config) not in MODEL_FOR_BACKBONE_MAPPING:
