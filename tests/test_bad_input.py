@@ -492,7 +492,7 @@ CATALOGUE = {
     "a negative count": (f"evaluate pipeline {DIGIT} --num_images -5", "num_images must be at least 2.*got -5"),
     "an unknown sampler": (
         f"{EVAL} {DIGIT} --sampler best",
-        "samplers must be of second_stage, sharpened, prior, mixture, gaussian, got 'best'",
+        "samplers must be of second_stage, mean, sharpened, prior, mixture, gaussian, got 'best'",
     ),
     "an unknown extractor": (f"{EVAL} {DIGIT} --features vgg", "pixels, pixels:SIZE, fid:WEIGHTS or a file.*vgg"),
     "text as an extractor": (f"{EVAL} {DIGIT} --features text.onnx", "text.onnx"),

@@ -93,6 +93,7 @@ def test_devices(run):
     assert {row["candidate"] for row in found["host_time"]} == {"bare", "train()"}
 
 
+@pytest.mark.slow
 def test_data_routes(run):
     routes = {row["route"] for row in run("data_routes")["routes"]}
     assert {"cache", "folder, streamed", "parquet, streamed", "datasets stream, streamed"} <= routes
@@ -105,12 +106,14 @@ def test_sampling(run):
     assert all(row["images_per_second"] > 0 for row in found["sampling"])
 
 
+@pytest.mark.slow
 def test_stages(run):
     stages = {row["stage"]: row for row in run("stages", "--second_stage_nll", "1e9")["stages"]}
     assert stages["second_stage"]["seconds_to_nll"] > 0  # any line is below
     assert stages["vae"]["seconds_to_nll"] is None and stages["vae"]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_evaluation(run):
     found = run("evaluation", "--features", "pixels:4", "--sizes", "32", "64")
     assert [row["image_size"] for row in found["evaluation"] if row["part"].startswith("features")] == [32, 64]
@@ -151,6 +154,7 @@ def test_attempts(run):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("zuko") is None, reason="zuko is not installed (extra flows)")
+@pytest.mark.slow
 def test_priors(run, tmp_path):
     found = run("priors", "--only", "bimodal", "--work_dir", tmp_path / "work")
     rows = {row["prior"]: row["between"] for row in found["bimodal"]}

@@ -457,7 +457,7 @@ def test_too_few_images_for_neighbours_are_measured_all_the_same(pca, digits):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"samplers": ["posterior"]}, "samplers must be of second_stage, sharpened, prior, .*, got 'posterior'"),
+        ({"samplers": ["posterior"]}, "samplers must be of second_stage, mean, sharpened, prior, .*, got 'posterior'"),
         ({"samplers": ["second_stage"]}, "no second stage: sample it with prior"),
         ({"samplers": ["sharpened"]}, "its autoencoder was trained without match_spectrum"),
         ({"samplers": ["mixture"]}, "need as many training images, got 0"),

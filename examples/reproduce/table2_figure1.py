@@ -101,10 +101,10 @@ def train_and_watch(options):
     stage = build_stage(options)
     norms, decode = [], stage.model.decode
 
-    def watched(latents):
+    def watched(latents, condition=None):
         if latents.requires_grad:
             latents.register_hook(lambda gradient: norms.append(float(gradient.norm(dim=1).mean() * len(gradient))))
-        return decode(latents)
+        return decode(latents, condition)
 
     stage.model.decode = watched
     train(stage, options)

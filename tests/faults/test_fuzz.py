@@ -27,7 +27,9 @@ def test_inputs_to_begin_with_are_those_of_a_run_without_crashes(tmp_path, monke
 
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs .[fuzz]")
-@pytest.mark.parametrize("name, crashes", [("canary", ["KeyError-fuzz"]), ("checksums", [])])
+@pytest.mark.parametrize(
+    "name, crashes", [("canary", ["KeyError-fuzz"]), pytest.param("checksums", [], marks=pytest.mark.slow)]
+)
 def test_a_short_run(name, crashes, tmp_path):
     row = fuzz(name, 3000, 1, tmp_path / name)
     assert row["executions"] >= 3000 and row["edges"] >= row["edges_that_the_seeds_reach"] > 0

@@ -5,7 +5,7 @@ import pytest
 from faults.kills import SETTINGS, survive
 
 
-@pytest.mark.parametrize("setting", [0, 3])
+@pytest.mark.parametrize("setting", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_if_nothing_had_been(tmp_path, setting):
     (row,) = survive(2, tmp_path, seed=setting, settings=[SETTINGS[setting]])
     assert row["kills"] == 2 and row["runs_compared"] >= 1
