@@ -141,6 +141,18 @@ def test_the_card_tells_of_the_detail(trained, tmp_path):
     assert "\n| detail |" in card and re.search(r"^Fingerprints: .*, detail `", card, re.MULTILINE)
 
 
+def test_an_evaluation_measures_with_and_without_it(trained, tmp_path):
+    words = (
+        "--dataset_name rendered-faces --max_images 20 --num_images 10 --features pixels:4 --sampler second_stage mean"
+    )
+    output = tmp_path / "evaluation.json"
+    code, _, errors = run("evaluate", str(trained / "pipeline"), *words.split(), "--output", str(output))
+    assert code == 0, errors
+    found = json.loads(output.read_text())
+    assert {"reconstruction", "detail", "second_stage", "mean"} <= found["sets"].keys()
+    assert found["weights"].keys() == {"autoencoder", "vae", "second_stage", "detail"}
+
+
 def test_samples_have_detail_and_a_seed_gives_the_same(pipe):
     images, again, mean, batched = (
         pipe(4, generator(), output_type="pt", **options).images

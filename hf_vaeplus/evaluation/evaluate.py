@@ -326,7 +326,7 @@ def evaluate(
         if sampler in _COMPONENTS:
             drawn = sample_mixture(pipe, codes, batches, _COMPONENTS[sampler], seed)
         else:
-            sampled = type(pipe)(pipe.vae, pipe.autoencoder) if sampler == "prior" else pipe
+            sampled = type(pipe)(pipe.vae, pipe.autoencoder, detail=pipe.detail) if sampler == "prior" else pipe
             is_mean = sampler in ("mean", "sharpened")
             drawn = sample_images(sampled, batches, seed, float(sampler == "sharpened"), is_mean)
         observed[sampler] = [observe(batch) for batch in drawn]
