@@ -309,10 +309,8 @@ class VAEPlusPipeline(DiffusionPipeline):
         latents = temperature * latents
         if self.second_stage is not None:
             eps = temperature * randn_tensor((num_images, latent_dim), **noise)
-        texture = None
-        if self.detail is not None and not deterministic:
-            texture = randn_tensor((num_images, *self.detail.config.noise_shape), **noise)
-            texture = temperature * detail_temperature * texture
+        is_mean = self.detail is None or deterministic
+        texture = self._detail_noise(num_images, generator, is_mean, temperature * detail_temperature)
 
         def decoded(rows: slice) -> torch.Tensor:
             z = latents[rows]
