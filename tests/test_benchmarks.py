@@ -189,7 +189,7 @@ def test_half_size_gives_the_image_shrunk(tmp_path):
 
 
 def test_detail_trains_and_judges_its_candidates(tmp_path):
-    """Those that need no extractor, on pictures of noise."""
+    """On pictures of noise."""
     for split, count in (("train", 60), ("validation", 100)):
         (tmp_path / "data" / split).mkdir(parents=True)
         for number in range(count):
@@ -202,6 +202,9 @@ def test_detail_trains_and_judges_its_candidates(tmp_path):
     assert code == 0, errors[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     names = [(row["candidate"], row.get("temperature")) for row in found["rows"]]
-    assert names == [("mean", None), ("compute", 0), ("bands", 0), ("pixels", 0.6), ("pixels", 1.0)]
+    assert names == [
+        ("mean", None), ("compute", 0), ("bands", 0), ("feature", 0), ("pixels", 0.6), ("pixels", 1.0),
+        ("energy", 0.6), ("energy", 1.0),
+    ]  # fmt: skip
     assert all(row["over_downsample"]["pixels:8"] > 0 and row["squared_error"] > 0 for row in found["rows"])
     assert found["commit"] and (tmp_path / "work" / "reconstructions.png").is_file()

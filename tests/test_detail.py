@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from transformers import ResNetBackbone, ResNetConfig
 from hf_vaeplus import VAEPlusAutoencoderConfig, VAEPlusAutoencoderModel, VAEPlusDetailConfig, VAEPlusDetailModel
 from hf_vaeplus.modeling_detail import energy_score, pixel_views, random_directions
 
+ROOT = Path(__file__).parents[1]
+# Mean and standard deviation of four feature maps of EfficientNet-lite0.
+GOLDEN = [(0.41887, 7.2409), (1.91196, 8.846), (0.18661, 8.84325), (0.27846, 8.68992)]
 CONFIG = VAEPlusDetailConfig(image_size=16, patch_size=4, feature_dim=8, hidden_dim=8, num_blocks=1, noise_channels=4)
 
 
@@ -239,6 +243,20 @@ def test_options_that_do_not_belong_together_are_refused(options, told):
 
     with pytest.raises(ValueError, match=told):
         StageOptions(**options)
+
+
+def test_the_backbone_of_the_zoo_gives_the_maps_of_efficientnet_lite0():
+    """Means and spreads of the maps of the weights before their normalisation was folded in (TensorFlow's padding)."""
+    from hf_vaeplus.training.backbones import open_backbone
+
+    backbone = open_backbone(str(ROOT / "model_cards" / "efficientnet-lite0"), 48)
+    rows = torch.linspace(0, 1, 48)
+    image = torch.stack([rows[:, None] * rows, rows[:, None].expand(48, 48), 1 - rows.expand(48, 48)])[None]
+    with torch.no_grad():
+        maps = backbone(image)
+    assert [tuple(each.shape[1:]) for each in maps] == [(16, 24, 24), (24, 12, 12), (40, 6, 6), (80, 3, 3)]
+    found = [(float(each.mean()), float(each.std())) for each in maps]
+    assert_close(found, GOLDEN, rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_that_is_no_backbone_is_refused(preset, trained, tmp_path):

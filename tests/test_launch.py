@@ -177,7 +177,7 @@ def test_the_launcher_counts_where_the_command_is_silent(monkeypatch, variable, 
 @pytest.mark.parametrize(
     "variable, value, told",
     [
-        ("MIXED_PRECISION", "fp8", "mixed_precision must be one of no, bf16, fp16, got 'fp8'"),
+        ("MIXED_PRECISION", "fp8", "mixed_precision must be one of no, bf16, fp16, auto, got 'fp8'"),
         ("GRADIENT_ACCUMULATION_STEPS", "auto", "gradient_accumulation_steps must be int, got 'auto'"),
     ],
 )

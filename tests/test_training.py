@@ -45,7 +45,7 @@ from hf_vaeplus.training.checkpoints import list_checkpoints
 from hf_vaeplus.training.codes import TensorRows
 from hf_vaeplus.training.logs import HealthWatch
 from hf_vaeplus.training.loop import Stage, TrainingDiverged, train
-from hf_vaeplus.training.options import Schedule, StageOptions, Tracker, TrainingOptions
+from hf_vaeplus.training.options import RECORD, Schedule, StageOptions, Tracker, TrainingOptions, read_record
 from hf_vaeplus.training.randomness import GlobalBatchSampler, Noise, derived_seed
 
 
@@ -192,6 +192,27 @@ def test_bf16_on_a_processor_without_it_is_advised_against(monkeypatch, caplog, 
     monkeypatch.setattr(arithmetic, "slowdown_in_bf16", lambda: slowdown)
     arithmetic.advise_on_precision(TrainingOptions(output_dir="x", mixed_precision=precision), torch.device(device))
     assert ("3.0 times as long in bf16" in caplog.text) == said
+
+
+@pytest.mark.parametrize("slowdown, precision, other", [(3.0, "no", 0.5), (0.5, "bf16", 3.0)])
+def test_auto_is_the_faster_precision_and_stays_that_of_the_run(tmp_path, monkeypatch, slowdown, precision, other):
+    run = dict(checkpoints_total_limit=10, max_train_steps=2)
+    fit(tmp_path / "told", mixed_precision=precision, **run)
+    monkeypatch.setattr(arithmetic, "slowdown_in_bf16", lambda: slowdown)
+    fit(tmp_path / "auto", mixed_precision="auto", **run)
+    assert contents(tmp_path / "auto") == contents(tmp_path / "told")
+    monkeypatch.setattr(arithmetic, "slowdown_in_bf16", lambda: other)  # the run goes on, on another machine
+    run |= dict(max_train_steps=4, resume_from_checkpoint="latest")
+    for folder, asked in (("told", precision), ("auto", "auto")):
+        fit(tmp_path / folder, mixed_precision=asked, **run)
+    assert contents(tmp_path / "auto") == contents(tmp_path / "told")
+    assert read_record(tmp_path / "auto")["mixed_precision"] == precision
+
+
+def test_auto_refuses_to_go_on_in_fp16_on_a_cpu(tmp_path):
+    (tmp_path / RECORD).write_text('{"mixed_precision": "fp16"}')
+    with pytest.raises(ValueError, match="fp16 needs a GPU, and this is a CPU"):
+        arithmetic.with_precision(TrainingOptions(output_dir=str(tmp_path), mixed_precision="auto"))
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "fixed", "learned"])
@@ -828,7 +849,7 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
         ({"max_grad_norm": math.nan}, "max_grad_norm must not be negative, got nan"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), got -0.1"),
-        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, bf16, fp16, got 'fp8'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, bf16, fp16, auto, got 'fp8'"),
         ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
         ({"learning_rate": "1e-3"}, r"learning_rate must be .*got '1e-3' \(YAML needs the dot in 1.0e-3\)"),
         ({"max_train_steps": 10.5}, "max_train_steps must be int, got 10.5"),

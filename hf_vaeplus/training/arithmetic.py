@@ -5,14 +5,23 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 
-from .options import TrainingOptions
+from .checkpoints import list_checkpoints
+from .launch import process_state
+from .options import TrainingOptions, read_record, refuse_fp16_on_cpu
 
 logger = logging.getLogger(__name__)
 
+SLOW = 1.5  # times as long as in float32: this CPU only imitates bf16
 
+
+@cache
 def slowdown_in_bf16() -> float:
     """How much longer this CPU takes for products of matrices in bf16 than in float32; at most 1 if it knows bf16."""
     times = []
@@ -28,9 +37,33 @@ def slowdown_in_bf16() -> float:
     return times[1] / times[0]
 
 
+def with_precision(options: TrainingOptions) -> TrainingOptions:
+    """The options, with `mixed_precision` auto replaced by bf16 or no.
+
+    A run that is there goes on in its own precision, also on another machine. A new one takes bf16 where this device
+    has instructions for it. All processes take what the first one finds.
+
+    Raises:
+        ValueError: what is recorded of the run is damaged, or is fp16 and this is a CPU.
+    """
+    if options.mixed_precision != "auto":
+        return options
+    folder = Path(options.output_dir)
+    newest = list_checkpoints(options.output_dir)[-1:]
+    found = read_record(newest[0] if newest else folder).get("mixed_precision")
+    device = process_state().device
+    if found is None and device.type == "cuda":
+        found = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    elif found is None:
+        found = "bf16" if device.type == "cpu" and slowdown_in_bf16() < SLOW else "no"
+    options = replace(options, mixed_precision=broadcast_object_list([found])[0])
+    refuse_fp16_on_cpu(options, device)
+    return options
+
+
 def advise_on_precision(options: TrainingOptions, device: torch.device):
     """Say so if bf16 makes this run slower: some CPUs have no instructions for it."""
-    if options.mixed_precision == "bf16" and device.type == "cpu" and (slowdown := slowdown_in_bf16()) > 1.5:
+    if options.mixed_precision == "bf16" and device.type == "cpu" and (slowdown := slowdown_in_bf16()) >= SLOW:
         logger.warning(
             "this CPU takes %.1f times as long in bf16 as in float32: mixed_precision no trains a model faster here.",
             slowdown,

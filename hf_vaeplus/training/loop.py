@@ -40,7 +40,7 @@ from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
 from ..provenance import folder_fingerprint, provenance, weights_fingerprint
-from .arithmetic import advise_on_precision, arithmetic_of
+from .arithmetic import advise_on_precision, arithmetic_of, with_precision
 from .checkpoints import (
     TrainingState,
     checkpoint_step,
@@ -238,6 +238,7 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
     # `Accelerator`) ignores ACCELERATE_USE_CPU: two CPU processes would each train alone.
     AcceleratorState._reset_state(reset_partial_state=True)
     refuse_what_cannot_run(options)
+    options = with_precision(options)
     output_dir = Path(options.output_dir)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,

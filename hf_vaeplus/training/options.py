@@ -97,7 +97,10 @@ class TrainingOptions:
     adam_weight_decay: float | int = option(0.0, "AdamW's decoupled weight decay", not_negative, finite)
     adam_epsilon: float | int = option(1e-8, "AdamW's epsilon", positive, finite)
     max_grad_norm: float | int = option(0.0, "clip the gradient to this norm; 0 leaves it alone", not_negative, finite)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the networks' arithmetic")
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = option(
+        "no",
+        "precision of the networks' arithmetic; auto: bf16 where the device has instructions for it, otherwise no",
+    )
     use_ema: bool = option(False, "keep an exponential moving average of the weights and save that as the model")
     ema_decay: float | int = option(0.999, "decay of the moving average (shorter during the first steps)", below_one)
     checkpointing_steps: int = option(

@@ -57,7 +57,7 @@ from ..modeling_vaeplus import (
 from ..pictures import image_grid
 from ..progress import tqdm
 from ..provenance import folder_fingerprint, weights_fingerprint
-from .arithmetic import arithmetic_of
+from .arithmetic import arithmetic_of, with_precision
 from .backbones import open_backbone
 from .checkpoints import checkpoint_step, list_checkpoints, save_model
 from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen
@@ -84,6 +84,7 @@ def run_stage(options: StageOptions, images=None) -> VAEPlusPreTrainedModel:
         images (*optional*): what `open_images(options)` returned, to open the source once for several stages.
     """
     refuse_what_cannot_run(options)  # before the data is read
+    options = with_precision(options)
     with arithmetic_of(options):  # codes and posteriors as well
         stage = build_stage(options, images)
         return fit_mixture(stage, options) if options.second_stage == "mixture" else train(stage, options)
@@ -231,6 +232,7 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
             fixed |= {"second_stage": "vae", "label_column": None}
         options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **fixed})
         refuse_what_cannot_run(options[stage])
+        options[stage] = with_precision(options[stage])
     if len(set(folders.values())) < len(stages):
         raise ValueError(f"each stage needs an output_dir of its own, got {', '.join(folders.values())}.")
     return options
