@@ -163,7 +163,7 @@ class VAEPlusDetailModel(VAEPlusPreTrainedModel):
         self.enter = nn.Conv2d(config.feature_dim, width, 1)
         self.noise_maps = nn.ModuleList(nn.Conv2d(config.noise_channels, width, 1) for _ in range(config.num_blocks))
         self.blocks = nn.ModuleList(ResidualConvBlock(width) for _ in range(config.num_blocks))
-        self.exit = nn.Conv2d(width, config.num_channels * config.patch_size**2, 1)
+        self.exit = nn.Conv2d(width, config.num_channels * config.patch_size**2, 3, padding=1)
         for noise_map in self.noise_maps:
             noise_map.init_scale = 0.5
         self.exit.init_scale = 0.03  # near 0, but not 0: there the score has no gradient that parts the two draws
