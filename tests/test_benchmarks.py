@@ -177,17 +177,6 @@ def test_conditional(run, tmp_path):
     torch.testing.assert_close(conditional.r2(wanted.mean(0).expand(3, 2), wanted), torch.zeros(2).double())
 
 
-def test_half_size_gives_the_image_shrunk(tmp_path):
-    """Decoded images are means of four pixels, and codes those of images whose pixels are repeated."""
-    with importing_from(FOLDER):
-        import half_size
-    whole = make_pipeline().autoencoder
-    half, code = half_size.half_size(whole), torch.randn(3, 6)
-    assert_close(half.decode(code), F.avg_pool2d(whole.decode(code), 2), rtol=1e-4, atol=1e-5)
-    images = torch.rand(3, 3, SIZE // 2, SIZE // 2)
-    assert_close(half.encode(images), whole.encode(F.interpolate(images, scale_factor=2)), rtol=1e-4, atol=1e-5)
-
-
 def test_detail_trains_and_judges_its_candidates(tmp_path):
     """On pictures of noise."""
     for split, count in (("train", 60), ("validation", 100)):

@@ -1,6 +1,6 @@
 """A pipeline for half the image size, without training: for studies at 64 x 64 where a model of 128 x 128 is at hand.
 
-    python benchmarks/half_size.py model_cards/vaeplus-celeba128 FOLDER
+    python examples/reproduce/half_size.py model_cards/vaeplus-celeba128 FOLDER
 
 The first layer of the autoencoder sees every pixel four times, and the last one averages four pixels into one. So the
 image is that of the whole model, shrunk by its means. The gamma of the VAE stays that of the larger image.
