@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import SIZE, importing_from, make_pipeline, run_script
+from helpers import importing_from, make_pipeline, run_script
 from PIL import Image
-from torch.testing import assert_close
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
