@@ -1,4 +1,4 @@
-"""The detail model of vaeplus-celeba128: trained at 64 x 64, where a step takes a quarter of the time, then at 128 x 128.
+"""The detail model of vaeplus-celeba128: trained at 64 x 64, where a step is far cheaper, and then at 128 x 128.
 
     python examples/reproduce/detail_celeba128.py --train_data_dir celeba128 --output_dir runs/detail
 
