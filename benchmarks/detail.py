@@ -10,7 +10,7 @@ All candidates train the network of `VAEPlusDetailModel` over the same frozen au
     pixels    energy score of pixel patches: the `detail` stage as it is
     energy    energy score of pixel patches and feature maps: the `detail` stage with a backbone
 
-`--feature_loss` names the backbone of `feature` and `energy`, by default that of `model_cards/`. The judge must be
+`--feature_loss` names the backbone of `feature` and `energy`, by default the one that the package carries. The judge must be
 another network. Reconstructions of held-out images are judged, with detail at several temperatures of its noise.
 Writes results/bench_detail.json, and the decoders and pictures of held-out images into `--work_dir`.
 """
@@ -37,8 +37,6 @@ from hf_vaeplus.provenance import provenance
 from hf_vaeplus.training.options import stage_options
 from hf_vaeplus.training.randomness import GlobalBatchSampler, Noise
 from hf_vaeplus.training.stages import detail_stage
-
-LITE0 = Path(__file__).parents[1] / "model_cards" / "efficientnet-lite0"
 
 
 class Deterministic(VAEPlusDetailModel):
@@ -143,7 +141,7 @@ def main():
     parser.add_argument("autoencoder", help="folder of a trained autoencoder")
     parser.add_argument("--train_data_dir", required=True, help="folder of parquet files named by split")
     parser.add_argument("--features", required=True, nargs="+", help="judges, as in `vaeplus evaluate`")
-    parser.add_argument("--feature_loss", default=str(LITE0), help="backbone of transformers")
+    parser.add_argument("--feature_loss", default="efficientnet-lite0", help="backbone")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.6, 1.0])
     parser.add_argument("--seconds", type=float, default=600, help="of processor time, for each candidate")

@@ -24,8 +24,7 @@ from hf_vaeplus import (
 )
 from hf_vaeplus.modeling_detail import energy_score, pixel_views, random_directions
 
-ROOT = Path(__file__).parents[1]
-REPRODUCE = ROOT / "examples" / "reproduce"
+REPRODUCE = Path(__file__).parents[1] / "examples" / "reproduce"
 # Mean and standard deviation of four feature maps of EfficientNet-lite0.
 GOLDEN = [(0.41887, 7.2409), (1.91196, 8.846), (0.18661, 8.84325), (0.27846, 8.68992)]
 CONFIG = VAEPlusDetailConfig(image_size=16, patch_size=4, feature_dim=8, hidden_dim=8, num_blocks=1, noise_channels=4)
@@ -255,11 +254,11 @@ def test_options_that_do_not_belong_together_are_refused(options, told):
         StageOptions(**options)
 
 
-def test_the_backbone_of_the_zoo_gives_the_maps_of_efficientnet_lite0():
+def test_the_backbone_of_the_package_gives_the_maps_of_efficientnet_lite0():
     """Means and spreads of the maps of the weights before their normalisation was folded in (TensorFlow's padding)."""
     from hf_vaeplus.training.backbones import open_backbone
 
-    backbone = open_backbone(str(ROOT / "model_cards" / "efficientnet-lite0"), 48)
+    backbone = open_backbone("efficientnet-lite0", 48)
     rows = torch.linspace(0, 1, 48)
     image = torch.stack([rows[:, None] * rows, rows[:, None].expand(48, 48), 1 - rows.expand(48, 48)])[None]
     with torch.no_grad():

@@ -1,9 +1,11 @@
 """Feature maps of a frozen vision backbone of `transformers`, which the detail stage can compare besides pixels.
 
-EfficientNet-lite, which transformers lacks, is added to its backbones: 250,000 numbers, for runs on a CPU.
+EfficientNet-lite, which transformers lacks, is added to its backbones. The package carries the first stages of
+efficientnet-lite0: 250,000 numbers, for runs on a CPU.
 """
 
 from collections.abc import Callable
+from importlib import resources
 
 import torch
 import torch.nn.functional as F
@@ -117,18 +119,24 @@ class Backbone(nn.Module):
 
 
 def open_backbone(name: str, image_size: int) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    """The backbone in a folder or a repository of the Hub, from safetensors alone and without code of its own.
+    """A backbone from safetensors alone and without code of its own.
+
+    Args:
+        name: that of one that the package carries (efficientnet-lite0), a folder, or a repository of the Hub.
+        image_size: of the images that it is to look at.
 
     Raises:
         ValueError: nothing is there, or nothing in safetensors; a model that transformers does not offer as a
             backbone, or that takes no images of this size.
     """
+    carried = resources.files("hf_vaeplus") / "backbones" / name
+    path = str(carried) if (carried / "config.json").is_file() else name
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--feature_loss {name} names no model ({' '.join(str(error).split())}): give the folder or the Hub id of"
-            " a backbone of transformers."
+            f"--feature_loss {name} names no model ({' '.join(str(error).split())}): give efficientnet-lite0,"
+            " or the folder or the Hub id of a backbone of transformers."
         ) from error
     stages = getattr(config, "stage_names", None)
     if not stages or type(config) not in MODEL_FOR_BACKBONE_MAPPING:
@@ -140,9 +148,9 @@ def open_backbone(name: str, image_size: int) -> Callable[[torch.Tensor], list[t
     try:
         # `AutoBackbone.from_pretrained` takes a folder for the name of a repository of timm.
         model_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-        network = model_class.from_pretrained(name, out_features=chosen, use_safetensors=True)
+        network = model_class.from_pretrained(path, out_features=chosen, use_safetensors=True)
         try:
-            found, _ = BaseImageProcessor.get_image_processor_dict(name)
+            found, _ = BaseImageProcessor.get_image_processor_dict(path)
         except (OSError, ValueError):  # none is stored
             found = {}
         told = {key: found.get(key) or usual for key, usual in _IMAGENET.items()}
