@@ -10,9 +10,9 @@ All candidates train the network of `VAEPlusDetailModel` over the same frozen au
     pixels    energy score of pixel patches: the `detail` stage as it is
     energy    energy score of pixel patches and feature maps: the `detail` stage with a backbone
 
-`--feature_loss` names the backbone of `feature` and `energy`, by default the one that the package carries. The judge must be
-another network. Reconstructions of held-out images are judged, with detail at several temperatures of its noise.
-Writes results/bench_detail.json, and the decoders and pictures of held-out images into `--work_dir`.
+`--feature_loss` names the backbone of `feature` and `energy`, by default the one that the package carries. The judge
+must be another network. Reconstructions of held-out images are judged, with detail at several temperatures of its
+noise. Writes results/bench_detail.json, and the decoders and pictures of held-out images into `--work_dir`.
 """
 
 import argparse

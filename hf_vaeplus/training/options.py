@@ -342,8 +342,8 @@ class StageOptions(ImageOptions, TrainingOptions):
     )
     feature_loss: str | None = option(
         None,
-        "detail: efficientnet-lite0, or folder or Hub id of a vision backbone of transformers, whose feature maps count"
-        " besides pixels",
+        "detail: vision backbone of transformers whose feature maps count besides pixels: efficientnet-lite0, a folder,"
+        " or a Hub id",
         is_path=True,
     )
     num_directions: int = option(32, "detail: random directions of each view at each step", positive)
