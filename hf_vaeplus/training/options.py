@@ -342,7 +342,7 @@ class StageOptions(ImageOptions, TrainingOptions):
     )
     feature_loss: str | None = option(
         None,
-        "detail: vision backbone of transformers whose feature maps count besides pixels: efficientnet-lite0, a folder,"
+        "detail: backbone of transformers whose feature maps count besides pixels: efficientnet-lite0, a folder,"
         " or a Hub id",
         is_path=True,
     )
