@@ -36,6 +36,7 @@ from .modeling_vaeplus import (
     _check_shape,
 )
 
+SEEN, SMALLEST = 64, 32  # pixels a side of the square that the views are made of, and of what it shows at least
 PATCH, NUM_SCALES = 5, 4  # of the views of pixels: patches of 5 x 5 of the image, and of it shrunk by 2, 4 and 8
 
 
@@ -101,6 +102,36 @@ class VAEPlusDetailOutput(ModelOutput):
     squared_error: torch.FloatTensor | None = None
     spread: torch.FloatTensor | None = None
     reconstruction: torch.FloatTensor | None = None
+
+
+def square_sides(image_size: int) -> list[int]:
+    """Sides of the squares of an image that are looked at: the whole image, half of it and so on."""
+    return [image_size] + [image_size >> halvings for halvings in range(1, 8) if image_size >> halvings >= SMALLEST]
+
+
+def random_square(image_size: int, generator: torch.Generator) -> tuple[int, int, int]:
+    """Side, top and left of a square, see [`square_of`].
+
+    Views have strides, so what they miss lies on a lattice. The lattice must lie elsewhere at each step, or the draws
+    get a pattern that nothing sees. The whole image is moved, too, by up to 15 pixels.
+    """
+    sides = square_sides(image_size)
+    side = sides[int(torch.randint(len(sides), (), generator=generator))]
+    reach = image_size - side if side < image_size else min(15, image_size - 1)
+    top, left = torch.randint(reach + 1, (2,), generator=generator).tolist()
+    return side, top, left
+
+
+def square_of(images: torch.Tensor, side: int, top: int, left: int) -> torch.Tensor:
+    """A square of each image, at most `SEEN` pixels a side. What leaves a moved image on one side enters on the other.
+
+    Squares of more pixels are shrunk, and those of fewer are enlarged if the image has more.
+    """
+    seen = min(SEEN, images.shape[-1])
+    square = torch.roll(images, (-top, -left), (2, 3))[..., :side, :side]
+    if side > seen:
+        return F.interpolate(square, size=seen, mode="area")
+    return square if side == seen else F.interpolate(square, size=seen, mode="bilinear", align_corners=False)
 
 
 def pixel_views(images: torch.Tensor) -> list[torch.Tensor]:

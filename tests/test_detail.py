@@ -5,13 +5,11 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import SIZE, importing_from, make_pipeline, run, run_script
-from PIL import Image
+from helpers import SIZE, importing_from, make_pipeline, run
 from torch.testing import assert_close
 from transformers import ResNetBackbone, ResNetConfig
 
@@ -132,7 +130,6 @@ def trained(preset, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(trained):
-    from hf_vaeplus import VAEPlusPipeline
 
     pipe = VAEPlusPipeline.from_pretrained(trained / "pipeline")
     torch.nn.init.normal_(pipe.detail.exit.weight, std=0.1)  # so that detail is to be seen
@@ -268,34 +265,14 @@ def test_the_backbone_of_the_package_gives_the_maps_of_efficientnet_lite0():
     assert_close(found, GOLDEN, rtol=1e-3, atol=1e-4)
 
 
-def test_half_size_gives_the_image_shrunk_and_double_size_the_detail_enlarged():
+def test_half_size_gives_the_image_shrunk():
     with importing_from(REPRODUCE):
-        import detail_celeba128
         import half_size
     whole = make_pipeline().autoencoder
     half, code = half_size.half_size(whole), torch.randn(3, 6)
     assert_close(half.decode(code), F.avg_pool2d(whole.decode(code), 2), rtol=1e-4, atol=1e-5)
     images = torch.rand(3, 3, SIZE // 2, SIZE // 2)
     assert_close(half.encode(images), whole.encode(F.interpolate(images, scale_factor=2)), rtol=1e-4, atol=1e-5)
-    small = VAEPlusDetailModel(CONFIG)
-    large = VAEPlusDetailModel(VAEPlusDetailConfig(**CONFIG.to_diff_dict() | dict(image_size=32, patch_size=8)))
-    large.load_state_dict(detail_celeba128.double_size(small, small.state_dict()))
-    inputs = torch.randn(2, 8, 4, 4), torch.randn(2, *CONFIG.noise_shape)
-    assert_close(large.sample(*inputs), F.interpolate(small.sample(*inputs), scale_factor=2))
-
-
-@pytest.mark.slow
-def test_the_detail_of_the_face_model_is_made_by_one_command(tmp_path):
-    for number in range(60):
-        pixels = np.random.default_rng(number).integers(0, 256, (128, 128, 3), np.uint8)
-        (tmp_path / "data" / "train").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(tmp_path / "data" / "train" / f"{number}.png")
-    words = f"--train_data_dir {tmp_path / 'data'} --output_dir {tmp_path / 'run'} --max_train_steps 1 1"
-    code, _, errors = run_script(REPRODUCE / "detail_celeba128.py", *words.split())
-    assert code == 0, errors[-3000:]
-    pipe = VAEPlusPipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    assert pipe(1, output_type="pt").images.shape == (1, 3, 128, 128)
-    assert (tmp_path / "run" / "pipeline" / "detail" / "model.safetensors").is_file()
 
 
 def test_a_model_that_is_no_backbone_is_refused(preset, trained, tmp_path):

@@ -39,7 +39,17 @@ from ..hub.client import BackgroundPush
 from ..image_processing_vaeplus import VAEPlusImageProcessor
 from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
-from ..modeling_detail import PATCH, VAEPlusDetailConfig, VAEPlusDetailModel, pixel_views, random_directions
+from ..modeling_detail import (
+    PATCH,
+    SEEN,
+    VAEPlusDetailConfig,
+    VAEPlusDetailModel,
+    pixel_views,
+    random_directions,
+    random_square,
+    square_of,
+    square_sides,
+)
 from ..modeling_priors import (
     VAEPlusCouplingFlowModel,
     VAEPlusFlowMatchingModel,
@@ -153,7 +163,7 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
     if "detail" in options:
         configs["detail"] = _detail_config(options["detail"], autoencoder)
         if options["detail"].feature_loss:  # refused now, not after hours
-            open_backbone(options["detail"].feature_loss, autoencoder.image_size)
+            open_backbone(options["detail"].feature_loss, min(SEEN, autoencoder.image_size))
     _look_ahead(options, images, configs, labels)
     output_dir.mkdir(parents=True, exist_ok=True)
     models = {stage: run_stage(options[stage], images[stage]) for stage in options}
@@ -631,7 +641,7 @@ def detail_stage(options: StageOptions, images, backbone: nn.Module | None = Non
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder)
     device, made_from = autoencoder.device, _made_from(images, autoencoder=autoencoder)
     if backbone is None and options.feature_loss:
-        backbone = open_backbone(options.feature_loss, autoencoder.config.image_size)
+        backbone = open_backbone(options.feature_loss, min(SEEN, autoencoder.config.image_size))
     if backbone is not None:
         backbone = backbone.to(device, memory_format=torch.channels_last)
         made_from["feature_loss"] = weights_fingerprint(backbone.state_dict())
@@ -640,22 +650,25 @@ def detail_stage(options: StageOptions, images, backbone: nn.Module | None = Non
         dataset = EncodedImages(images, {"code": encode_dataset(images, autoencoder, autoencoder.encode)})
     torch.manual_seed(derived_seed(options.seed, 2))  # once more: encoding has drawn numbers, or the cache spared them
     model = VAEPlusDetailModel(_detail_config(options, autoencoder.config))
-    shape = model.config.noise_shape
+    shape, sides = model.config.noise_shape, square_sides(model.config.image_size)
 
-    def raw_views(pixels):
-        return pixel_views(pixels) + ([] if backbone is None else backbone(pixels))
+    def raw_views(square):
+        return pixel_views(square) + ([] if backbone is None else backbone(square))
 
     with torch.no_grad():  # every channel of every view counts alike
-        some = torch.cat(list(_some_images(images, device, 250)))
-        moments = [
-            (view.mean((0, 2, 3), keepdim=True), view.std((0, 2, 3), keepdim=True).clamp(min=1e-3))
-            for view in raw_views(some)
-        ]
-    num_patches = len(pixel_views(some[:1]))
-    shapes = [(mean.shape[1], PATCH if number < num_patches else 1) for number, (mean, _) in enumerate(moments)]
+        some, moments = torch.cat(list(_some_images(images, device, 250))), {}
+        for side in sides:
+            start = (model.config.image_size - side) // 2
+            moments[side] = [
+                (view.mean((0, 2, 3), keepdim=True), view.std((0, 2, 3), keepdim=True).clamp(min=1e-3))
+                for view in raw_views(square_of(some, side, start, start))
+            ]
+    num_patches = len(pixel_views(square_of(some[:1], sides[0], 0, 0)))
+    shapes = [(mean.shape[1], PATCH if at < num_patches else 1) for at, (mean, _) in enumerate(moments[sides[0]])]
 
-    def views(pixels):
-        return [(view - mean) / std for view, (mean, std) in zip(raw_views(pixels), moments, strict=True)]
+    def views(square, pixels):
+        raw = raw_views(square_of(pixels, *square))
+        return [(view - mean) / std for view, (mean, std) in zip(raw, moments[square[0]], strict=True)]
 
     def prepare(batch, noise, step):
         pixels = to_unit_range(batch["pixel_values"])
@@ -669,7 +682,7 @@ def detail_stage(options: StageOptions, images, backbone: nn.Module | None = Non
             "noise": noise(2 * math.prod(shape)).view(-1, 2, *shape),
             "pixel_values": pixels,
             "directions": random_directions(shapes, options.num_directions, generator, device),
-            "views": views,
+            "views": partial(views, random_square(model.config.image_size, generator)),
         }
 
     return Stage(model, dataset, prepare, _previewer(options, images), made_from=made_from)
