@@ -1,8 +1,9 @@
-"""How near samples come to real images as `sharpness` grows: distances over that of Downsample.
+"""How near images come to real ones as `sharpness` of the mean, or the temperature of a detail model, grows.
 
     python benchmarks/sharpness.py PIPELINE --train_data_dir FOLDER --features EXTRACTOR.onnx
 
-Every set has `--num_images` images; samples are the same ones at every sharpness. Writes results/bench_sharpness.json.
+Samples and reconstructions have the same codes in every row, and every set has `--num_images` images. Distances are
+over that of Downsample, by each extractor. Writes results/bench_sharpness.json.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import torch
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.data.cache import load_images
+from hf_vaeplus.data.pixels import to_uint8
 from hf_vaeplus.evaluation.evaluate import Judge, downsample, sample_images
 from hf_vaeplus.evaluation.features import open_extractor
 from hf_vaeplus.files import write_json
@@ -22,17 +24,19 @@ from hf_vaeplus.provenance import provenance
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", help="folder of a saved pipeline whose autoencoder can sharpen")
+    parser.add_argument("pipeline", help="folder of a saved pipeline")
     parser.add_argument("--train_data_dir", required=True, help="folder of parquet files named by split")
     parser.add_argument("--split", default="validation")
-    parser.add_argument("--features", required=True, help="as in `vaeplus evaluate`")
-    parser.add_argument("--sharpness", type=float, nargs="+", default=[0, 0.5, 0.75, 1, 1.25, 1.5])
+    parser.add_argument("--features", required=True, nargs="+", help="as in `vaeplus evaluate`")
+    parser.add_argument("--sharpness", type=float, nargs="*", default=[0, 0.5, 0.75, 1, 1.25, 1.5])
+    parser.add_argument("--detail_temperature", type=float, nargs="*", default=[], help="of a detail model")
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="results/bench_sharpness.json")
     args = parser.parse_args()
 
     made, pipe = provenance(), VAEPlusPipeline.from_pretrained(args.pipeline)
+    pipe.set_progress_bar_config(disable=True)
     images = load_images(
         train_data_dir=args.train_data_dir,
         split=args.split,
@@ -41,21 +45,28 @@ def main():
     )
     parts = torch.arange(min(args.num_images, len(images))).split(50)
     real = [batch["pixel_values"] for batch in islice(images.in_order(50), len(parts))]
-    judge = Judge(open_extractor(args.features), tqdm(real, desc="reference"))
-    unit = judge(map(downsample, real))["frechet"]
+    judges = {Path(name).stem: Judge(open_extractor(name), tqdm(real, desc=name)) for name in args.features}
+    units = {name: judge(map(downsample, real))["frechet"] for name, judge in judges.items()}
+
+    def judged(batches) -> dict:
+        batches = list(batches)
+        return {name: judge(iter(batches))["frechet"] / units[name] for name, judge in judges.items()}
+
+    def reconstructions(**wanted):
+        for number, batch in enumerate(real):
+            generator = torch.Generator().manual_seed(args.seed * 1000 + number)
+            yield to_uint8(pipe.reconstruct(batch, "pt", generator=generator, **wanted))
+
+    settings = [{"sharpness": each, "deterministic": True} for each in args.sharpness]
+    settings += [{"detail_temperature": each, "deterministic": False} for each in args.detail_temperature]
     rows = []
-    for sharpness in args.sharpness:
-        drawn = sample_images(pipe, tqdm(parts, desc=f"sharpness {sharpness:g}"), args.seed, sharpness)
-        rows.append({"sharpness": sharpness, "over_downsample": judge(drawn)["frechet"] / unit})
+    for setting in settings:
+        bar = tqdm(parts, desc=", ".join(f"{name} {value:g}" for name, value in setting.items()))
+        samples = judged(sample_images(pipe, bar, args.seed, **setting))
+        rows.append({**setting, "samples": samples, "reconstructions": judged(reconstructions(**setting))})
         print(rows[-1], flush=True)
-    found = {
-        "num_images": sum(map(len, parts)),
-        "seed": args.seed,
-        "split": args.split,
-        "downsample": unit,
-        "rows": rows,
-    }
-    write_json(Path(args.output), {**made, **found})
+    found = {"num_images": sum(map(len, parts)), "seed": args.seed, "split": args.split, "downsample": units}
+    write_json(Path(args.output), {**made, **found, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
         deterministic: bool = False,
-        detail_temperature: float = 1.0,
+        detail_temperature: float | None = None,
         class_labels: ClassLabels = None,
         conditions: Conditions = None,
         guidance_scale: float = 1.0,
@@ -245,7 +245,8 @@ class VAEPlusPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*): of a second stage by flow matching: solve its ODE in so many steps
                 of Heun's method, of two passes each, in place of the one pass that it was distilled to.
             deterministic (`bool`): the decoder's mean, without detail; needed with `sharpness`, which sharpens a mean.
-            detail_temperature (`float`): one more factor on the noise of the detail: below 1 it is calmer.
+            detail_temperature (`float`, *optional*): one more factor on the noise of the detail: below 1 it is calmer.
+                Default: the `temperature` of the detail model's config.
             class_labels (`int`, `str` or a list, array or tensor of them, *optional*): of a second stage that was
                 trained on classes: ids or names of `second_stage.config.id2label`, one for each image. `None`, also in
                 a list, stands for all classes. If `num_images` is a multiple of them, they are taken in turn.
@@ -263,7 +264,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         _check_output_type(output_type)
         temperature = _check_factor("temperature", temperature)
         sharpness = self._check_sharpness(sharpness, deterministic)
-        detail_temperature = _check_factor("detail_temperature", detail_temperature)
+        detail_temperature = self._detail_factor(detail_temperature)
         if batch_size is not None:
             if num_images not in (None, batch_size):
                 raise ValueError(
@@ -358,7 +359,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         sharpness: float = 0.0,
         deterministic: bool = True,
         generator: Generators = None,
-        detail_temperature: float = 1.0,
+        detail_temperature: float | None = None,
     ) -> ImagesOut:
         """Images, in the form `output_type`, of latents z of the first VAE, of shape `(n, latent_dim)`.
 
@@ -392,7 +393,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         preprocess: bool = True,
         deterministic: bool = True,
         generator: Generators = None,
-        detail_temperature: float = 1.0,
+        detail_temperature: float | None = None,
     ) -> ImagesOut:
         """Images, in the form `output_type`, decoded from the posterior means of `images` (see the class).
 
@@ -404,7 +405,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         """
         _check_output_type(output_type)
         self._check_sharpness(sharpness, deterministic)
-        _check_factor("detail_temperature", detail_temperature)
+        detail_temperature = self._detail_factor(detail_temperature)
         decode_batch_size = _check_count("decode_batch_size", decode_batch_size)
         mean = self.encode(images, decode_batch_size, preprocess).mean
         drawn = dict(deterministic=deterministic, generator=generator, detail_temperature=detail_temperature)
@@ -748,12 +749,17 @@ class VAEPlusPipeline(DiffusionPipeline):
                 " train one with second_stage flow_matching, coupling_flow or mixture."
             )
 
+    def _detail_factor(self, temperature: float | None) -> float:
+        if temperature is None:
+            return 1.0 if self.detail is None else self.detail.config.temperature
+        return _check_factor("detail_temperature", temperature)
+
     def _detail_noise(
-        self, num_images: int, generator: Generators, deterministic: bool, temperature: float
+        self, num_images: int, generator: Generators, deterministic: bool, temperature: float | None
     ) -> torch.Tensor | None:
         """The noise of the detail of so many images, where they are not to be means."""
         generator = _check_generators(generator, num_images)
-        temperature = _check_factor("detail_temperature", temperature)
+        temperature = self._detail_factor(temperature)
         if deterministic:
             return None
         if self.detail is None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,14 @@ from hf_vaeplus import (
     VAEPlusDetailModel,
     VAEPlusPipeline,
 )
-from hf_vaeplus.modeling_detail import energy_score, pixel_views, random_directions
+from hf_vaeplus.modeling_detail import (
+    energy_score,
+    pixel_views,
+    random_directions,
+    random_square,
+    square_of,
+    square_sides,
+)
 
 REPRODUCE = Path(__file__).parents[1] / "examples" / "reproduce"
 # Mean and standard deviation of four feature maps of EfficientNet-lite0.
@@ -67,6 +75,29 @@ def test_views_shrink_by_means_as_far_as_a_patch_fits_in():
     sizes = [view.shape[-1] for view in pixel_views(images)]
     assert sizes == [32, 16, 8]
     assert_close(pixel_views(images)[1][:, :, 0, 0], images[:, :, :2, :2].mean((2, 3)))
+
+
+@pytest.mark.parametrize("size, sides", [(16, [16]), (32, [32]), (64, [64, 32]), (128, [128, 64, 32])])
+def test_squares_lie_in_the_image_or_are_the_whole_image_moved(size, sides):
+    assert square_sides(size) == sides
+    source, seen = generator(), set()
+    for _ in range(200):
+        side, top, left = random_square(size, source)
+        seen.add(side)
+        reach = size - side if side < size else 15
+        assert 0 <= top <= reach and 0 <= left <= reach
+    assert seen == set(sides)
+
+
+def test_a_square_is_cut_out_shrunk_or_enlarged():
+    images = torch.rand(2, 3, 128, 128, generator=generator())
+    assert torch.equal(square_of(images, 64, 10, 20), images[..., 10:74, 20:84])
+    assert_close(square_of(images, 128, 0, 0), F.avg_pool2d(images, 2))
+    enlarged = square_of(images, 32, 5, 6)
+    assert_close(F.avg_pool2d(enlarged, 2)[..., 1:-1, 1:-1].mean(), images[..., 6:36, 7:37].mean(), rtol=0.02, atol=0)
+    assert enlarged.shape[-1] == 64
+    small = images[..., :32, :32]
+    assert torch.equal(square_of(small, 32, 3, 4), small.roll((-3, -4), (2, 3)))
 
 
 def test_features_of_the_decoder_come_with_its_image():
@@ -178,6 +209,11 @@ def test_samples_have_detail_and_a_seed_gives_the_same(pipe):
     assert not torch.equal(calm, images) and not torch.equal(calm, mean)
     with pytest.raises(ValueError, match="detail_temperature must be"):
         pipe(1, detail_temperature=-1)
+    with mock.patch.object(pipe.detail.config, "temperature", 0.5):  # the default
+        assert torch.equal(pipe(4, generator(), output_type="pt").images, calm)
+        assert torch.equal(pipe(4, generator(), detail_temperature=1, output_type="pt").images, images)
+    with pytest.raises(ValueError, match="temperature must be finite and at least 0, got -1"):
+        VAEPlusDetailConfig(temperature=-1)
 
 
 def test_reconstructions_are_means_unless_asked(pipe):

@@ -280,8 +280,8 @@ def add_deterministic(parser, default: bool):
         default=default,
         help=f"{told} (default: {usual})",
     )
-    told = "factor on the noise of the detail: below 1 it is calmer (default: 1)"
-    parser.add_argument("--detail_temperature", type=float, default=1.0, help=told)
+    told = "factor on the noise of the detail: below 1 it is calmer (default: that of the model)"
+    parser.add_argument("--detail_temperature", type=float, help=told)
 
 
 def add_sharpness(parser):

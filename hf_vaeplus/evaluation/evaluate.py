@@ -118,8 +118,7 @@ def sample_images(
     pipe: "VAEPlusPipeline",
     batches: Iterable[Sequence[int]],
     seed: int = 0,
-    sharpness: float = 0.0,
-    deterministic: bool = False,
+    **wanted,
 ) -> Iterator[torch.Tensor]:
     """Samples of a pipeline: image i is a function of (seed, i), whatever its batch and the number of processes.
 
@@ -127,16 +126,15 @@ def sample_images(
         pipe ([`VAEPlusPipeline`]).
         batches: the numbers of the images of each batch, say `torch.arange(10_000).split(100)`.
         seed (`int`): not negative.
-        sharpness (`float`), deterministic (`bool`): see the pipeline.
+        wanted: `sharpness`, `deterministic` and the like, see the pipeline.
 
     Yields:
         uint8 `torch.Tensor` of shape `(batch, C, H, W)`.
     """
     for numbers in batches:
         generators = _generators(seed, _SAMPLES, numbers)
-        wanted = dict(sharpness=sharpness, deterministic=deterministic)
-        wanted |= dict(decode_batch_size=len(generators), output_type="pt")
-        yield to_uint8(pipe(len(generators), generators, **wanted).images)
+        drawn = pipe(len(generators), generators, decode_batch_size=len(generators), output_type="pt", **wanted)
+        yield to_uint8(drawn.images)
 
 
 @torch.no_grad()
@@ -328,7 +326,9 @@ def evaluate(
         else:
             sampled = type(pipe)(pipe.vae, pipe.autoencoder, detail=pipe.detail) if sampler == "prior" else pipe
             is_mean = sampler in ("mean", "sharpened")
-            drawn = sample_images(sampled, batches, seed, float(sampler == "sharpened"), is_mean)
+            drawn = sample_images(
+                sampled, batches, seed, sharpness=float(sampler == "sharpened"), deterministic=is_mean
+            )
         observed[sampler] = [observe(batch) for batch in drawn]
 
     rows = joined(rows)
