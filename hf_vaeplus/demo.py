@@ -26,6 +26,7 @@ from .data.pixels import to_uint8, to_unit_range
 from .directions import directions_beside
 from .metrics.latents import PosteriorStatistics
 from .metrics.reconstruction import psnr
+from .progress import tqdm
 
 if TYPE_CHECKING:
     from .pipeline_vaeplus import VAEPlusPipeline
@@ -52,6 +53,7 @@ KEEP_FILES = 3600  # seconds, of uploads and of pictures made
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what browsers show; some of Pillow's other readers start programs
 NUM_DIRECTIONS = 8
 RANGE = 3.0  # of a slider, in standard deviations of the prior or of a named attribute
+NUM_NEAREST = 6  # known pictures beside an explored one
 NUM_FRAMES = 13  # of a strip: -RANGE to RANGE
 NUM_EXAMPLES = 6
 GIF_SIDE = 128  # pixels, at least: pictures of 28 x 28 would be stamps
@@ -114,9 +116,12 @@ class Handlers:
         ValueError: one sentence for the visitor, from every method, about a value that cannot be used.
     """
 
-    def __init__(self, pipe: "VAEPlusPipeline", directions: Mapping[str, torch.Tensor] | None = None):
+    def __init__(self, pipe: "VAEPlusPipeline", directions: Mapping[str, torch.Tensor] | None = None, known=None):
         pipe.need_vae("posteriors to show")
-        self.pipe, self.named = pipe, dict(directions or {})
+        self.pipe, self.named, self.known = pipe, dict(directions or {}), known
+        if known is not None:
+            rows = tqdm(torch.arange(len(known)).split(64), desc="encoding")
+            self.places = torch.cat([pipe.encode(self._known(part)).mean.cpu() for part in rows])
         self.sharpens = pipe.autoencoder is not None and pipe.autoencoder.config.matched_spectrum
         generator = torch.Generator().manual_seed(0)
         statistics = PosteriorStatistics(pipe.vae.config.latent_dim)
@@ -308,6 +313,15 @@ class Handlers:
             f"<div class='ends'><span>-{RANGE:g}</span><span>{label}</span><span>+{RANGE:g}</span></div></div>"
         )
 
+    def nearest(self, z, *values) -> list[Image.Image]:
+        """The known pictures whose posterior means lie nearest to the latents of the explored picture."""
+        distances = torch.cdist(self._moved(z, values).cpu(), self.places)[0]
+        rows = distances.topk(min(NUM_NEAREST, len(self.places)), largest=False).indices
+        return [_picture(image[None]) for image in self._known(rows)]
+
+    def _known(self, rows: torch.Tensor) -> torch.Tensor:
+        return to_unit_range(self.known.batch(rows.tolist())["pixel_values"])
+
     def walk(self, z, name, *values) -> str:
         """The pictures of [`strip`], there and back, as a GIF in HTML."""
         return _gif([_picture(frame[None]) for frame in self._frames(z, name, values)])
@@ -358,7 +372,10 @@ def _data_url(file: io.BytesIO, kind: str) -> str:
 
 
 def build_demo(
-    pipe: "VAEPlusPipeline", directions: Mapping[str, torch.Tensor] | None = None, name: str | None = None
+    pipe: "VAEPlusPipeline",
+    directions: Mapping[str, torch.Tensor] | None = None,
+    name: str | None = None,
+    known=None,
 ) -> gr.Blocks:
     """The page of a pipeline: four tabs, filled with samples of the pipeline. [`serve`] starts it.
 
@@ -368,8 +385,10 @@ def build_demo(
         pipe (`VAEPlusPipeline`): on the device where it is to run.
         directions: named directions, each with a slider (directions.py); those beside the stored pipeline by default.
         name (`str`, *optional*): of the model, the title; that of its folder or repository if not given.
+        known (*optional*): images as `hf_vaeplus.data.cache.load_images` returns them, say those of the training. They
+            are encoded at the start, and visitors see the nearest ones to a picture.
     """
-    handlers = Handlers(pipe, directions_beside(pipe) if directions is None else directions)
+    handlers = Handlers(pipe, directions_beside(pipe) if directions is None else directions, known)
     name = name or _name_of(pipe)
     size, latent_dim = pipe.image_shape[1], pipe.vae.config.latent_dim
     with _Page(title=f"{name} (VAE+)", analytics_enabled=False, delete_cache=(KEEP_FILES // 4, KEEP_FILES)) as page:
@@ -493,6 +512,12 @@ def _explore_tab(handlers):
         with gr.Column(min_width=260):
             upload = _upload("Or start from a picture", None, height=200)
             gr.Markdown(_seen_as(handlers))
+    results = [picture, strip, gif]
+    if handlers.known is not None:
+        ask = gr.Button("The nearest known pictures")
+        nearest = _gallery(None, "Known pictures, the nearest first")
+        _on(ask.click, handlers.nearest, [latents, *sliders], nearest)
+        results.append(nearest)
     start, along = [latents, picture, *sliders], [latents, which, *sliders]
     started = [_on(event, handlers.start_from_sample, seed, start) for event in (button.click, seed.submit)]
     for event in started:
@@ -504,7 +529,7 @@ def _explore_tab(handlers):
     for slider in sliders:
         _on(slider.input, handlers.explore, [latents, *sliders], picture, trigger_mode="always_last")
     _on(as_gif.click, handlers.walk, along, gif)
-    _clears(upload, [latents, picture, strip, gif])
+    _clears(upload, [latents, *results])
 
 
 def _seen_as(handlers) -> str:

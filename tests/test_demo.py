@@ -26,12 +26,13 @@ from PIL import Image
 from hf_vaeplus import VAEPlusImageProcessor, VAEPlusPipeline
 from hf_vaeplus.cli.flags import read_pictures
 from hf_vaeplus.cli.main import main
+from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.directions import save_directions
 
 gradio = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[demo]'")
 httpx = pytest.importorskip("httpx")  # of Gradio
 
-from hf_vaeplus.demo import MAX_BYTES, NUM_FRAMES, Handlers, build_demo, serve  # noqa: E402
+from hf_vaeplus.demo import MAX_BYTES, NUM_FRAMES, NUM_NEAREST, Handlers, build_demo, serve  # noqa: E402
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"
 
@@ -238,6 +239,22 @@ def test_a_strip_shows_a_direction_from_end_to_end(place, handlers):
     for name in ("z99", None, 3, ["smile"], {}):
         with pytest.raises(ValueError, match="there is no direction .*: choose one of the list"):
             handlers.strip(z, name, *values)
+
+
+def test_explore_shows_the_nearest_known_pictures(pipe, tmp_path):
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    known = load_images(train_data_dir=str(tmp_path), resolution=SIZE)
+    handlers = Handlers(pipe, known=known)
+    z, _, *values = handlers.start_from_picture({"path": str(tmp_path / "03.png")})
+    found = handlers.nearest(z, *values)
+    assert len(found) == NUM_NEAREST and same(found[:1], [Image.open(tmp_path / "03.png")])
+    means = pipe.encode([Image.open(tmp_path / f"{number:02}.png") for number in range(12)]).mean
+    order = (means - z).square().sum(1).argsort()[:NUM_NEAREST]
+    assert same(found, [Image.open(tmp_path / f"{number:02}.png") for number in order])
+    names = [each["api_name"] for each in build_demo(pipe, known=known).config["dependencies"]]
+    assert "nearest" in names
 
 
 def test_explore_starts_from_a_sample(handlers, pipe):

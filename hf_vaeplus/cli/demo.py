@@ -3,7 +3,7 @@
 import socket
 from pathlib import Path
 
-from .flags import add_json, load_pipeline, local_path, weights_path
+from .flags import add_data, add_json, data_options, given_options, load_pipeline, local_path, weights_path
 
 
 def add_demo(commands):
@@ -11,7 +11,8 @@ def add_demo(commands):
         "demo",
         help="try a pipeline in a browser",
         description="Serve a page that samples, reconstructs, interpolates and explores latent directions, until it\n"
-        "is interrupted. Needs Gradio: pip install 'hf-vaeplus[demo]'.",
+        "is interrupted. With a data set, such as --train_data_dir FOLDER, visitors also see its pictures that are\n"
+        "nearest to a picture. Needs Gradio: pip install 'hf-vaeplus[demo]'.",
         epilog="examples:\n"
         "  vaeplus demo\n  vaeplus demo vaeplus-quickstart/pipeline\n"
         "  vaeplus demo your-name/vaeplus-drawings --host 0.0.0.0 --port 8000",
@@ -34,6 +35,7 @@ def add_demo(commands):
         default=None,
         help="file of named directions, each a slider (default: directions.safetensors beside the pipeline)",
     )
+    add_data(parser, "show the nearest pictures of")
     add_json(parser)
     parser.set_defaults(run=_demo, interrupted="the page is closed")
 
@@ -67,8 +69,13 @@ def _demo(args):
         from ..directions import load_directions
 
         directions = load_directions(pipe, args.directions)
+    known = None
+    if {"train_data_dir", "train_data_files", "dataset_name"} & given_options(args).keys():
+        from ..training.stages import open_images
+
+        known = open_images(data_options(args, pipe))
     serve(
-        build_demo(pipe, directions),
+        build_demo(pipe, directions, known=known),
         server_name=args.host,
         server_port=args.port,
         ready=lambda address: args.print_json({"url": address}),
