@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 import typing
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,8 @@ def place(home, tmp_path_factory):  # noqa: F811
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("hf_vaeplus.training.stages.train_stages", refuse)
         patch.setattr("hf_vaeplus.training.options.load_preset", few)
-        patch.setattr("hf_vaeplus.demo.serve", refuse)
+        if find_spec("gradio"):  # without it the command itself refuses
+            patch.setattr("hf_vaeplus.demo.serve", refuse)
         yield folder
 
 

@@ -25,7 +25,9 @@ from hf_vaeplus import (
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.pixels import to_unit_range
 from hf_vaeplus.evaluation.summaries import summarize
+from hf_vaeplus.modeling_detail import SEEN
 from hf_vaeplus.training import stages
+from hf_vaeplus.training.backbones import open_backbone
 from hf_vaeplus.training.codes import encode_dataset, load_frozen
 from hf_vaeplus.training.options import STAGES, StageOptions, load_preset, stage_options
 from hf_vaeplus.training.randomness import BatchNoise, Noise
@@ -372,7 +374,7 @@ PRESETS = sorted(
 @pytest.mark.parametrize("name", PRESETS)
 def test_carried_presets_build_every_stage(name):
     preset = load_preset(name)
-    assert preset.keys() <= {"common", *STAGES}
+    assert preset.keys() <= {"common", *STAGES, "detail"}
     earlier, configs = {}, []
     for stage in STAGES:
         settings = stage_options(stage, preset, **earlier)
@@ -382,6 +384,11 @@ def test_carried_presets_build_every_stage(name):
         shape = SimpleNamespace(resolution=settings.resolution, num_channels=settings.num_channels or 3)
         builder = (stages._autoencoder_config, stages._vae_config, stages._second_stage_config)[len(configs)]
         configs.append(builder(settings, configs[-1] if configs else shape))
+    if "detail" in preset:
+        settings = stage_options("detail", preset, autoencoder="autoencoder")
+        detail = stages._detail_config(settings, configs[0])
+        assert (detail.image_size, detail.feature_dim) == (configs[0].image_size, configs[0].hidden_channels[0])
+        open_backbone(settings.feature_loss, min(SEEN, detail.image_size))
     assert configs[1].input_shape == (configs[0].latent_dim,)
     assert configs[2].input_shape == (configs[1].latent_dim,)
 
