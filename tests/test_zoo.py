@@ -82,7 +82,7 @@ def test_the_demo_opens_the_faces_without_being_told(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "serve", lambda page, **options: None)
     monkeypatch.setattr("hf_vaeplus.cli.demo.load_pipeline", lambda args: opened.append(args.pipeline))
-    monkeypatch.setattr(demo, "build_demo", lambda pipe, directions: None)
+    monkeypatch.setattr(demo, "build_demo", lambda pipe, directions, known: None)
     monkeypatch.chdir(ROOT)
     assert run("demo")[0] == 0 and opened == ["model_cards/vaeplus-celeba128"]
     monkeypatch.chdir(tmp_path)
