@@ -109,6 +109,11 @@ class VAEPlusDetailOutput(ModelOutput):
     reconstruction: torch.FloatTensor | None = None
 
 
+def seen_side(image_size: int) -> int:
+    """Pixels a side of the squares that the views are made of."""
+    return min(SEEN, image_size)
+
+
 def square_sides(image_size: int) -> list[int]:
     """Sides of the squares of an image that are looked at: the whole image, half of it and so on."""
     return [image_size] + [image_size >> halvings for halvings in range(1, 8) if image_size >> halvings >= SMALLEST]
@@ -132,7 +137,7 @@ def square_of(images: torch.Tensor, side: int, top: int, left: int) -> torch.Ten
 
     Squares of more pixels are shrunk, and those of fewer are enlarged if the image has more.
     """
-    seen = min(SEEN, images.shape[-1])
+    seen = seen_side(images.shape[-1])
     square = torch.roll(images, (-top, -left), (2, 3))[..., :side, :side]
     if side > seen:
         return F.interpolate(square, size=seen, mode="area")

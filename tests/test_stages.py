@@ -25,7 +25,7 @@ from hf_vaeplus import (
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.pixels import to_unit_range
 from hf_vaeplus.evaluation.summaries import summarize
-from hf_vaeplus.modeling_detail import SEEN
+from hf_vaeplus.modeling_detail import seen_side
 from hf_vaeplus.training import stages
 from hf_vaeplus.training.backbones import open_backbone
 from hf_vaeplus.training.codes import encode_dataset, load_frozen
@@ -388,7 +388,7 @@ def test_carried_presets_build_every_stage(name):
         settings = stage_options("detail", preset, autoencoder="autoencoder")
         detail = stages._detail_config(settings, configs[0])
         assert (detail.image_size, detail.feature_dim) == (configs[0].image_size, configs[0].hidden_channels[0])
-        open_backbone(settings.feature_loss, min(SEEN, detail.image_size))
+        open_backbone(settings.feature_loss, seen_side(detail.image_size))
     assert configs[1].input_shape == (configs[0].latent_dim,)
     assert configs[2].input_shape == (configs[1].latent_dim,)
 

@@ -41,12 +41,12 @@ from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
 from ..modeling_detail import (
     PATCH,
-    SEEN,
     VAEPlusDetailConfig,
     VAEPlusDetailModel,
     pixel_views,
     random_directions,
     random_square,
+    seen_side,
     square_of,
     square_sides,
 )
@@ -163,7 +163,7 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
     if "detail" in options:
         configs["detail"] = _detail_config(options["detail"], autoencoder)
         if options["detail"].feature_loss:  # refused now, not after hours
-            open_backbone(options["detail"].feature_loss, min(SEEN, autoencoder.image_size))
+            open_backbone(options["detail"].feature_loss, seen_side(autoencoder.image_size))
     _look_ahead(options, images, configs, labels)
     output_dir.mkdir(parents=True, exist_ok=True)
     models = {stage: run_stage(options[stage], images[stage]) for stage in options}
@@ -641,7 +641,7 @@ def detail_stage(options: StageOptions, images, backbone: nn.Module | None = Non
     autoencoder = load_frozen(VAEPlusAutoencoderModel, options.autoencoder)
     device, made_from = autoencoder.device, _made_from(images, autoencoder=autoencoder)
     if backbone is None and options.feature_loss:
-        backbone = open_backbone(options.feature_loss, min(SEEN, autoencoder.config.image_size))
+        backbone = open_backbone(options.feature_loss, seen_side(autoencoder.config.image_size))
     if backbone is not None:
         backbone = backbone.to(device, memory_format=torch.channels_last)
         made_from["feature_loss"] = weights_fingerprint(backbone.state_dict())
