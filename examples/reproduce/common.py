@@ -27,7 +27,6 @@ from hf_vaeplus.training.randomness import derived_seed
 from hf_vaeplus.training.stages import open_images
 
 ROOT = Path(__file__).resolve().parents[2]
-SCALES = ("smoke", "cpu", "gpu")
 BATCH = 250  # images at a time, in all that is not training
 
 
@@ -100,7 +99,8 @@ def reproduce(
 
 def _run(name, description, settings, measure, table, draw, add_options):
     parser = CommandParser(prog=f"{name}.py", description=description)
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: seconds; cpu: two cores; gpu: a GPU")
+    scales = "smoke: seconds; cpu...: two cores; gpu: a GPU"
+    parser.add_argument("--scale", choices=list(settings), default="cpu", help=scales)
     parser.add_argument(
         "--output_dir", type=local_path, default=None, help=f"finished work (default: runs/reproduce/{name}-<scale>)"
     )
