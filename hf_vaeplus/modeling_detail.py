@@ -119,13 +119,13 @@ def square_sides(image_size: int) -> list[int]:
     return [image_size] + [image_size >> halvings for halvings in range(1, 8) if image_size >> halvings >= SMALLEST]
 
 
-def random_square(image_size: int, generator: torch.Generator) -> tuple[int, int, int]:
-    """Side, top and left of a square, see [`square_of`].
+def random_square(image_size: int, generator: torch.Generator, whole: bool = False) -> tuple[int, int, int]:
+    """Side, top and left of a square, see [`square_of`]. `whole` asks for one as large as the image.
 
     Views have strides, so what they miss lies on a lattice. The lattice must lie elsewhere at each step, or the draws
     get a pattern that nothing sees. The whole image is moved, too, by up to 15 pixels.
     """
-    sides = square_sides(image_size)
+    sides = square_sides(image_size)[: 1 if whole else None]
     side = sides[int(torch.randint(len(sides), (), generator=generator))]
     reach = image_size - side if side < image_size else min(15, image_size - 1)
     top, left = torch.randint(reach + 1, (2,), generator=generator).tolist()

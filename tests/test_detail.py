@@ -146,7 +146,8 @@ def preset() -> dict:
         "autoencoder": {"model": {"latent_dim": 4, "hidden_channels": [8, 12], "num_blocks": 1}},
         "vae": {"model": {"latent_dim": 4, "hidden_dim": 16, "reconstruction_space": "pullback"}},
         "second_stage": {"model": {"hidden_dim": 16}},
-        "detail": {"model": {"hidden_dim": 8, "num_blocks": 1, "noise_channels": 4}, "num_directions": 8},
+        "detail": {"model": {"hidden_dim": 8, "num_blocks": 1, "noise_channels": 4}, "num_directions": 8}
+        | {"feature_loss": "efficientnet-lite0"},
     }
 
 
@@ -172,13 +173,14 @@ def test_a_preset_with_a_section_gives_a_pipeline_with_detail(trained, pipe):
     lines = [json.loads(line) for line in (trained / "detail" / "stats.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4] and {"loss", "spread", "squared_error"} <= lines[0].keys()
     record = json.loads((trained / "detail" / "training_options.json").read_text())
-    assert record["made_from"].keys() == {"images", "autoencoder"}
+    assert record["made_from"].keys() == {"images", "autoencoder", "feature_loss"}
 
 
 def test_the_card_tells_of_the_detail(trained, tmp_path):
     code, _, errors = run("card", str(trained), "org/faces", "--data_license", "none")
     assert code == 0, errors
     card = (trained / "pipeline" / "README.md").read_text()
+    assert "energy score of features of efficientnet-lite0 |" in card and "deterministic=True" in card
     assert "\n| detail |" in card and re.search(r"^Fingerprints: .*, detail `", card, re.MULTILINE)
 
 

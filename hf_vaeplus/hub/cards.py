@@ -133,6 +133,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
         images_are=plain_text(summary.get("images_are") or ""),
         figures=[(name, plain_text(value)) for name, value in figures(summary)],
         sharpens=configs["autoencoder"].get("matched_spectrum", False),
+        temperature=plain_text(configs["detail"].get("temperature", 1)) if "detail" in configs else None,
     )
     if evaluation is not None:
         fields |= dict(
@@ -237,6 +238,9 @@ def _stage_row(stage: str, folder: Path, options: dict, config: dict) -> list[st
     model = ", ".join(f"{name} {config[name]}" for name in told if name in config)
     if config["model_type"] == "vaeplus_vae":
         model = model.replace(f"hidden_channels {config['hidden_channels']}, ", "")
+    if network := options.get("feature_loss"):  # of a folder of this machine, its name alone
+        is_place = Path(network).is_absolute() or Path(network).is_dir()
+        model += f", energy score of features of {Path(network).name if is_place else network}"
     batch = options["train_batch_size"] * options["gradient_accumulation_steps"] * options["num_processes"]
     kind = options.get("second_stage", "vae")
     row = [

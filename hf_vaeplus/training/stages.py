@@ -41,6 +41,7 @@ from ..metrics.latents import PosteriorStatistics
 from ..modeling_baselines import WAEMMDModel
 from ..modeling_detail import (
     PATCH,
+    SEEN,
     VAEPlusDetailConfig,
     VAEPlusDetailModel,
     pixel_views,
@@ -676,13 +677,16 @@ def detail_stage(options: StageOptions, images, backbone: nn.Module | None = Non
             batch["code"] if "code" in batch else autoencoder.encode(pixels)
         )
         generator = torch.Generator().manual_seed(derived_seed(options.seed, 9, step))  # the same in every process
+        # Views see a larger image shrunk. In the first half of the steps they see it whole: large shapes come first.
+        coarse = model.config.image_size > SEEN and step < options.max_train_steps / 2
+        square = random_square(model.config.image_size, generator, whole=coarse)
         return {
             "features": features,
             "mean": mean,
             "noise": noise(2 * math.prod(shape)).view(-1, 2, *shape),
             "pixel_values": pixels,
             "directions": random_directions(shapes, options.num_directions, generator, device),
-            "views": partial(views, random_square(model.config.image_size, generator)),
+            "views": partial(views, square),
         }
 
     return Stage(model, dataset, prepare, _previewer(options, images), made_from=made_from)
