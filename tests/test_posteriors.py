@@ -12,6 +12,8 @@ from test_pipeline import generator, make_vae, probabilistic_pca  # noqa: F401
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.directions import directions_beside, find_directions, load_directions, save_directions
+from hf_vaeplus.modeling_priors import VAEPlusMixtureConfig, VAEPlusMixtureModel
+from hf_vaeplus.pipeline_vaeplus import _alike
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "posteriors"
@@ -20,25 +22,49 @@ EXAMPLES = ROOT / "examples" / "posteriors"
 # ------------------------------------------------------------------------------------------------------ restorations
 
 
-@pytest.mark.parametrize("noise_std", [0.0, 0.2])
-def test_restored_is_the_posterior_mean_of_what_is_seen(probabilistic_pca, noise_std):  # noqa: F811
-    """Of an affine model, z* = (W_s^T W_s + variance I)^-1 W_s^T (x_s - b_s) over the pixels seen."""
-    pipe, _ = probabilistic_pca
-    basis, offset = pipe.vae.decoder.weight.detach(), pipe.vae.decoder.bias.detach()
+@pytest.mark.parametrize(("noise_std", "second_stage"), [(0.0, None), (0.2, None), (0.0, "mixture")])
+def test_restored_is_the_posterior_mean_of_what_is_seen(probabilistic_pca, noise_std, second_stage):  # noqa: F811
+    """Of an affine model, z* = (W_s^T W_s / variance + P)^-1 (W_s^T (x_s - b_s) / variance + P m) over what is seen.
+
+    m and P are the mean and the inverse covariance of z, here those of one Gaussian as second stage.
+    """
+    vae = probabilistic_pca[0].vae
+    mean, covariance = torch.zeros(3), torch.eye(3)
+    if second_stage:
+        second_stage = VAEPlusMixtureModel(VAEPlusMixtureConfig(latent_dim=3, num_components=1))
+        mean, covariance = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([[2.0, 0.5, 0], [0.5, 1.0, 0], [0, 0, 0.1]])
+        second_stage.set_mixture(torch.ones(1), mean[None], covariance[None])
+    pipe = VAEPlusPipeline(vae, second_stage=second_stage)
+    basis, offset = vae.decoder.weight.detach(), vae.decoder.bias.detach()
     images = (0.4 + 0.2 * torch.rand(5, 1, 4, 4, generator=generator(3))).contiguous()
     seen = torch.rand(5, 4, 4, generator=generator(4)) < 0.5
-    expected = []
+    precision, variance, expected = torch.linalg.inv(covariance), 0.05 + noise_std**2, []
     for image, mask in zip(images.flatten(1), seen.flatten(1), strict=True):
         w, rest = basis[mask], (image - offset)[mask]
-        z = torch.linalg.solve(w.T @ w + (0.05 + noise_std**2) * torch.eye(3), w.T @ rest)
+        z = torch.linalg.solve(w.T @ w / variance + precision, w.T @ rest / variance + precision @ mean)
         expected.append(basis @ z + offset)
     expected = torch.stack(expected).clamp(0, 1)
     hidden = torch.where(seen[:, None], images, 0.7)  # of no matter
     found = pipe.restore(hidden, seen, noise_std, output_type="pt")
-    torch.testing.assert_close(found.flatten(1), expected, rtol=0, atol=2e-4)
+    # The moments of the second stage are those of 4,096 draws.
+    torch.testing.assert_close(found.flatten(1), expected, rtol=0, atol=1e-2 if second_stage else 2e-4)
     in_batches = pipe.restore(hidden, seen.numpy(), noise_std, output_type="pt", decode_batch_size=3)
     torch.testing.assert_close(in_batches, found, rtol=0, atol=1e-4)
-    assert all(parameter.grad is None for parameter in pipe.vae.parameters())
+    assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+@pytest.mark.parametrize(("sigma", "channels"), [(0.0, 3), (1.5, 1), (1.5, 3)])
+def test_errors_that_are_alike_count_as_one(sigma, channels):
+    """White noise is d errors. Blurred by a Gaussian it has the correlation exp(-l^2 / (4 sigma^2)) at the distance l,
+    whose squares sum to 2 pi sigma^2; in three equal channels three times as many are alike."""
+    size = 64
+    errors = torch.randn(20, 3 if sigma == 0 else 1, size, size, generator=generator())
+    if sigma:
+        frequencies = torch.fft.fftfreq(size)
+        gain = (-2 * (torch.pi * sigma) ** 2 * (frequencies[:, None] ** 2 + frequencies**2)).exp()
+        errors = torch.fft.ifft2(torch.fft.fft2(errors) * gain).real.expand(-1, channels, -1, -1)
+    expected = channels * 2 * torch.pi * sigma**2 if sigma else 1.0
+    assert float(_alike(errors).mean()) == pytest.approx(expected, rel=0.15)
 
 
 def test_a_restoration_of_all_that_is_seen_comes_nearer_than_the_encoder():

@@ -424,7 +424,11 @@ class VAEPlusPipeline(DiffusionPipeline):
     ) -> ImagesOut:
         """Pictures that have holes or noise, restored by a search for the most probable z (Eq. 2 at one z).
 
-            argmax_z  log N(x | mean(z), (gamma + noise_std^2) I) over the pixels seen  +  log N(z | 0, I)
+            argmax_z  log N(x | mean(z), c (gamma + noise_std^2) I) over the pixels seen  +  log N(z | m, C)
+
+        m and C are the mean and the covariance of z as the second stage draws it; without one they are 0 and I. The
+        errors of neighbouring pixels are alike, so c of them count as one: c = d tr(S^2) / tr(S)^2, where S is the
+        covariance of the d errors that the search starts with, by their spectrum. It is 1 for white noise.
 
         The search starts at the code of the picture whose holes the decoder has filled, and takes steps of Adam. The
         result is the decoder's mean everywhere: put the pixels that were seen back with `torch.where` if they are to
@@ -448,6 +452,7 @@ class VAEPlusPipeline(DiffusionPipeline):
         images = self._to_images(images, preprocess)
         seen = _check_seen(seen, len(images), self.image_shape)
         variance = _log_gamma(self.vae).exp().cpu().item() + noise_std**2
+        prior_mean, prior_precision = self._moments_of_z()
 
         def restored(rows: slice) -> torch.Tensor:
             targets = self._to_float(images[rows])
@@ -456,13 +461,15 @@ class VAEPlusPipeline(DiffusionPipeline):
             for _ in range(1 if mask.all() else 5):
                 filled = torch.where(mask, targets, self._decode_batch(z).clamp(0, 1))
                 z = self._encode_batch(filled).mean
+            weight = 1 / (variance * _alike(mask * (targets - self._decode_batch(z))))
             z.requires_grad_()
             optimizer = torch.optim.Adam([z], lr=0.1)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
             for _ in range(num_steps):
                 with torch.enable_grad():
-                    squared_error = (mask * (targets - self._decode_batch(z))).square().sum()
-                    loss = 0.5 * (squared_error / variance + z.square().sum())
+                    squared_errors = (mask * (targets - self._decode_batch(z))).square().flatten(1).sum(1)
+                    away = z - prior_mean
+                    loss = 0.5 * ((weight * squared_errors).sum() + (away @ prior_precision * away).sum())
                 (z.grad,) = torch.autograd.grad(loss, z)  # of z alone, not of the weights
                 optimizer.step()
                 schedule.step()
@@ -610,6 +617,18 @@ class VAEPlusPipeline(DiffusionPipeline):
             distance = mean.norm(dim=1)
         kind = "negative_log_density" if prior == "second_stage" else "mahalanobis"
         return VAEPlusScores(nats, bits, errors, distance, kind, num_importance_samples, prior)
+
+    def _moments_of_z(self, num_draws: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean `(latent_dim,)` and inverse covariance `(latent_dim, latent_dim)` of z as the pipeline draws it."""
+        device, dim = self._execution_device, self.vae.config.latent_dim
+        if self.second_stage is None:
+            return torch.zeros(dim, device=device), torch.eye(dim, device=device)
+        generator = torch.Generator().manual_seed(0)
+        u = torch.randn(num_draws, self.second_stage.config.latent_dim, generator=generator).to(device)
+        eps = torch.randn(num_draws, dim, generator=generator).to(device)
+        with _weights_in_place(self.second_stage):
+            z = self.second_stage.sample(u, eps).double()
+        return z.mean(0).float(), torch.linalg.inv(torch.cov(z.T).view(dim, dim)).float()
 
     def _need_likelihood(self, what: str) -> None:
         self.need_vae(what)
@@ -872,6 +891,24 @@ def _log_gamma(vae: PreTrainedModel) -> torch.Tensor:
     """Log of the decoder variance, as training used it."""
     with _weights_in_place(vae):
         return vae.decoder_log_variance.float()
+
+
+def _alike(errors: torch.Tensor) -> torch.Tensor:
+    """How many of the errors `(n, C, H, W)` of an image count as one, `(n,)`: d tr(S^2) / tr(S)^2 of their covariance.
+
+    It is taken to be the same everywhere and in all directions, so the spectrum is a mean over rings of frequencies.
+    """
+    _, channels, height, width = errors.shape
+    num_rings = max(1, min(height, width) // 8)  # about a hundred frequencies or more in each
+    radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None])
+    rings = torch.bucketize(radius, torch.linspace(0, 0.5**0.5, num_rings + 1)[1:-1].contiguous()).flatten()
+    rings = torch.nn.functional.one_hot(rings, num_rings).to(errors.device, torch.complex64)  # (frequencies, rings)
+    waves = torch.fft.fft2(errors.float()).flatten(2)
+    counts = rings.sum(0).real
+    spectrum = torch.einsum("nap,nbp,pr->nabr", waves, waves.conj(), rings) / counts
+    power = (counts * spectrum.diagonal(dim1=1, dim2=2).real.sum(-1)).sum(1)
+    squared = (counts * spectrum.abs().square().sum((1, 2))).sum(1)
+    return channels * height * width * squared / power.square()
 
 
 def _spherical_path(start: torch.Tensor, end: torch.Tensor, steps: int) -> torch.Tensor:
