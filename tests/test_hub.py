@@ -444,7 +444,9 @@ def test_an_exported_folder_without_a_card_gets_a_short_one(hub, pipe, tmp_path)
 
 def test_bf16_weights_are_the_rounded_ones_and_compute_in_float32(with_card, pipe, tmp_path):
     loaded = VAEPlusPipeline.from_pretrained(with_card)
+    (with_card / "directions.safetensors").write_bytes(b"directions")
     export_with_card(loaded, tmp_path / "repository", weights="bf16")
+    assert (tmp_path / "repository" / "directions.safetensors").read_bytes() == b"directions"
     rounded = VAEPlusPipeline.from_pretrained(tmp_path / "repository")
     for name in COMPONENTS:
         found = getattr(rounded, name).state_dict()

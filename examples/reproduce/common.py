@@ -130,15 +130,24 @@ def _run(name, description, settings, measure, table, draw, add_options):
 
 
 def _publish(name: str, output_dir: Path, markdown: str, has_picture: bool):
-    page = ROOT / "docs" / "paper.md"
-    place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    text, count = place.subn(lambda match: match[1] + markdown + "\n" + match[2], page.read_text(encoding="utf-8"))
-    if count != 1:
-        raise ValueError(f"{page} must have one place between <!-- {name} --> and <!-- /{name} -->, found {count}.")
+    fill_page("paper.md", name, markdown)
     shutil.copy(output_dir / "results.json", ROOT / "results" / f"{name}.json")
     if has_picture:
         shutil.copy(output_dir / f"{name}.png", ROOT / "docs" / "images" / f"{name}.png")
-    page.write_text(text, encoding="utf-8")
+
+
+def fill_page(page: str, name: str, markdown: str):
+    """Put `markdown` between the markers `<!-- name -->` and `<!-- /name -->` of a page in docs/.
+
+    Raises:
+        ValueError: the page does not have this pair of markers exactly once.
+    """
+    path = ROOT / "docs" / page
+    place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    text, count = place.subn(lambda match: match[1] + markdown + "\n" + match[2], path.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ValueError(f"{path} must have one place between <!-- {name} --> and <!-- /{name} -->, found {count}.")
+    path.write_text(text, encoding="utf-8")
 
 
 def mean_and_spread(values: list[float], digits: int = 2) -> str:

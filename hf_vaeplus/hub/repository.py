@@ -114,7 +114,7 @@ def export_with_card(pipe: "VAEPlusPipeline", folder: str | Path, weights: str =
     if not is_repository(source):  # whose card and weights have gone together ever since
         check_weights_of_card(source)
     export(pipe, folder, weights=weights)
-    for path in _card_and_pictures(source):
+    for path in _card_and_more(source):
         shutil.copyfile(path, folder / path.name)  # with the permissions of a new file
     return _files_of(folder)
 
@@ -139,8 +139,10 @@ def _files_of(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern))
 
 
-def _card_and_pictures(folder: Path) -> list[Path]:
-    return [_own(path) for path in (folder / "README.md", *sorted(folder.glob("*.png")))]
+def _card_and_more(folder: Path) -> list[Path]:
+    """What lies beside a pipeline and belongs to it, the card first, then pictures and named directions."""
+    pictures = sorted(folder.glob("*.png"))
+    return [_own(path) for path in (folder / "README.md", *pictures, *folder.glob("directions.safetensors"))]
 
 
 def _name_classes(path: Path, module: str = "modeling_vaeplus", **classes: str):
@@ -196,7 +198,7 @@ def push(
             _check_same_pipeline(api, repo_id, revision, folder)
         _open_repository(api, repo_id, private, revision, tag)
         if with_card:
-            for path in _card_and_pictures(Path(source)):
+            for path in _card_and_more(Path(source)):
                 shutil.copyfile(path, folder / path.name)
         elif variant is None and not api.file_exists(repo_id, "README.md", revision=revision):
             short_card(repo_id, pipe.image_shape[1]).save(folder / "README.md")
@@ -236,7 +238,7 @@ def push_repository(
 
 def _check_card(folder: Path, repo_id: str):
     """Raises ValueError for the card of another repository, or one that is a link to elsewhere."""
-    card, *_ = _card_and_pictures(folder)
+    card, *_ = _card_and_more(folder)
     if others := set(_WHOSE_CARD.findall(card.read_text(encoding="utf-8"))) - {repo_id}:
         raise ValueError(
             f"{card} is the card of {min(others)}: write one for {repo_id} with `vaeplus card RUN {repo_id}`, or"
