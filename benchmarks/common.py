@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from hf_vaeplus.cli.flags import CommandParser, local_path
 from hf_vaeplus.cli.main import run_command
 from hf_vaeplus.data.cache import ImageDataset
+from hf_vaeplus.evaluation.evaluate import Judge, downsample
+from hf_vaeplus.evaluation.features import open_extractor
 from hf_vaeplus.provenance import provenance
 from hf_vaeplus.training.loop import Stage, train
 from hf_vaeplus.training.options import TrainingOptions
@@ -115,6 +117,23 @@ def goal(what: str, measured: float | None, wanted: str) -> dict:
     sign, limit = wanted.split()
     met = None if measured is None else measured >= float(limit) if sign == ">=" else measured <= float(limit)
     return {"goal": what, "measured": measured, "wanted": wanted, "met": {True: "yes", False: "no", None: "-"}[met]}
+
+
+class OverDownsample:
+    """Distances of sets of images to real ones, by the stem of each extractor's name, in `units` of Downsample's.
+
+    Args:
+        features: names of extractors, as in `vaeplus evaluate`.
+        real: uint8 batches.
+    """
+
+    def __init__(self, features: list[str], real: list[torch.Tensor]):
+        self.judges = {Path(name).stem: Judge(open_extractor(name), tqdm(real, desc=name)) for name in features}
+        self.units = {name: judge(map(downsample, real))["frechet"] for name, judge in self.judges.items()}
+
+    def __call__(self, batches) -> dict[str, float]:
+        batches = list(batches)
+        return {name: judge(iter(batches))["frechet"] / self.units[name] for name, judge in self.judges.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ time

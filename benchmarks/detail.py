@@ -22,13 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import OverDownsample
 from torch import nn
 
 from hf_vaeplus import VAEPlusAutoencoderModel, VAEPlusDetailModel
 from hf_vaeplus.data.cache import load_images
-from hf_vaeplus.data.pixels import to_unit_range
-from hf_vaeplus.evaluation.evaluate import Judge, downsample, to_uint8
-from hf_vaeplus.evaluation.features import open_extractor
+from hf_vaeplus.data.pixels import to_uint8, to_unit_range
 from hf_vaeplus.files import write_json
 from hf_vaeplus.modeling_detail import VAEPlusDetailOutput
 from hf_vaeplus.pictures import image_grid
@@ -159,8 +158,7 @@ def main():
     images, held_out = load_images(**data, **train), load_images(**data, split="validation")
     parts = list(islice(held_out.in_order(50), args.num_images // 50))
     real = [part["pixel_values"] for part in parts]
-    judges = {name: Judge(open_extractor(name), tqdm(real, desc="reference")) for name in args.features}
-    units = {name: judge(map(downsample, real))["frechet"] for name, judge in judges.items()}
+    distances = OverDownsample(args.features, real)
 
     def judged(images_of) -> dict:
         with torch.no_grad():
@@ -169,7 +167,7 @@ def main():
         drawn = [to_uint8(each.clamp(0, 1)) for each in made]
         return {
             "squared_error": float(torch.cat(errors).mean()),
-            "over_downsample": {Path(n).stem: judge(iter(drawn))["frechet"] / units[n] for n, judge in judges.items()},
+            "over_downsample": distances(drawn),
         }, made[0][:10].clamp(0, 1)
 
     codes = [autoencoder.encode(to_unit_range(batch)) for batch in real]
@@ -182,7 +180,7 @@ def main():
         pictures.append(first)
         print(rows[-1], flush=True)
         result = {"num_images": sum(map(len, real)), "seed": args.seed, "seconds_each": args.seconds, "rows": rows}
-        write_json(Path(args.output), {**made, **result, "downsample": {Path(n).stem: u for n, u in units.items()}})
+        write_json(Path(args.output), {**made, **result, "downsample": distances.units})
         image_grid(torch.cat(pictures), columns=10).save(args.work_dir / "reconstructions.png")
 
     args.work_dir.mkdir(parents=True, exist_ok=True)

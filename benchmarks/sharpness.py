@@ -11,12 +11,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from common import OverDownsample
 
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.pixels import to_uint8
-from hf_vaeplus.evaluation.evaluate import Judge, downsample, sample_images
-from hf_vaeplus.evaluation.features import open_extractor
+from hf_vaeplus.evaluation.evaluate import sample_images
 from hf_vaeplus.files import write_json
 from hf_vaeplus.progress import tqdm
 from hf_vaeplus.provenance import provenance
@@ -45,12 +45,7 @@ def main():
     )
     parts = torch.arange(min(args.num_images, len(images))).split(50)
     real = [batch["pixel_values"] for batch in islice(images.in_order(50), len(parts))]
-    judges = {Path(name).stem: Judge(open_extractor(name), tqdm(real, desc=name)) for name in args.features}
-    units = {name: judge(map(downsample, real))["frechet"] for name, judge in judges.items()}
-
-    def judged(batches) -> dict:
-        batches = list(batches)
-        return {name: judge(iter(batches))["frechet"] / units[name] for name, judge in judges.items()}
+    judged = OverDownsample(args.features, real)
 
     def reconstructions(**wanted):
         for number, batch in enumerate(real):
@@ -65,7 +60,7 @@ def main():
         samples = judged(sample_images(pipe, bar, args.seed, **setting))
         rows.append({**setting, "samples": samples, "reconstructions": judged(reconstructions(**setting))})
         print(rows[-1], flush=True)
-    found = {"num_images": sum(map(len, parts)), "seed": args.seed, "split": args.split, "downsample": units}
+    found = {"num_images": sum(map(len, parts)), "seed": args.seed, "split": args.split, "downsample": judged.units}
     write_json(Path(args.output), {**made, **found, "rows": rows})
 
 
