@@ -627,8 +627,9 @@ class VAEPlusPipeline(DiffusionPipeline):
         u = torch.randn(num_draws, self.second_stage.config.latent_dim, generator=generator).to(device)
         eps = torch.randn(num_draws, dim, generator=generator).to(device)
         with _weights_in_place(self.second_stage):
-            z = self.second_stage.sample(u, eps).double()
-        return z.mean(0).float(), torch.linalg.inv(torch.cov(z.T).view(dim, dim)).float()
+            z = self.second_stage.sample(u, eps).cpu().double()
+        precision = torch.linalg.inv(torch.cov(z.T).view(dim, dim))
+        return z.mean(0).to(device, torch.float32), precision.to(device, torch.float32)
 
     def _need_likelihood(self, what: str) -> None:
         self.need_vae(what)
