@@ -37,6 +37,7 @@ from hf_vaeplus import (
 from hf_vaeplus.data.cache import load_images
 from hf_vaeplus.data.labels import labels_of, read_labels
 from hf_vaeplus.data.rendered_faces import FACTOR_NAMES, factors_of
+from hf_vaeplus.hub.cards import _condition_call
 from hf_vaeplus.hub.latents import encode_to_parquet
 from hf_vaeplus.hub.repository import export
 from hf_vaeplus.training import stages
@@ -442,6 +443,13 @@ def test_it_draws_the_same_saved_and_without_the_package(kind, fields, given, tm
         again = loader.from_pretrained(tmp_path / "exported", **trust)
         assert again.second_stage.config.id2label == fields["id2label"]
         assert torch.equal(images_of(again, 2, **given), expected)
+
+
+@pytest.mark.parametrize("fields, count", [(CLASSES, 2), (FACTORS, 4), (ATTRIBUTES, 4), ({}, None)])
+def test_a_card_shows_how_to_ask_for_images(fields, count):
+    pipe = with_second_stage("vae", **fields)
+    call = _condition_call(json.loads(pipe.second_stage.config.to_json_string(use_diff=False)))
+    assert call is None if count is None else len(eval(call, {"pipe": pipe})) == count
 
 
 def test_what_the_pipeline_refuses():

@@ -133,6 +133,7 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
         images_are=plain_text(summary.get("images_are") or ""),
         figures=[(name, plain_text(value)) for name, value in figures(summary)],
         sharpens=configs["autoencoder"].get("matched_spectrum", False),
+        condition=_condition_call(configs["second_stage"]),
         temperature=plain_text(configs["detail"].get("temperature", 1)) if "detail" in configs else None,
     )
     if evaluation is not None:
@@ -144,6 +145,17 @@ def _told_by(run_dir: Path, evaluation: dict | None) -> tuple[dict, str | None, 
             evaluated_on=_measured_on(evaluation["protocol"].get("fingerprint"), last, summary),
         )
     return fields, hub_id, _eval_results(summary, evaluation)
+
+
+def _condition_call(config: dict) -> str | None:
+    """How to ask a conditional second stage for images, in Python."""
+    names = {int(place): name for place, name in (config.get("id2label") or {}).items()}
+    if config.get("condition") == "classes":
+        ids = sorted(names)[:2]
+        return code_text(f"pipe(class_labels={ids}).images  # {' and '.join(names[each] for each in ids)}")
+    if config.get("condition"):
+        return code_text(f"pipe(conditions={{{names[0]!r}: 1.0}}, num_images=4).images")
+    return None
 
 
 def _stages_of(run_dir: Path) -> list[str]:
