@@ -516,7 +516,10 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
         rows = max(1, 2**14 // num_active) if exact else len(y)
         parts = y.split(rows)
         given = [None] * len(parts) if features is None else features.split(rows)
-        return torch.cat([self._log_prob_of_rows(*pair, generator) for pair in zip(parts, given, strict=True)])
+        # Clones, because the tangents of a view are as large as all that it is a view of.
+        return torch.cat([
+            self._log_prob_of_rows(part.clone(), each, generator) for part, each in zip(parts, given, strict=True)
+        ])  # fmt: skip
 
     def _log_prob_of_rows(self, y, features, generator):
         velocity = _given(self.velocity, features)

@@ -678,6 +678,14 @@ def test_the_pullback_metric_is_the_mean_of_j_transposed_j():
         torch.testing.assert_close(autoencoder.pullback_metric(codes, chunk_size), expected)
 
 
+def test_the_pullback_metric_takes_the_memory_of_a_chunk():
+    """Not of all codes: forward mode makes tangents for what a view is a view of."""
+    autoencoder, codes = make_autoencoder(latent_dim=8), torch.zeros(100_000, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        autoencoder.pullback_metric(codes[:4])
+    assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < codes.nbytes
+
+
 @torch.no_grad()
 def test_a_metric_measured_in_half_precision_is_a_metric():
     autoencoder = randomise(make_autoencoder())

@@ -941,6 +941,7 @@ class VAEPlusAutoencoderModel(VAEPlusPreTrainedModel):
         axes = torch.eye(self.config.latent_dim, dtype=self.dtype, device=codes.device)
         total = torch.zeros(axes.shape, dtype=torch.float64, device="cpu")
         for part in codes.to(self.dtype).split(chunk_size):
+            part = part.clone()  # the tangents of a view are as large as all that it is a view of
             along = torch.func.vmap(lambda axis, part=part: torch.func.jvp(
                 self.decode, (part,), (axis.expand_as(part),))[1])  # fmt: skip
             columns = _upcast(along(axes)).flatten(2).transpose(0, 1)  # (codes, latent_dim, pixels)
