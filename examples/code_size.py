@@ -336,7 +336,8 @@ def draw(rows: list[dict], path: Path):
 
 def parse_arguments():
     parser = CommandParser(prog="code_size.py", description=__doc__)
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="smoke: seconds, drawings; cpu: an hour and a half of one core, CelebA")
+    scales = "smoke: seconds, drawings; cpu: an hour and a half of one core, CelebA"
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help=scales)
     parser.add_argument("--train_data_dir", type=local_path, help="folder of CelebA as parquet files (not for smoke)")
     parser.add_argument("--features", default="pixels:16", help="an .onnx file, fid:WEIGHTS, or pixels:SIZE")
     for name, help in HELP.items():
