@@ -762,6 +762,10 @@ class VAEPlusPreTrainedModel(PreTrainedModel):
                     f"the weights of {pretrained_model_name_or_path} hold NaN or infinity in {name}: take an earlier"
                     " checkpoint or download them again."
                 )
+        for tensor in (*model.parameters(), *model.buffers()):
+            # A file has weights at any address, and at some of them some processors add in another order.
+            if not tensor.is_meta and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
         return (model, info) if give_info else model
 
     def save_pretrained(
