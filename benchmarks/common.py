@@ -132,8 +132,13 @@ class OverDownsample:
         self.units = {name: judge(map(downsample, real))["frechet"] for name, judge in self.judges.items()}
 
     def __call__(self, batches) -> dict[str, float]:
+        return {name: found["over_downsample"] for name, found in self.compare(batches).items()}
+
+    def compare(self, batches) -> dict[str, dict]:
+        """All that each judge says, and its distance as `over_downsample`."""
         batches = list(batches)
-        return {name: judge(iter(batches))["frechet"] / self.units[name] for name, judge in self.judges.items()}
+        found = {name: judge(iter(batches)) for name, judge in self.judges.items()}
+        return {name: {**each, "over_downsample": each["frechet"] / self.units[name]} for name, each in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ time

@@ -21,14 +21,12 @@ from pathlib import Path
 
 import common
 import torch
-from common import ROOT, benchmark, goal
+from common import ROOT, OverDownsample, benchmark, goal
 from torch.nn.functional import avg_pool2d
 
 from hf_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel
 from hf_vaeplus.cli.flags import local_path
 from hf_vaeplus.data.pixels import to_uint8, to_unit_range
-from hf_vaeplus.evaluation.evaluate import Judge, downsample
-from hf_vaeplus.evaluation.features import open_extractor
 from hf_vaeplus.metrics.latents import PosteriorStatistics
 from hf_vaeplus.metrics.memorisation import MemorisationGuard
 from hf_vaeplus.training.codes import TensorRows, encode_dataset, load_frozen
@@ -112,13 +110,13 @@ class ImageJudge:
     def __init__(self, features: str, autoencoder: VAEPlusAutoencoderModel, held_out):
         self.autoencoder = autoencoder
         real = [half_size(to_unit_range(batch["pixel_values"])) for batch in held_out.in_order(250)]
-        self.judge = Judge(open_extractor(features), real)
-        self.unit = self.judge(map(downsample, real))["frechet"]
+        self.distances = OverDownsample([features], real)
 
     @torch.no_grad()
     def __call__(self, codes: torch.Tensor) -> dict:
-        found = self.judge(half_size(self.autoencoder.decode(part)) for part in codes.split(250))
-        return {"distance": found["frechet"] / self.unit, "coverage": found["prdc"]["coverage"]}
+        images = (half_size(self.autoencoder.decode(part)) for part in codes.split(250))
+        (found,) = self.distances.compare(images).values()
+        return {"distance": found["over_downsample"], "coverage": found["prdc"]["coverage"]}
 
 
 def half_size(images: torch.Tensor) -> torch.Tensor:
