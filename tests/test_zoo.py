@@ -14,6 +14,7 @@ from PIL import Image
 from hf_vaeplus import VAEPlusPipeline
 from hf_vaeplus.evaluation.tables import results_table
 from hf_vaeplus.hub.cards import figures
+from hf_vaeplus.hub.repository import export
 from hf_vaeplus.pictures import image_grid
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,12 @@ def test_its_card_has_the_numbers_of_results(model):
         assert results_table(json.loads((results / "evaluation.json").read_text())).replace("`", "'") in card
 
 
-def test_its_code_is_that_of_the_package_and_it_is_small(model):
+def test_its_code_is_that_of_the_package_and_it_is_small(model, tmp_path):
+    export(VAEPlusPipeline.from_pretrained(model), tmp_path)
+    code = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.py")]
+    assert sorted(code) == sorted(path.relative_to(model) for path in model.rglob("*.py"))
+    for name in code:
+        assert (model / name).read_bytes() == (tmp_path / name).read_bytes()
     for exported in model.glob("*.py"):
         source = {"pipeline.py": "pipeline_vaeplus.py"}.get(exported.name, exported.name)
         assert exported.read_bytes() == (ROOT / "hf_vaeplus" / source).read_bytes()

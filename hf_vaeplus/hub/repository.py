@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from .. import image_processing_vaeplus, modeling_detail, modeling_priors, modeling_vaeplus, pipeline_vaeplus
+from ..directions import FILE as DIRECTIONS
 from ..files import follow_umask
 from .cards import check_weights_of_card, short_card
 from .client import full_repo_id, upload_folder
@@ -131,7 +132,7 @@ def _files_of(folder: Path) -> list[Path]:
         "*.png",
         "*.json",
         "*.py",
-        "directions.safetensors",
+        DIRECTIONS,
         "*/*.json",
         "*/*.py",
         "*/*.safetensors",
@@ -142,7 +143,7 @@ def _files_of(folder: Path) -> list[Path]:
 def _card_and_more(folder: Path) -> list[Path]:
     """What lies beside a pipeline and belongs to it, the card first, then pictures and named directions."""
     pictures = sorted(folder.glob("*.png"))
-    return [_own(path) for path in (folder / "README.md", *pictures, *folder.glob("directions.safetensors"))]
+    return [_own(path) for path in (folder / "README.md", *pictures, *folder.glob(DIRECTIONS))]
 
 
 def _name_classes(path: Path, module: str = "modeling_vaeplus", **classes: str):
