@@ -85,9 +85,11 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def same(images, others) -> bool:
+def same(images, others, levels: int = 0) -> bool:
+    """Whether pixels differ by at most `levels` of 255."""
     return len(images) == len(others) and all(
-        np.array_equal(pixels(a), pixels(b)) for a, b in zip(images, others, strict=True)
+        pixels(a).shape == pixels(b).shape and np.abs(pixels(a).astype(int) - pixels(b)).max() <= levels
+        for a, b in zip(images, others, strict=True)
     )
 
 
@@ -234,7 +236,9 @@ def test_a_strip_shows_a_direction_from_end_to_end(place, handlers):
     assert film.shape == (SIZE, NUM_FRAMES * SIZE, 3)
     frames = [Image.fromarray(each) for each in film.reshape(SIZE, NUM_FRAMES, SIZE, 3).swapaxes(0, 1)]
     stops = np.linspace(-3, 3, NUM_FRAMES).tolist()
-    assert same(frames, [handlers.explore(z, *values[:place], stop, *values[place + 1 :]) for stop in stops])
+    alone = [handlers.explore(z, *values[:place], stop, *values[place + 1 :]) for stop in stops]
+    assert same(frames, alone, levels=1)  # a batch is summed in another order on some processors
+    assert not same(frames[:1], frames[-1:], levels=1)
     assert gif_of(handlers.walk(z, handlers.sliders[place], *values)).n_frames == 2 * NUM_FRAMES - 2
     for name in ("z99", None, 3, ["smile"], {}):
         with pytest.raises(ValueError, match="there is no direction .*: choose one of the list"):

@@ -170,11 +170,19 @@ def train_stages(options: dict[str, StageOptions], images: dict, output_dir: Pat
     models = {stage: run_stage(options[stage], images[stage]) for stage in options}
     _check_that_stages_fit(options)
     pipe = build_pipeline(options["second_stage"], models["second_stage"], models.get("detail"))
+    for model in (pipe.autoencoder, pipe.vae, pipe.second_stage, pipe.detail):
+        _lay_out_as_loaded(model)
     if process_state().is_main_process:
         channels, size, _ = pipe.image_shape
         pipe.image_processor = VAEPlusImageProcessor(size, channels, options["autoencoder"].source_crop)
         pipe.save_pretrained(output_dir / "pipeline")
     return pipe
+
+
+def _lay_out_as_loaded(model: torch.nn.Module | None):
+    """Some processors sum in another order where the channels of a weight come last, as they do in training."""
+    for parameter in model.parameters() if model is not None else ():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def _before(stage: str) -> tuple[str, ...]:

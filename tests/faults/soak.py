@@ -61,14 +61,17 @@ class Watch:
         })  # fmt: skip
 
     def summary(self) -> dict:
-        """Growth of the resident size after the warm-up, as a ratio, and the most handles and threads in the tenth
-        after it and in the last tenth: a batch on its way from a worker holds a handle, and at times none is."""
+        """Growth of the resident size after the warm-up, as a ratio, and the fewest and the most handles and threads in
+        the tenth after it and in the last tenth."""
         after, end = (
             [each for each in self.readings if start < each["progress"] <= start + self.total // 10]
             for start in (self.total // 10, self.total - self.total // 10)
         )
-        most = {name: [max(each[name] for each in part) for part in (after, end)] for name in ("handles", "threads")}
-        return {"growth": end[-1]["resident_mb"] / after[0]["resident_mb"] - 1, **most, "readings": self.readings}
+        counts = {
+            name: [[pick(each[name] for each in part) for pick in (min, max)] for part in (after, end)]
+            for name in ("handles", "threads")
+        }
+        return {"growth": end[-1]["resident_mb"] / after[0]["resident_mb"] - 1, **counts, "readings": self.readings}
 
 
 def stage_of(part: str, folder: Path, steps: int) -> StageOptions:
@@ -147,13 +150,14 @@ def soak(steps: int, calls: int, folder: Path, together: bool = False) -> list[d
 
 
 def what_grew(rows: list[dict], max_growth: float = MAX_GROWTH) -> list[str]:
-    """What grew, in words."""
+    """What grew, in words. Of handles and threads both the fewest and the most must have grown: a batch on its way from
+    a worker holds a handle, and how many are on their way changes from reading to reading."""
     found = [f"{row['part']}: memory grew by {row['growth']:.1%}" for row in rows if not row["growth"] <= max_growth]
     return found + [
-        f"{row['part']}: {name} went from {row[name][0]} to {row[name][1]}"
+        "{}: {} went from {}-{} to {}-{}".format(row["part"], name, *row[name][0], *row[name][1])
         for row in rows
         for name in ("handles", "threads")
-        if row[name][0] < row[name][1]
+        if all(before < after for before, after in zip(*row[name], strict=True))
     ]
 
 
