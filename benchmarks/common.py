@@ -125,10 +125,13 @@ class OverDownsample:
     Args:
         features: names of extractors, as in `vaeplus evaluate`.
         real: uint8 batches.
+        more: `bins` and `training` of a [`Judge`].
     """
 
-    def __init__(self, features: list[str], real: list[torch.Tensor]):
-        self.judges = {Path(name).stem: Judge(open_extractor(name), tqdm(real, desc=name)) for name in features}
+    def __init__(self, features: list[str], real: list[torch.Tensor], **more):
+        self.judges = {
+            Path(name).stem: Judge(open_extractor(name), tqdm(real, desc=name), **more) for name in features
+        }
         self.units = {name: judge(map(downsample, real))["frechet"] for name, judge in self.judges.items()}
 
     def __call__(self, batches) -> dict[str, float]:

@@ -112,21 +112,27 @@ def ways_of(name: str) -> dict[str, dict]:
     return ways
 
 
-def digits(args) -> dict:
-    work = Path(args.work_dir) / "digits"
-    cache = str(Path(args.work_dir) / "cache")
-    common_options = dict(train_data_dir=args.data, cache_dir=cache, seed=args.seed, resume_from_checkpoint="latest")
-    common_options |= args.pick({"max_train_samples": 2000}, {}, {})
+def first_stages_of_digits(data: str, work: Path, cache_dir: str, seed: int, steps_share: float, **more):
+    """Trains autoencoder and first VAE of the preset `mnist` in `work`; returns what makes the options of a stage."""
+    own = dict(train_data_dir=data, cache_dir=cache_dir, seed=seed, resume_from_checkpoint="latest", **more)
     preset = load_preset("mnist")
 
     def options_of(stage, **changes) -> StageOptions:
-        options = stage_options(stage, preset, **common_options, **changes)
-        return replace(options, max_train_steps=max(2, round(options.max_train_steps * args.steps_share)))
+        options = stage_options(stage, preset, **own, **changes)
+        return replace(options, max_train_steps=max(2, round(options.max_train_steps * steps_share)))
 
-    earlier = {"autoencoder": str(work / "autoencoder")}
-    run_stage(options_of("autoencoder", output_dir=earlier["autoencoder"]))
-    run_stage(options_of("vae", **earlier, output_dir=str(work / "vae")))
-    earlier["vae"] = str(work / "vae")
+    autoencoder = str(work / "autoencoder")
+    run_stage(options_of("autoencoder", output_dir=autoencoder))
+    run_stage(options_of("vae", autoencoder=autoencoder, output_dir=str(work / "vae")))
+    return options_of
+
+
+def digits(args) -> dict:
+    work, more = Path(args.work_dir) / "digits", args.pick({"max_train_samples": 2000}, {}, {})
+    options_of = first_stages_of_digits(
+        args.data, work, str(Path(args.work_dir) / "cache"), args.seed, args.steps_share, **more
+    )
+    earlier = {stage: str(work / stage) for stage in ("autoencoder", "vae")}
     autoencoder = load_frozen(VAEPlusAutoencoderModel, earlier["autoencoder"])
     vae = load_frozen(VAEPlusVAEModel, earlier["vae"])
     start = options_of("second_stage", **earlier, label_column="label")

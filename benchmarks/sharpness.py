@@ -3,7 +3,8 @@
     python benchmarks/sharpness.py PIPELINE --train_data_dir FOLDER --features EXTRACTOR.onnx
 
 Samples and reconstructions have the same codes in every row, and every set has `--num_images` images. Distances are
-over that of Downsample, by each extractor. Writes results/bench_sharpness.json.
+over that of Downsample, by each extractor; kernel distances, precision and coverage stand beside them. Writes
+results/bench_sharpness.json.
 """
 
 import argparse
@@ -57,9 +58,18 @@ def main():
     rows = []
     for setting in settings:
         bar = tqdm(parts, desc=", ".join(f"{name} {value:g}" for name, value in setting.items()))
-        samples = judged(sample_images(pipe, bar, args.seed, **setting))
-        rows.append({**setting, "samples": samples, "reconstructions": judged(reconstructions(**setting))})
-        print(rows[-1], flush=True)
+        sets = {
+            "samples": sample_images(pipe, bar, args.seed, **setting),
+            "reconstructions": reconstructions(**setting),
+        }
+        row = dict(setting)
+        for kind, batches in sets.items():
+            compared = judged.compare(batches)
+            row[kind] = {name: each["over_downsample"] for name, each in compared.items()}
+            row[f"{kind}_kernel"] = {name: each["kernel"] and each["kernel"][0] for name, each in compared.items()}
+            row[f"{kind}_prdc"] = {name: each["prdc"] for name, each in compared.items()}
+        rows.append(row)
+        print(row, flush=True)
     found = {"num_images": sum(map(len, parts)), "seed": args.seed, "split": args.split, "downsample": judged.units}
     write_json(Path(args.output), {**made, **found, "rows": rows})
 

@@ -61,8 +61,8 @@ class Watch:
         })  # fmt: skip
 
     def summary(self) -> dict:
-        """Growth of the resident size after the warm-up, as a ratio, and the fewest and the most handles and threads in
-        the tenth after it and in the last tenth."""
+        """Growth of the resident size after the warm-up, as a ratio, and the fewest and the most handles and threads
+        in the tenth after it and in the last tenth."""
         after, end = (
             [each for each in self.readings if start < each["progress"] <= start + self.total // 10]
             for start in (self.total // 10, self.total - self.total // 10)
@@ -150,8 +150,8 @@ def soak(steps: int, calls: int, folder: Path, together: bool = False) -> list[d
 
 
 def what_grew(rows: list[dict], max_growth: float = MAX_GROWTH) -> list[str]:
-    """What grew, in words. Of handles and threads both the fewest and the most must have grown: a batch on its way from
-    a worker holds a handle, and how many are on their way changes from reading to reading."""
+    """What grew, in words. Of handles and threads both the fewest and the most must have grown: a batch on its way
+    from a worker holds a handle, and how many are on their way changes from reading to reading."""
     found = [f"{row['part']}: memory grew by {row['growth']:.1%}" for row in rows if not row["growth"] <= max_growth]
     return found + [
         "{}: {} went from {}-{} to {}-{}".format(row["part"], name, *row[name][0], *row[name][1])
