@@ -123,6 +123,12 @@ class Handlers:
             rows = tqdm(torch.arange(len(known)).split(64), desc="encoding")
             self.places = torch.cat([pipe.encode(self._known(part)).mean.cpu() for part in rows])
         self.sharpens = pipe.autoencoder is not None and pipe.autoencoder.config.matched_spectrum
+        self.look = (
+            ("sharpness", 0.0) if pipe.detail is None else ("detail_temperature", pipe.detail.config.temperature)
+        )
+        config = None if pipe.second_stage is None else pipe.second_stage.config
+        self.condition = getattr(config, "condition", None)
+        self.labels = [] if self.condition is None else [config.id2label[each] for each in config.label_ids]
         generator = torch.Generator().manual_seed(0)
         statistics = PosteriorStatistics(pipe.vae.config.latent_dim)
         lengths = []
@@ -157,14 +163,32 @@ class Handlers:
             for hook in hooks:
                 hook.remove()
 
-    def sample(self, seed, count, temperature, sharpness=0.0) -> list[Image.Image]:
-        """The pictures that `vaeplus sample` draws with these values."""
+    def sample(self, seed, count, temperature, *more) -> list[Image.Image]:
+        """The pictures that `vaeplus sample` draws with these values.
+
+        `more` are the value of what `self.look` names, which has a usual one, and of a conditional model what is to be
+        seen: a class, a list of attributes, or nothing.
+        """
+        look, usual = self.look
+        value, wanted = *more, *(usual, None)[len(more) :]
         seed = _number("the seed", seed, 0, MAX_SEED, whole=True)
         count = _number("the number of pictures", count, 1, MAX_COUNT, whole=True)
         temperature = _number("the temperature", temperature, 0, 2)
-        sharpness = _number("the sharpness", sharpness, 0, 1)
+        value = _number("the sharpness" if look == "sharpness" else "the detail", value, 0, max(1, usual))
         generator = torch.Generator().manual_seed(seed)
-        return self.pipe(count, generator, temperature=temperature, sharpness=sharpness).images
+        given = {look: value, **self._asked(wanted)}
+        return self.pipe(num_images=count, generator=generator, temperature=temperature, **given).images
+
+    def _asked(self, wanted) -> dict:
+        """The options of a pipeline for what is to be seen."""
+        if not wanted:
+            return {}
+        names = [wanted] if self.condition == "classes" else wanted
+        if not isinstance(names, list) or not all(isinstance(name, str) and name in self.labels for name in names):
+            raise ValueError(f"the model does not know {str(wanted)[:40]!r}: choose from the list.")
+        if self.condition == "classes":
+            return {"class_labels": wanted}
+        return {"conditions": dict.fromkeys(names, 1.0)}
 
     def sample_another(self, *values) -> tuple[int, list[Image.Image]]:
         """A seed, and its pictures; the first of `values`, the last seed, is not used."""
@@ -420,9 +444,19 @@ def _sample_tab(handlers):
             count = gr.Slider(1, MAX_COUNT, len(handlers.samples), step=1, label="Pictures")
             seed = gr.Number(0, label="Seed", info="the same seed and number give the same pictures", precision=0)
             values = [seed, count, gr.Slider(0, 2, 1, step=0.05, label="Temperature", info="factor on all noise")]
-            if handlers.sharpens:
+            look, usual = handlers.look
+            if look == "detail_temperature":
+                told = "factor on the noise of the detail: 0 is calm, 1 is as it was learned"
+                values.append(gr.Slider(0, max(1, usual), usual, step=0.05, label="Detail", info=told))
+            else:
                 told = "0: mean of the decoder, 1: contrast of real images"
-                values.append(gr.Slider(0, 1, 0, step=0.05, label="Sharpness", info=told))
+                shown = handlers.sharpens
+                values.append(gr.Slider(0, 1, usual, step=0.05, label="Sharpness", info=told, visible=shown))
+            if handlers.condition == "classes":
+                names = [("all classes", ""), *[(name, name) for name in handlers.labels]]
+                values.append(gr.Dropdown(names, value="", label="Class"))
+            elif handlers.condition == "attributes":
+                values.append(gr.CheckboxGroup(handlers.labels, label="Attributes that every picture shows"))
             button = gr.Button("Sample", variant="primary")
             another = gr.Button("Sample with another seed")
         with gr.Column(scale=3, min_width=320, elem_classes=["result"]):

@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import SIZE, make_pipeline
+from helpers import SIZE, make_pipeline, with_prior
 from PIL import Image
 
-from hf_vaeplus import VAEPlusImageProcessor, VAEPlusPipeline
+from hf_vaeplus import VAEPlusDetailConfig, VAEPlusDetailModel, VAEPlusImageProcessor, VAEPlusPipeline
 from hf_vaeplus.cli.flags import read_pictures
 from hf_vaeplus.cli.main import main
 from hf_vaeplus.data.cache import load_images
@@ -110,9 +111,49 @@ def test_sharpness_only_where_the_autoencoder_has_it(handlers, pipe):
     assert not same(Handlers(sharp).sample(0, 2, 1.0, 1.0), Handlers(sharp).sample(0, 2, 1.0, 0.0))
     with pytest.raises(ValueError, match="match_spectrum"):
         handlers.sample(0, 2, 1.0, 0.5)
-    labels = [[block.label for block in build_demo(each).blocks.values() if isinstance(block, gradio.Slider)]
-              for each in (sharp, pipe)]  # fmt: skip
+    labels = [of_kind(build_demo(each), gradio.Slider) for each in (sharp, pipe)]
     assert "Sharpness" in labels[0] and "Sharpness" not in labels[1]
+
+
+def of_kind(page, kind) -> dict:
+    """The inputs of a kind that a visitor sees, by their labels."""
+    return {block.label: block for block in page.blocks.values() if isinstance(block, kind) and block.visible}
+
+
+def test_a_model_with_detail_has_a_slider_for_it(pipe):
+    torch.manual_seed(0)
+    config = {name: getattr(pipe.autoencoder.config, name) for name in ("image_size", "num_channels", "patch_size")}
+    detail = VAEPlusDetailModel(VAEPlusDetailConfig(**config, feature_dim=4, hidden_dim=4, temperature=0.5)).eval()
+    whole = VAEPlusPipeline(pipe.vae, pipe.autoencoder, pipe.second_stage, detail)
+    handlers, draw = Handlers(whole), partial(whole, 3)
+    for value in (0.0, 1.0):
+        expected = draw(torch.Generator().manual_seed(4), detail_temperature=value).images
+        assert same(handlers.sample(4, 3, 1.0, value), expected)
+    assert same(handlers.sample(4, 3, 1.0), draw(torch.Generator().manual_seed(4)).images)
+    assert not same(handlers.sample(4, 3, 1.0, 0.0), handlers.sample(4, 3, 1.0, 1.0))
+    sliders = of_kind(build_demo(whole), gradio.Slider)
+    assert sliders["Detail"].value == 0.5 and "Sharpness" not in sliders
+
+
+@pytest.mark.parametrize("kind", ["classes", "attributes"])
+def test_a_conditional_model_is_asked_for_what_it_knows(kind):
+    names = {0: "cat", 1: "dog"}
+    whole = with_prior("flow_matching", condition=kind, id2label=names)
+    handlers, page = Handlers(whole), build_demo(whole)
+    one, option = ("dog", {"class_labels": "dog"}) if kind == "classes" else (["dog"], {"conditions": {"dog": 1.0}})
+    draw = partial(whole, num_images=3, temperature=1.0)
+    usual = handlers.sample(4, 3, 1.0, 0.0)
+    assert same(usual, draw(generator=torch.Generator().manual_seed(4)).images)
+    assert same(
+        handlers.sample(4, 3, 1.0, 0.0, one), draw(generator=torch.Generator().manual_seed(4), **option).images
+    )
+    assert not same(usual, handlers.sample(4, 3, 1.0, 0.0, one))
+    shown = of_kind(page, gradio.Dropdown)["Class"] if kind == "classes" else of_kind(page, gradio.CheckboxGroup)
+    choices = shown.choices if kind == "classes" else next(iter(shown.values())).choices
+    assert [value for _, value in choices if value] == ["cat", "dog"]
+    for wrong in ("cow", ["cow"], {"cat": 1}, 3, [["cat"]]):
+        with pytest.raises(ValueError, match="the model does not know .*: choose from the list"):
+            handlers.sample(4, 3, 1.0, 0.0, wrong)
 
 
 @pytest.mark.parametrize("name", ["a.png", "turned.jpg"])
