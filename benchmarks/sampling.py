@@ -3,9 +3,10 @@
     python benchmarks/sampling.py
 
 Networks are as the preset celeba64-cpu trains them, at 64 x 64, with fresh weights: what they have learnt takes no
-time. The diffusion model is an unconditional UNet2DModel without attention, the cheapest of its size. DDIM takes 50
-steps; the 1,000 of DDPM are calculated from the first of them. pythae draws from N(0, I) and has no second stage, so
-it is compared with our pipeline without one as well. Everything in float32.
+time. The pipeline has the preset's detail model only where that is named. The diffusion model is an unconditional
+UNet2DModel without attention, the cheapest of its size. DDIM takes 50 steps; the 1,000 of DDPM are calculated from the
+first of them. pythae draws from N(0, I) and has no second stage, so it is compared with our pipeline without one as
+well. Everything in float32.
 
 A sixth of the time can be page faults: whether glibc reuses the memory of one batch for the next depends on what else
 the heap holds, and differs from process to process. MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ of 1000000000
@@ -21,10 +22,13 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from hf_vaeplus import (
     VAEPlusAutoencoderConfig,
     VAEPlusAutoencoderModel,
+    VAEPlusDetailConfig,
+    VAEPlusDetailModel,
     VAEPlusPipeline,
     VAEPlusVAEConfig,
     VAEPlusVAEModel,
 )
+from hf_vaeplus.training.options import load_preset
 
 SIZE, BATCH, DDIM_STEPS, DDPM_STEPS = 64, 64, 50, 1000
 
@@ -43,6 +47,15 @@ def our_pipeline() -> VAEPlusPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def with_detail(pipe: VAEPlusPipeline) -> VAEPlusPipeline:
+    """The same with the detail model of the preset."""
+    torch.manual_seed(0)
+    detail = VAEPlusDetailModel(VAEPlusDetailConfig(image_size=SIZE, **load_preset("celeba64-cpu")["detail"]["model"]))
+    whole = VAEPlusPipeline(pipe.vae, pipe.autoencoder, pipe.second_stage, detail.eval())
+    whole.set_progress_bar_config(disable=True)
+    return whole
 
 
 def unet(target: int) -> UNet2DModel:
@@ -116,6 +129,7 @@ class _Decode(torch.nn.Module):
 
 def measure(args) -> dict:
     pipe = our_pipeline()
+    detailed = with_detail(pipe)
     prior = VAEPlusPipeline(pipe.vae, pipe.autoencoder)
     prior.set_progress_bar_config(disable=True)
     total = parameters(pipe.autoencoder, pipe.vae, pipe.second_stage)
@@ -123,6 +137,7 @@ def measure(args) -> dict:
     bulk, few = args.pick(8, 256, 2048), args.pick(1, 1, 8)  # images of ours, and of diffusion
     runs = {  # candidate -> images of one call, what makes them, and by how much its time is multiplied
         "pipeline, tensors": (bulk, lambda n: pipe(n, output_type="pt"), 1),
+        "pipeline with detail, tensors": (bulk, lambda n: detailed(n, output_type="pt"), 1),
         "pipeline, PIL images": (bulk, lambda n: pipe(n), 1),
         "bare decoders": (bulk, lambda n: bare_decoders(pipe, n, keep=True), 1),
         "bare decoders, images dropped": (bulk, lambda n: bare_decoders(pipe, n, keep=False), 1),
@@ -161,6 +176,7 @@ def measure(args) -> dict:
         "sampling": rows,
         "goals": [
             *(goal(f"pipeline over {bare}", ours / rate[bare], ">= 0.95") for bare in rate if bare.startswith("bare")),
+            goal("with detail over without", rate["pipeline with detail, tensors"] / ours, ">= 0.8"),
             goal("pipeline over DDIM-50", ours / ddim if diffusion.steps == DDIM_STEPS else None, ">= 200"),
         ],
     }
