@@ -221,7 +221,10 @@ class TimedBlock(nn.Module):
 
 
 class VelocityNetwork(nn.Module):
-    """(batch, dim), a time in [0, 1] -> (batch, dim), at the start 0. A condition joins the embedding of time."""
+    """(batch, dim), a time in [0, 1] -> (batch, dim), at the start 0. A condition joins the embedding of time.
+
+    There is no norm before the exit: it would bound the velocity, and data has longer tails than noise.
+    """
 
     num_frequencies, time_dim = 8, 128
 
@@ -232,7 +235,6 @@ class VelocityNetwork(nn.Module):
         self.entry = nn.Linear(dim, hidden_dim)
         self.offset = nn.Linear(self.time_dim, hidden_dim)  # or the norms would turn sharply around x = 0
         self.blocks = nn.ModuleList([TimedBlock(hidden_dim, self.time_dim) for _ in range(num_blocks)])
-        self.norm = nn.LayerNorm(hidden_dim)
         self.exit = start_at_zero(nn.Linear(hidden_dim, dim))
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
@@ -243,7 +245,7 @@ class VelocityNetwork(nn.Module):
         hidden = self.entry(x) + self.offset(embedding)
         for block in self.blocks:
             hidden = block(hidden, embedding)
-        return self.exit(self.norm(hidden))
+        return self.exit(hidden)
 
 
 # --------------------------------------------------------------------------------------------------------- models
@@ -432,10 +434,14 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
         self.network = VelocityNetwork(*shape)
         self.teacher = VelocityNetwork(*shape).requires_grad_(False) if config.distillation_steps else None
         self.register_buffer("distilled", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("pass_mean", torch.zeros(config.num_active))
+        self.register_buffer("pass_map", torch.eye(config.num_active))
         self.post_init()
 
     def _init_own_weights(self):
         init.zeros_(self.distilled)
+        init.zeros_(self.pass_mean)
+        init.eye_(self.pass_map)
 
     @property
     def log_prob_is_exact(self) -> bool:
@@ -458,6 +464,47 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
         self.network.load_state_dict(source)
         self.distilled.fill_(True)
 
+    @torch.no_grad()
+    def match_moments(
+        self, generator: torch.Generator, num_samples: int = 50_000, conditions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """After the distillation, give the one pass mean and covariance of the training data, by an affine map.
+
+        A regression learns the mean of what it cannot foresee, so the one pass lacks variance. Its density is not that
+        of the model, so nothing else changes. A pass that was distilled with guidance is left as it is.
+
+        Args:
+            generator (`torch.Generator`): on the CPU, draws the u by which the moments are measured.
+            num_samples (`int`): how many of them; more than there are active dimensions.
+            conditions (`torch.Tensor`, *optional*): of the training data, n of them, of which each u gets one.
+
+        Returns:
+            `torch.Tensor` of shape `(num_active,)`: the variances of the one pass along its axes, of whitened z, whose
+                own are 1; in rising order, float64 on the CPU.
+
+        Raises:
+            ValueError: a model that is not distilled, or too few samples.
+        """
+        num_active = self.config.num_active
+        if not self.distilled or num_samples <= num_active:
+            raise ValueError(
+                f"match_moments needs a distilled model and more samples than its {num_active} active dimensions, got"
+                f" distilled={bool(self.distilled)} and num_samples={num_samples}."
+            )
+        passed = []
+        for part in torch.arange(num_samples).split(2_000):
+            u = torch.randn(len(part), num_active, generator=generator).to(self.input_mean)
+            rows = None
+            if conditions is not None:
+                rows = conditions[torch.randint(len(conditions), (len(part),), generator=generator)].to(u.device)
+            passed.append(self._one_pass(u, self._features_of(rows, u)).double().cpu())
+        passed = torch.cat(passed)
+        variances, axes = torch.linalg.eigh(torch.cov(passed.T).reshape(num_active, num_active))
+        if self.config.distillation_guidance == 1:
+            self.pass_mean.copy_(passed.mean(0))
+            self.pass_map.copy_((axes * variances.clamp(min=0.1).rsqrt()) @ axes.T)
+        return variances
+
     def velocity(self, y: torch.Tensor, time: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
         """v(y, t) of whitened active dimensions `(batch, num_active)` at a time in [0, 1], of shape `(1, 1)`.
 
@@ -473,7 +520,8 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
     def _sample(self, latents, noise, features, num_inference_steps: int | None = None, guidance_scale: float = 1.0):
         # One pass stands for one scale; a scale that is asked for takes the ODE.
         if num_inference_steps is None and self.distilled and guidance_scale == 1:
-            return self._one_pass(latents, features)
+            y = _upcast(self._one_pass(latents, features)) - self.pass_mean
+            return y @ self.pass_map.T
         velocity = self._guided(self.velocity, features, guidance_scale)
         return self._solve(velocity, latents, num_inference_steps or self.config.num_inference_steps)
 

@@ -16,6 +16,7 @@ from hf_vaeplus import (
     VAEPlusCouplingFlowConfig,
     VAEPlusCouplingFlowModel,
     VAEPlusFlowMatchingConfig,
+    VAEPlusFlowMatchingModel,
     VAEPlusMixtureConfig,
     VAEPlusMixtureModel,
     VAEPlusPipeline,
@@ -61,6 +62,42 @@ def test_a_density_integrates_to_one_and_is_that_of_the_samples(kind):
     distribution = density[order].cumsum(0)
     found = torch.searchsorted(projected, z[:2000] @ torch.tensor([0.8, -0.6], dtype=torch.float64))
     assert kstest(distribution[found.clamp(max=len(grid) - 1)].numpy(), "uniform").pvalue > 1e-3
+
+
+def test_a_flow_learns_tails_that_are_longer_than_those_of_noise():
+    """Each z is N(0, s^2 I) in 8 dimensions, s = 0.6 or 2: the kurtosis of a coordinate is 8.4, and of noise 3."""
+    torch.manual_seed(0)
+    config = VAEPlusFlowMatchingConfig(latent_dim=8, hidden_dim=64, num_blocks=2, distillation_steps=0)
+    model = VAEPlusFlowMatchingModel(config)
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 400)
+        z = torch.where(torch.rand(256, 1) < 0.8, 0.6, 2.0) * torch.randn(256, 8)
+        optimizer.zero_grad()
+        model(z / 1.043, noise=torch.randn(256, 8)).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        drawn = model.sample(torch.randn(5000, 8), num_inference_steps=16)
+    assert 7.5 < float((drawn / drawn.std(0)).pow(4).mean()) < 9
+
+
+@pytest.mark.parametrize("active", [None, [0, 2, 3]])
+def test_the_one_pass_gets_the_moments_of_the_data(active):
+    model = make_prior("flow_matching", 5, active_dims=active)
+    u = torch.randn(20_000, 5, generator=torch.Generator().manual_seed(1))
+    rows = active or list(range(5))
+    before, ode = model.sample(u), model.sample(u[:50], num_inference_steps=4)
+    variances = model.match_moments(torch.Generator().manual_seed(0))
+    assert not torch.allclose(torch.cov(before[:, rows].T), model.input_root @ model.input_root.T, atol=0.1)
+    z = model.sample(u)
+    torch.testing.assert_close(z[:, rows].mean(0), model.input_mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(torch.cov(z[:, rows].T), model.input_root @ model.input_root.T, rtol=0, atol=0.05)
+    # The smallest change: of the moments of the one pass before, in whitened space.
+    y = model.whitened(before)
+    torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(y.T).double()), variances, rtol=0.05, atol=0.02)
+    assert torch.equal(model.sample(u[:50], num_inference_steps=4), ode)
+    with pytest.raises(ValueError, match="match_moments needs a distilled model"):
+        make_prior("flow_matching", 5, distillation_steps=0).match_moments(torch.Generator())
 
 
 def test_a_mixture_is_that_of_torch_distributions():

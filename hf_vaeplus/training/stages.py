@@ -619,6 +619,10 @@ def prior_stage(
 
         turn = round(options.max_train_steps * (1 - options.distillation_share)), start_distillation
 
+    def finish(trained):
+        generator = torch.Generator().manual_seed(derived_seed(options.seed, 5))
+        trained.match_moments(generator, **({} if labels is None else {"conditions": labels.values}))
+
     def latents(batch, noise):
         mean, logvar = (batch["posterior"] if "posterior" in batch else posterior(batch)).chunk(2, dim=1)
         return torch.addcmul(mean, (0.5 * logvar).exp(), noise(latent_dim))
@@ -631,7 +635,8 @@ def prior_stage(
         inputs = {"inputs": latents(batch, noise), "noise": noise(latent_dim), "times": noise(1).sigmoid()}
         return inputs | _condition(batch, noise, options)
 
-    return Stage(model, dataset, prepare, turn=turn)
+    finishing = finish if turn is not None and options.match_moments else None
+    return Stage(model, dataset, prepare, finish=finishing, turn=turn)
 
 
 def _detail_config(options: StageOptions, autoencoder: VAEPlusAutoencoderConfig) -> VAEPlusDetailConfig:
