@@ -73,10 +73,9 @@ def settings_of(prior: str, steps: dict[str, int], network: dict, share: float) 
     if prior in ("gaussian", "mixture"):
         return dict(second_stage="mixture", model={"num_components": 1 if prior == "gaussian" else 10})
     own = dict(second_stage=prior, max_train_steps=max(2, round(steps[prior] * share)), use_ema=True)
-    if prior == "vae":
-        return {**own, "model": network}
-    more = dict(distillation_share=0.1) if prior == "flow_matching" else {}
-    return {**own, **more, "learning_rate": 2e-3, "model": network if prior == "flow_matching" else {}}
+    if prior == "coupling_flow":
+        return {**own, "learning_rate": 2e-3}
+    return {**own, "model": network, **(dict(distillation_share=0.1) if prior == "flow_matching" else {})}
 
 
 def timed(work) -> tuple[float, object]:

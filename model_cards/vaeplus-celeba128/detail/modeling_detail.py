@@ -1636,7 +1636,7 @@ class VAEPlusDetailConfig(VAEPlusConfig):
     num_channels: int = 3
     patch_size: int = 4
     feature_dim: int = 128
-    hidden_dim: int = 48
+    hidden_dim: int = 32
     num_blocks: int = 2
     noise_channels: int = 12
     temperature: float | int = 1.0
