@@ -35,7 +35,7 @@ from hf_vaeplus.training.options import STAGES, StageOptions
 from hf_vaeplus.training.randomness import derived_seed
 from hf_vaeplus.training.stages import all_stage_options, build_stage, open_images, train_stages
 
-PRIOR = dict(second_stage="flow_matching", distillation_share=0, learning_rate=2e-3)
+PRIOR = dict(second_stage="flow_matching", distillation_share=0)
 SCALES = {
     "smoke": dict(
         sizes=[4, 8], seconds=0.1, num_train=160, num_images=40, vae_steps=10, prior_steps=10, num_scored=10,
