@@ -7,7 +7,7 @@ Faces: autoencoder and first VAE of model_cards/vaeplus-celeba128; each prior is
 training images and their mirror images, and compared with 5,000 other training images. NLL is taken on one z for each
 of the validation images, which no stage has seen. Digits: autoencoder and first VAE of the preset `mnist`, all
 training digits, and the test digits for comparison and for NLL. Both are done on the latents of the first VAE and,
-without it, on the codes of the autoencoder.
+with the first seed and without this VAE, on the codes of the autoencoder.
 
 `energy` is the energy distance of as many generated codes (second stage, then the decoder of the first VAE) as there
 are images to compare with; without the pairs of a row with itself it can be below 0. `copies` is the share of the
@@ -203,7 +203,7 @@ def compare(args, study: Study) -> dict:
     found = once(work / "normal.json", lambda: drawn(lambda u, noise: u, scored_z.shape[1], vae.decode))
     rows.append({"prior": "N(0, I)", **one, **normal, **found})
     for seed, space, prior in [(s, p, q) for s in range(args.seeds) for p in args.spaces for q in args.priors]:
-        if prior == "vae" and space == "codes":  # the first VAE is that
+        if space == "codes" and (seed or prior == "vae"):  # the first VAE is that
             continue
         folder = work / f"{space}-{prior}-{seed}"
         earlier = {"autoencoder": str(study.folder / "autoencoder")}
