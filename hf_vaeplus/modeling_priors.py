@@ -497,7 +497,7 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
             rows = None
             if conditions is not None:
                 rows = conditions[torch.randint(len(conditions), (len(part),), generator=generator)].to(u.device)
-            passed.append(self._one_pass(u, self._features_of(rows, u)).double().cpu())
+            passed.append(self._one_pass(u, self._features_of(rows, u)).cpu().double())
         passed = torch.cat(passed)
         variances, axes = torch.linalg.eigh(torch.cov(passed.T).reshape(num_active, num_active))
         if self.config.distillation_guidance == 1:
@@ -520,8 +520,8 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
     def _sample(self, latents, noise, features, num_inference_steps: int | None = None, guidance_scale: float = 1.0):
         # One pass stands for one scale; a scale that is asked for takes the ODE.
         if num_inference_steps is None and self.distilled and guidance_scale == 1:
-            y = _upcast(self._one_pass(latents, features)) - self.pass_mean
-            return y @ self.pass_map.T
+            y = _upcast(self._one_pass(latents, features)) - _upcast(self.pass_mean)
+            return y @ _upcast(self.pass_map).T
         velocity = self._guided(self.velocity, features, guidance_scale)
         return self._solve(velocity, latents, num_inference_steps or self.config.num_inference_steps)
 

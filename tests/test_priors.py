@@ -96,6 +96,7 @@ def test_the_one_pass_gets_the_moments_of_the_data(active):
     y = model.whitened(before)
     torch.testing.assert_close(torch.linalg.eigvalsh(torch.cov(y.T).double()), variances, rtol=0.05, atol=0.02)
     assert torch.equal(model.sample(u[:50], num_inference_steps=4), ode)
+    torch.testing.assert_close(model.bfloat16().sample(u[:50]), z[:50], rtol=0.05, atol=0.1)
     with pytest.raises(ValueError, match="match_moments needs a distilled model"):
         make_prior("flow_matching", 5, distillation_steps=0).match_moments(torch.Generator())
 
