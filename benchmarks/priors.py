@@ -48,7 +48,7 @@ NUM_BINS = 100
 PRIORS = ("gaussian", "mixture", "vae", "flow_matching", "coupling_flow")
 SPACES = ("latents", "codes")
 STEPS = {"vae": 10_000, "flow_matching": 8_000, "coupling_flow": 1_000}  # of faces; --steps_share shortens all of them
-STEPS_OF_DIGITS = {"vae": 4_000, "flow_matching": 4_000, "coupling_flow": 1_000}
+STEPS_OF_DIGITS = {"vae": 2_000, "flow_matching": 2_000, "coupling_flow": 500}
 NETWORK, NETWORK_OF_DIGITS = dict(hidden_dim=512, num_blocks=3), dict(hidden_dim=256, num_blocks=2)
 
 
