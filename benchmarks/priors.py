@@ -191,8 +191,8 @@ def compare(args, study: Study) -> dict:
 
     one = {"space": "latents", "seed": None}
     found = once(work / "training.json", lambda: judged(training_codes[:count]))
-    for name in ("copies", "copies_in_features"):  # they are
-        found.pop(name, None)
+    for key in ("copies", "copies_in_features"):  # they are
+        found.pop(key, None)
     rows = [{"prior": "training images", "space": "codes", "seed": None, **found}]
     with torch.no_grad():
         reconstructed = {"codes": held_codes, "latents": vae.decode(held_z)}
