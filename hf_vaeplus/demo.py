@@ -448,7 +448,7 @@ def _sample_tab(handlers):
             if look == "detail_temperature":
                 told = "factor on the noise of the detail: 0 is calm, 1 is as it was learned"
                 values.append(gr.Slider(0, max(1, usual), usual, step=0.05, label="Detail", info=told))
-            else:
+            elif handlers.sharpens or handlers.condition is not None:  # what is wanted comes after it
                 told = "0: mean of the decoder, 1: contrast of real images"
                 shown = handlers.sharpens
                 values.append(gr.Slider(0, 1, usual, step=0.05, label="Sharpness", info=told, visible=shown))
