@@ -24,6 +24,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import common
@@ -174,11 +175,17 @@ def compare(args, study: Study) -> dict:
     scored_codes, scored_z = study.rows(study.scored, 2)
     vae, count = study.stage("vae"), len(held_codes)
     guard = MemorisationGuard(training_codes, held_codes)
-    judge = ImageJudge(study, work) if study.features else None
+
+    @cache
+    def judge() -> ImageJudge:  # takes minutes, and is not needed where all was measured before
+        return ImageJudge(study, work)
+
+    def in_images(codes: torch.Tensor) -> dict:
+        return judge()(codes) if study.features else {}
 
     def judged(codes: torch.Tensor) -> dict:
         found = {"energy": energy(codes, held_codes), "copies": guard.compare(codes)["share"]}
-        return {**found, **(judge(codes) if judge else {})}
+        return {**found, **in_images(codes)}
 
     def drawn(sample, dim: int, decode) -> dict:
         generator = torch.Generator().manual_seed(3)
@@ -197,7 +204,7 @@ def compare(args, study: Study) -> dict:
     with torch.no_grad():
         reconstructed = {"codes": held_codes, "latents": vae.decode(held_z)}
     for space, codes in reconstructed.items():
-        found = once(work / f"reconstructed-{space}.json", lambda codes=codes: judge(codes) if judge else {})
+        found = once(work / f"reconstructed-{space}.json", lambda codes=codes: in_images(codes))
         rows.append({**one, "space": space, "prior": "held-out images, reconstructed", **found})
     normal = mean_and_error(-0.5 * (scored_z.square() + math.log(2 * math.pi)).sum(1))
     found = once(work / "normal.json", lambda: drawn(lambda u, noise: u, scored_z.shape[1], vae.decode))

@@ -357,7 +357,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     given = {name: getattr(args, name) for name in HELP if getattr(args, name) is not None}
-    settings = {**SCALES[args.scale], **given, "seed": args.seed, "features": args.features}
+    settings = {**SCALES[args.scale], **given, "seed": args.seed, "features": Path(args.features).name}
     for name in HELP:
         smallest = min(settings[name]) if name == "sizes" else settings[name]
         least = 2 if name in ("num_images", "num_scored") else 1
