@@ -497,8 +497,10 @@ def _second_stage(options: StageOptions, images) -> Stage:
         for each in posteriors:
             moments.update(*each.chunk(2, dim=1))
         generator = torch.Generator().manual_seed(derived_seed(options.seed, 5))
-        given = {} if labels is None else {"conditions": labels.values}
-        trained.match_moments(moments.aggregate_mean(), moments.aggregate_covariance(), generator, **given)
+        conditions = None if labels is None else labels.values
+        trained.match_moments(
+            moments.aggregate_mean(), moments.aggregate_covariance(), generator, conditions=conditions
+        )
 
     def prepare(batch, noise, step):
         if "posterior" not in batch:
@@ -621,7 +623,7 @@ def prior_stage(
 
     def finish(trained):
         generator = torch.Generator().manual_seed(derived_seed(options.seed, 5))
-        trained.match_moments(generator, **({} if labels is None else {"conditions": labels.values}))
+        trained.match_moments(generator, conditions=None if labels is None else labels.values)
 
     def latents(batch, noise):
         mean, logvar = (batch["posterior"] if "posterior" in batch else posterior(batch)).chunk(2, dim=1)
