@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from tqdm.auto import tqdm
 
 from hf_vaeplus.cli.flags import CommandParser, local_path
 from hf_vaeplus.cli.main import run_command
-from hf_vaeplus.data.cache import ImageDataset
-from hf_vaeplus.evaluation.evaluate import Judge, downsample
+from hf_vaeplus.data.cache import ImageDataset, load_images
+from hf_vaeplus.data.pixels import to_uint8, to_unit_range
+from hf_vaeplus.evaluation.evaluate import Judge, downsample, sample_images
 from hf_vaeplus.evaluation.features import open_extractor
 from hf_vaeplus.provenance import provenance
 from hf_vaeplus.training.loop import Stage, train
@@ -142,6 +144,48 @@ class OverDownsample:
         batches = list(batches)
         found = {name: judge(iter(batches)) for name, judge in self.judges.items()}
         return {name: {**each, "over_downsample": each["frechet"] / self.units[name]} for name, each in found.items()}
+
+
+class Unseen:
+    """Images that no stage has seen, with which pictures of pipelines are compared: as many of each kind.
+
+    Args:
+        pipe: any of the pipelines; they have one size of image.
+        args: `train_data_dir`, `split`, `num_images`, `features` and `seed`.
+    """
+
+    def __init__(self, pipe, args):
+        image_size, crop = pipe.image_shape[1], pipe.image_processor.crop
+        images = load_images(train_data_dir=args.train_data_dir, split=args.split, resolution=image_size, crop=crop)
+        self.seed, self.parts = args.seed, torch.arange(min(args.num_images, len(images))).split(50)
+        self.real = [batch["pixel_values"] for batch in islice(images.in_order(50), len(self.parts))]
+        self.judged = OverDownsample(args.features, self.real)
+
+    def compare(self, pipe, **setting) -> dict:
+        """Samples and reconstructions that are drawn with `setting`; their codes are the same whatever it is."""
+        bar = tqdm(self.parts, desc=", ".join(f"{name} {value:g}" for name, value in setting.items()))
+        errors = []
+
+        def reconstructions():
+            for number, batch in enumerate(self.real):
+                generator = torch.Generator().manual_seed(self.seed * 1000 + number)
+                images = pipe.reconstruct(batch, "pt", generator=generator, **setting)
+                errors.append((images - to_unit_range(batch)).square().flatten(1).sum(1).double())
+                yield to_uint8(images)
+
+        row = dict(setting)
+        sets = {"samples": sample_images(pipe, bar, self.seed, **setting), "reconstructions": reconstructions()}
+        for kind, batches in sets.items():
+            compared = self.judged.compare(batches)
+            row[kind] = {name: each["over_downsample"] for name, each in compared.items()}
+            row[f"{kind}_kernel"] = {name: each["kernel"] and each["kernel"][0] for name, each in compared.items()}
+            row[f"{kind}_prdc"] = {name: each["prdc"] for name, each in compared.items()}
+        return {**row, "squared_error": float(torch.cat(errors).mean())}
+
+    @property
+    def told(self) -> dict:
+        """For the file of results."""
+        return {"num_images": sum(map(len, self.parts)), "seed": self.seed, "downsample": self.judged.units}
 
 
 # ------------------------------------------------------------------------------------------------------------ time

@@ -1,8 +1,8 @@
 """Sharper images from the same code: losses for what is added to a decoder's mean, after equal processor time.
 
-    python benchmarks/detail.py AUTOENCODER --train_data_dir FOLDER --features JUDGE.onnx
+    python benchmarks/detail.py PIPELINE --train_data_dir FOLDER --features JUDGE.onnx
 
-All candidates train the network of `VAEPlusDetailModel` over the same frozen autoencoder:
+All candidates train the network of `VAEPlusDetailModel` over the frozen autoencoder of the pipeline:
 
     compute   squared error of the mean: a decoder with more of the compute
     bands     squared errors of Laplacian bands, each under its own learned gamma: a frequency-aware likelihood
@@ -11,23 +11,23 @@ All candidates train the network of `VAEPlusDetailModel` over the same frozen au
     energy    energy score of pixel patches and feature maps: the `detail` stage with a backbone
 
 `--feature_loss` names the backbone of `feature` and `energy`, by default the one that the package carries. The judge
-must be another network. Reconstructions of held-out images are judged, with detail at several temperatures of its
-noise. Writes results/bench_detail.json, and the decoders and pictures of held-out images into `--work_dir`.
+must be another network. Reconstructions of held-out images and samples of the pipeline are judged, with detail at
+several temperatures of its noise. Writes results/bench_detail.json, and into `--work_dir` the networks and a picture
+of the first samples of all rows.
 """
 
 import argparse
 import time
-from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import OverDownsample
+from common import Unseen
 from torch import nn
 
-from hf_vaeplus import VAEPlusAutoencoderModel, VAEPlusDetailModel
+from hf_vaeplus import VAEPlusDetailModel, VAEPlusPipeline
 from hf_vaeplus.data.cache import load_images
-from hf_vaeplus.data.pixels import to_uint8, to_unit_range
+from hf_vaeplus.evaluation.evaluate import sample_images
 from hf_vaeplus.files import write_json
 from hf_vaeplus.modeling_detail import VAEPlusDetailOutput
 from hf_vaeplus.pictures import image_grid
@@ -137,61 +137,45 @@ def fit(options, images, model_class, seconds: float) -> tuple[nn.Module, int, d
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("autoencoder", help="folder of a trained autoencoder")
+    parser.add_argument("pipeline", help="folder of a saved pipeline without detail")
     parser.add_argument("--train_data_dir", required=True, help="folder of parquet files named by split")
+    parser.add_argument("--split", default="validation", help="of the images to judge by")
     parser.add_argument("--features", required=True, nargs="+", help="judges, as in `vaeplus evaluate`")
     parser.add_argument("--feature_loss", default="efficientnet-lite0", help="backbone")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.6, 1.0])
     parser.add_argument("--seconds", type=float, default=600, help="of processor time, for each candidate")
-    parser.add_argument("--num_images", type=int, default=1000, help="held-out images to judge")
+    parser.add_argument("--num_images", type=int, default=1000, help="of each set that is judged")
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/detail"))
     parser.add_argument("--output", default="results/bench_detail.json")
     args = parser.parse_args()
 
-    made = provenance()
-    autoencoder = VAEPlusAutoencoderModel.from_pretrained(args.autoencoder).eval()
-    data = dict(train_data_dir=args.train_data_dir, resolution=autoencoder.config.image_size, crop=128)
-    train = dict(split="train", random_flip=True, max_samples=args.max_train_samples)
-    images, held_out = load_images(**data, **train), load_images(**data, split="validation")
-    parts = list(islice(held_out.in_order(50), args.num_images // 50))
-    real = [part["pixel_values"] for part in parts]
-    distances = OverDownsample(args.features, real)
-
-    def judged(images_of) -> dict:
-        with torch.no_grad():
-            made = [images_of(batch, number) for number, batch in enumerate(real)]
-        errors = [(a - to_unit_range(b)).square().flatten(1).sum(1) for a, b in zip(made, real, strict=True)]
-        drawn = [to_uint8(each.clamp(0, 1)) for each in made]
-        return {
-            "squared_error": float(torch.cat(errors).mean()),
-            "over_downsample": distances(drawn),
-        }, made[0][:10].clamp(0, 1)
-
-    codes = [autoencoder.encode(to_unit_range(batch)) for batch in real]
-    codes = [code.detach() for code in codes]
-    rows, pictures = [], []
-
-    def note(name, images_of, **told):
-        found, first = judged(images_of)
-        rows.append({"candidate": name, **told, **found})
-        pictures.append(first)
-        print(rows[-1], flush=True)
-        result = {"num_images": sum(map(len, real)), "seed": args.seed, "seconds_each": args.seconds, "rows": rows}
-        write_json(Path(args.output), {**made, **result, "downsample": distances.units})
-        image_grid(torch.cat(pictures), columns=10).save(args.work_dir / "reconstructions.png")
-
+    made, plain = provenance(), VAEPlusPipeline.from_pretrained(args.pipeline)
+    images = load_images(
+        train_data_dir=args.train_data_dir, split="train", resolution=plain.image_shape[1],
+        crop=plain.image_processor.crop, random_flip=True, max_samples=args.max_train_samples,
+    )  # fmt: skip
+    unseen, rows, pictures = Unseen(plain, args), [], []
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    note("mean", lambda batch, number: autoencoder.decode(codes[number]))
+
+    def note(name: str, pipe, setting: dict, **told):
+        pipe.set_progress_bar_config(disable=True)
+        rows.append({"candidate": name, **told, **unseen.compare(pipe, **setting)})
+        print(rows[-1], flush=True)
+        write_json(Path(args.output), {**made, **unseen.told, "seconds_each": args.seconds, "rows": rows})
+        pictures.extend(sample_images(pipe, [range(10)], args.seed, **setting))
+        image_grid(torch.cat(pictures) / 255, columns=10).save(args.work_dir / "samples.png")
+
+    note("mean", plain, {"deterministic": True})
     for name in args.candidates:
         options = stage_options(
             "detail",
-            autoencoder=args.autoencoder,
+            autoencoder=str(Path(args.pipeline) / "autoencoder"),
             output_dir=str(args.work_dir / name),
             train_batch_size=32,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             adam_weight_decay=0.05,
             max_grad_norm=10.0,
             num_directions=16,
@@ -200,16 +184,10 @@ def main():
         )
         model, seen, losses = fit(options, images, CANDIDATES[name], args.seconds)
         model.save_pretrained(args.work_dir / name)
-        temperatures = args.temperatures if CANDIDATES[name] is VAEPlusDetailModel else [0.0]
-        for temperature in temperatures:
-
-            def images_of(batch, number, temperature=temperature, model=model):
-                mean, features = autoencoder.decode_with_features(codes[number])
-                generator = torch.Generator().manual_seed(args.seed * 1000 + number)
-                noise = torch.randn(len(mean), *model.config.noise_shape, generator=generator)
-                return mean + model.sample(features, temperature * noise)
-
-            note(name, images_of, temperature=temperature, images_seen=seen, losses=losses)
+        pipe = VAEPlusPipeline(plain.vae, plain.autoencoder, plain.second_stage, model)
+        for temperature in args.temperatures if CANDIDATES[name] is VAEPlusDetailModel else [0.0]:
+            setting = {"detail_temperature": temperature, "deterministic": False}
+            note(name, pipe, setting, images_seen=seen, losses=losses)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,12 @@ results/bench_sharpness.json.
 """
 
 import argparse
-from itertools import islice
 from pathlib import Path
 
-import torch
-from common import OverDownsample
+from common import Unseen
 
 from hf_vaeplus import VAEPlusPipeline
-from hf_vaeplus.data.cache import load_images
-from hf_vaeplus.data.pixels import to_uint8
-from hf_vaeplus.evaluation.evaluate import sample_images
 from hf_vaeplus.files import write_json
-from hf_vaeplus.progress import tqdm
 from hf_vaeplus.provenance import provenance
 
 
@@ -38,40 +32,13 @@ def main():
 
     made, pipe = provenance(), VAEPlusPipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    images = load_images(
-        train_data_dir=args.train_data_dir,
-        split=args.split,
-        resolution=pipe.image_shape[1],
-        crop=pipe.image_processor.crop,
-    )
-    parts = torch.arange(min(args.num_images, len(images))).split(50)
-    real = [batch["pixel_values"] for batch in islice(images.in_order(50), len(parts))]
-    judged = OverDownsample(args.features, real)
-
-    def reconstructions(**wanted):
-        for number, batch in enumerate(real):
-            generator = torch.Generator().manual_seed(args.seed * 1000 + number)
-            yield to_uint8(pipe.reconstruct(batch, "pt", generator=generator, **wanted))
-
+    unseen, rows = Unseen(pipe, args), []
     settings = [{"sharpness": each, "deterministic": True} for each in args.sharpness]
     settings += [{"detail_temperature": each, "deterministic": False} for each in args.detail_temperature]
-    rows = []
     for setting in settings:
-        bar = tqdm(parts, desc=", ".join(f"{name} {value:g}" for name, value in setting.items()))
-        sets = {
-            "samples": sample_images(pipe, bar, args.seed, **setting),
-            "reconstructions": reconstructions(**setting),
-        }
-        row = dict(setting)
-        for kind, batches in sets.items():
-            compared = judged.compare(batches)
-            row[kind] = {name: each["over_downsample"] for name, each in compared.items()}
-            row[f"{kind}_kernel"] = {name: each["kernel"] and each["kernel"][0] for name, each in compared.items()}
-            row[f"{kind}_prdc"] = {name: each["prdc"] for name, each in compared.items()}
-        rows.append(row)
-        print(row, flush=True)
-    found = {"num_images": sum(map(len, parts)), "seed": args.seed, "split": args.split, "downsample": judged.units}
-    write_json(Path(args.output), {**made, **found, "rows": rows})
+        rows.append(unseen.compare(pipe, **setting))
+        print(rows[-1], flush=True)
+    write_json(Path(args.output), {**made, **unseen.told, "split": args.split, "rows": rows})
 
 
 if __name__ == "__main__":

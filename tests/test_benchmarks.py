@@ -182,16 +182,17 @@ def test_detail_trains_and_judges_its_candidates(tmp_path):
         for number in range(count):
             pixels = np.random.default_rng(number).integers(0, 256, (128, 128, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / split / f"{number}.png")
-    make_pipeline().autoencoder.save_pretrained(tmp_path / "autoencoder")
-    words = f"{tmp_path / 'autoencoder'} --train_data_dir {tmp_path / 'data'} --features pixels:8 --seconds 0.2"
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    words = f"{tmp_path / 'pipeline'} --train_data_dir {tmp_path / 'data'} --features pixels:8 --seconds 0.2"
     words += f" --num_images 100 --work_dir {tmp_path / 'work'} --output {tmp_path / 'found.json'}"
     code, _, errors = run_script(FOLDER / "detail.py", *words.split())
     assert code == 0, errors[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    names = [(row["candidate"], row.get("temperature")) for row in found["rows"]]
+    names = [(row["candidate"], row.get("detail_temperature")) for row in found["rows"]]
     assert names == [
         ("mean", None), ("compute", 0), ("bands", 0), ("feature", 0), ("pixels", 0.6), ("pixels", 1.0),
         ("energy", 0.6), ("energy", 1.0),
     ]  # fmt: skip
-    assert all(row["over_downsample"]["pixels:8"] > 0 and row["squared_error"] > 0 for row in found["rows"])
-    assert found["commit"] and (tmp_path / "work" / "reconstructions.png").is_file()
+    distances = [row[kind]["pixels:8"] for row in found["rows"] for kind in ("samples", "reconstructions")]
+    assert min(distances) > 0 and all(row["squared_error"] > 0 for row in found["rows"])
+    assert found["commit"] and (tmp_path / "work" / "samples.png").is_file()

@@ -68,10 +68,12 @@ class Cells:
 
 
 def preset_of(settings: dict) -> dict:
-    """The preset that `settings` name: a file beside the scripts, or one that the package carries."""
+    """The preset that `settings` name, a file beside the scripts or one of the package, with a second VAE."""
     name = settings["preset"]
     beside = Path(__file__).with_name(f"{name}.yaml")
-    return load_preset(beside if beside.is_file() else name)
+    preset = load_preset(beside if beside.is_file() else name)
+    preset["second_stage"]["second_stage"] = "vae"
+    return preset
 
 
 def reproduce(
