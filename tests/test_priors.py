@@ -361,6 +361,7 @@ def options_of(earlier, kind: str, output_dir, vae: bool = True, **changes) -> S
         dataset_name="digits", resolution=32, num_channels=1, max_train_samples=40, cache_dir=str(earlier / "cache")
     )
     tiny |= dict(max_train_steps=8, train_batch_size=5, logging_steps=1, checkpointing_steps=3, lr_warmup_steps=2)
+    tiny |= dict(distillation_share=0.25)
     model = {"num_components": 2} if kind == "mixture" else SMALL_PRIOR
     earlier = {"autoencoder": str(earlier / "autoencoder"), "vae": str(earlier / "vae") if vae else None}
     settings = dict(stage="second_stage", second_stage=kind, output_dir=str(output_dir), model=model, use_ema=True)
@@ -408,6 +409,7 @@ def test_a_flow_matching_run_goes_on_bit_for_bit_across_its_phases(earlier, tmp_
 def test_the_teacher_is_the_average_at_the_turn_and_stays(earlier, tmp_path):
     short = run_stage(options_of(earlier, "flow_matching", tmp_path / "a", distillation_share=0.0, max_train_steps=8))
     assert short.teacher is None and not short.distilled
+    assert run_stage(options_of(earlier, "flow_matching", tmp_path / "c", max_train_steps=2)).distilled
     stage = stages.build_stage(options_of(earlier, "flow_matching", tmp_path / "b"))
     first_step, turn = stage.turn
     taught = []

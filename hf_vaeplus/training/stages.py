@@ -619,7 +619,8 @@ def prior_stage(
             model.start_distillation(trained)
             trained.start_distillation(trained)
 
-        turn = round(options.max_train_steps * (1 - options.distillation_share)), start_distillation
+        first = round(options.max_train_steps * (1 - options.distillation_share))
+        turn = min(first, options.max_train_steps - 1), start_distillation  # a run of two steps has both phases
 
     def finish(trained):
         generator = torch.Generator().manual_seed(derived_seed(options.seed, 5))
