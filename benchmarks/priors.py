@@ -316,7 +316,7 @@ def drawings(args) -> dict:
     base = dict(
         stage="second_stage", second_stage="flow_matching", dataset_name="rendered-faces", num_factors=8,
         resolution=32, split="train[:8000]", autoencoder=str(card / "autoencoder"), vae=str(card / "vae"),
-        cache_dir=str(Path(args.work_dir) / "cache"), train_batch_size=256, use_ema=True, learning_rate=2e-3,
+        cache_dir=str(Path(args.work_dir) / "cache"), train_batch_size=256, use_ema=True,
         logging_steps=250, model={"hidden_dim": 256, "num_blocks": 2}, resume_from_checkpoint="latest",
         max_train_steps=round(args.pick(8, 200, 2000) * args.steps_share),
     )  # fmt: skip

@@ -582,8 +582,9 @@ def test_what_options_refuse(earlier, tmp_path):
 
 def test_the_steps_of_flow_matching_are_fixed_and_old_records_are_of_vaes():
     record = {"second_stage": "flow_matching", "max_train_steps": 8, "made_from": {}}
-    with pytest.raises(ValueError, match="other options .max_train_steps 8 -> 9"):
+    with pytest.raises(ValueError, match="a flow of 8 steps, got max_train_steps=9. .* add --retrain"):
         goes_on(Path("run"), record, {**record, "max_train_steps": 9}, False)
+    assert not goes_on(Path("run"), record, {**record, "max_train_steps": 9}, retrain=True)
     others = {**record, "second_stage": "coupling_flow"}
     assert goes_on(Path("run"), others, {**others, "max_train_steps": 9}, False)
     with pytest.raises(ValueError, match="other options .second_stage 'vae' -> 'mixture'"):

@@ -112,7 +112,9 @@ class TrainingOptions:
     )
     strict_resume: bool = option(False, "refuse a damaged newest checkpoint instead of taking the one before it")
     retrain: bool = option(
-        False, "train a stage anew, from its start, if its images or the stages before it have changed since"
+        False,
+        "train a stage anew, from its start, if its images, the stages before it or the steps of its flow matching"
+        " have changed since",
     )
     logging_steps: int = option(50, "steps between two lines of stats.jsonl", positive, group="logging")
     sample_steps: int = option(0, "steps between two sample grids; 0 draws one at the end only", not_negative)
@@ -224,7 +226,7 @@ def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: boo
 
     Raises:
         ValueError: a run that is resumed with another seed, model or data set would be neither the old run nor the
-            new one.
+            new one; so would flow matching with other steps.
     """
     old, new = dict(old), json.loads(json.dumps(new))
     if old and "second_stage" in new:
@@ -240,6 +242,14 @@ def goes_on(folder: Path, old: dict, new: dict, retrain: bool, passes_count: boo
             old["global_batch_size"] = old["train_batch_size"] * parts
         free |= {"train_batch_size", "num_processes"} | (set() if passes_count else {"gradient_accumulation_steps"})
     changed = [name for name in new if name in old and old[name] != new[name] and name not in free]
+    if changed == ["max_train_steps"]:
+        if retrain:
+            return False
+        raise ValueError(
+            f"{folder} holds a flow of {old['max_train_steps']} steps, got max_train_steps={new['max_train_steps']}."
+            " Its two phases are shares of them: add --retrain to train it anew from its start, or choose another"
+            " --output_dir."
+        )
     if changed:
         changes = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in changed)
         raise ValueError(
