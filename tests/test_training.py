@@ -212,7 +212,7 @@ def test_auto_is_the_faster_precision_and_stays_that_of_the_run(tmp_path, monkey
 def test_auto_refuses_to_go_on_in_fp16_on_a_cpu(tmp_path):
     (tmp_path / RECORD).write_text('{"mixed_precision": "fp16"}')
     with pytest.raises(ValueError, match="fp16 needs a GPU, and this is a CPU"):
-        arithmetic.with_precision(TrainingOptions(output_dir=str(tmp_path), mixed_precision="auto"))
+        arithmetic.fit_to_machine(TrainingOptions(output_dir=str(tmp_path), mixed_precision="auto"))
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "fixed", "learned"])

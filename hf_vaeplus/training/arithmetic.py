@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from .checkpoints import list_checkpoints
-from .launch import process_state
+from .launch import process_state, refuse_what_cannot_run
 from .options import TrainingOptions, read_record, refuse_fp16_on_cpu
 
 logger = logging.getLogger(__name__)
@@ -37,15 +37,17 @@ def slowdown_in_bf16() -> float:
     return times[1] / times[0]
 
 
-def with_precision(options: TrainingOptions) -> TrainingOptions:
-    """The options, with `mixed_precision` auto replaced by bf16 or no.
+def fit_to_machine(options: TrainingOptions) -> TrainingOptions:
+    """The options of a run that can take place here, with `mixed_precision` auto replaced by bf16 or no.
 
     A run that is there goes on in its own precision, also on another machine. A new one takes bf16 where this device
     has instructions for it. All processes take what the first one finds.
 
     Raises:
-        ValueError: what is recorded of the run is damaged, or is fp16 and this is a CPU.
+        ValueError: what cannot run here, see [`~hf_vaeplus.training.launch.refuse_what_cannot_run`]; or what is
+            recorded of the run is damaged, or is fp16 and this is a CPU.
     """
+    refuse_what_cannot_run(options)
     if options.mixed_precision != "auto":
         return options
     folder = Path(options.output_dir)

@@ -40,7 +40,7 @@ from ..files import sole_run, write_json
 from ..hub.client import BackgroundPush
 from ..progress import tqdm
 from ..provenance import folder_fingerprint, provenance, weights_fingerprint
-from .arithmetic import advise_on_precision, arithmetic_of, with_precision
+from .arithmetic import advise_on_precision, arithmetic_of, fit_to_machine
 from .checkpoints import (
     TrainingState,
     checkpoint_step,
@@ -51,7 +51,7 @@ from .checkpoints import (
     save_model,
 )
 from .codes import TensorRows, has_pinned_memory, resident_batches
-from .launch import compile_settings, refuse_what_cannot_run
+from .launch import compile_settings
 from .logs import HealthWatch, drop_lines_after, postfix
 from .options import (
     LOCAL_OPTIONS,
@@ -237,8 +237,7 @@ def train(stage: Stage, options: TrainingOptions) -> PreTrainedModel:
     # A stage may differ from the one before in its precision, and a bare `PartialState()` before this (unlike
     # `Accelerator`) ignores ACCELERATE_USE_CPU: two CPU processes would each train alone.
     AcceleratorState._reset_state(reset_partial_state=True)
-    refuse_what_cannot_run(options)
-    options = with_precision(options)
+    options = fit_to_machine(options)
     output_dir = Path(options.output_dir)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,

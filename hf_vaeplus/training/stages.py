@@ -68,11 +68,11 @@ from ..modeling_vaeplus import (
 from ..pictures import image_grid
 from ..progress import tqdm
 from ..provenance import folder_fingerprint, weights_fingerprint
-from .arithmetic import arithmetic_of, with_precision
+from .arithmetic import arithmetic_of, fit_to_machine
 from .backbones import open_backbone
 from .checkpoints import checkpoint_step, list_checkpoints, save_model
 from .codes import EncodedImages, TensorRows, encode_dataset, load_frozen
-from .launch import process_state, refuse_what_cannot_run
+from .launch import process_state
 from .loop import Stage, train
 from .options import RECORD, STAGES, StageOptions, check_preset, goes_on, read_record, run_record, stage_options
 from .randomness import BatchNoise, Noise, derived_seed
@@ -94,8 +94,7 @@ def run_stage(options: StageOptions, images=None) -> VAEPlusPreTrainedModel:
         options: of the stage.
         images (*optional*): what `open_images(options)` returned, to open the source once for several stages.
     """
-    refuse_what_cannot_run(options)  # before the data is read
-    options = with_precision(options)
+    options = fit_to_machine(options)  # before the data is read
     with arithmetic_of(options):  # codes and posteriors as well
         stage = build_stage(options, images)
         return fit_mixture(stage, options) if options.second_stage == "mixture" else train(stage, options)
@@ -249,9 +248,7 @@ def all_stage_options(preset: dict, output_dir: Path, **overrides) -> dict[str, 
         fixed = {"output_dir": folders[stage], "resume_from_checkpoint": "latest", "hub_subfolder": stage}
         if stage != "second_stage":  # of a preset's `common`, or of a flag for all stages
             fixed |= {"second_stage": "vae", "label_column": None}
-        options[stage] = stage_options(stage, preset, **{**overrides, **earlier, **fixed})
-        refuse_what_cannot_run(options[stage])
-        options[stage] = with_precision(options[stage])
+        options[stage] = fit_to_machine(stage_options(stage, preset, **{**overrides, **earlier, **fixed}))
     if len(set(folders.values())) < len(stages):
         raise ValueError(f"each stage needs an output_dir of its own, got {', '.join(folders.values())}.")
     return options
