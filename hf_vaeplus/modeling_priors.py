@@ -259,6 +259,7 @@ class VAEPlusPriorModel(VAEPlusPreTrainedModel):
     """
 
     main_input_name = "inputs"
+    log_prob_takes_one_pass = True
 
     def __init__(self, config: VAEPlusPriorConfig):
         super().__init__(config)
@@ -427,6 +428,7 @@ class VAEPlusFlowMatchingModel(VAEPlusPriorModel):
     """
 
     config_class = VAEPlusFlowMatchingConfig
+    log_prob_takes_one_pass = False  # but the Jacobian at each step of the ODE
 
     def __init__(self, config: VAEPlusFlowMatchingConfig):
         super().__init__(config)

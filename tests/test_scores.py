@@ -13,7 +13,14 @@ from sklearn.metrics import roc_auc_score
 from test_pipeline import SIZE, generator, make_vae, probabilistic_pca  # noqa: F401
 from torch.distributions import MultivariateNormal
 
-from hf_vaeplus import VAEPlusImageProcessor, VAEPlusMixtureConfig, VAEPlusMixtureModel, VAEPlusPipeline
+from hf_vaeplus import (
+    VAEPlusFlowMatchingConfig,
+    VAEPlusFlowMatchingModel,
+    VAEPlusImageProcessor,
+    VAEPlusMixtureConfig,
+    VAEPlusMixtureModel,
+    VAEPlusPipeline,
+)
 from hf_vaeplus.data.rendered_faces import factors_of, render_faces
 from hf_vaeplus.evaluation.scores import SCORES, auroc_by_label
 
@@ -112,6 +119,24 @@ def test_a_second_stage_with_a_density_is_the_prior_of_scores():
     assert pipe.score(images, 2, prior="standard_normal").latent_distance_is == "mahalanobis"
     with pytest.raises(ValueError, match="needs a second stage with an exact log_prob"):
         whole.score(images, prior="second_stage")
+
+
+def test_the_density_of_an_ode_is_the_prior_of_scores_if_it_is_asked_for(tmp_path, monkeypatch):
+    whole = make_pipeline()
+    flow = VAEPlusFlowMatchingModel(VAEPlusFlowMatchingConfig(latent_dim=4, hidden_dim=8, num_blocks=1))
+    pipe = VAEPlusPipeline(whole.vae, whole.autoencoder, flow)
+    images = torch.rand(3, 3, SIZE, SIZE, generator=generator())
+    assert pipe.score(images, 1).latent_distance_is == "mahalanobis"
+    density = -flow.log_prob(pipe.encode(images).mean)
+    torch.testing.assert_close(pipe.score(images, 1, prior="second_stage").latent_distance, density.detach())
+    monkeypatch.chdir(tmp_path)
+    pipe.save_pretrained("flow")
+    Image.fromarray(render_faces(factors_of([0], 8), SIZE)[0]).save("face.png")
+    words = ("score", "flow", "face.png", "--num_importance_samples", "1", "--quiet", "--overwrite", "--json")
+    for flags, told in (((), "mahalanobis"), (("--prior", "second_stage"), "negative_log_density")):
+        code, output, errors = run(*words, *flags)
+        assert code == 0, errors
+        assert json.loads(output)["latent_distance_is"] == told
 
 
 def test_a_model_without_a_likelihood_has_the_other_scores():

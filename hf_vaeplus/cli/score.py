@@ -48,6 +48,13 @@ def add_score(commands):
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of their noise (default: 0)")
     parser.add_argument(
+        "--prior",
+        choices=("standard_normal", "second_stage"),
+        default=None,
+        help="p(z) of likelihood and distance (default: the second stage if its density takes one pass; that of flow"
+        " matching takes an ODE)",
+    )
+    parser.add_argument(
         "--sort",
         choices=("log_likelihood", "squared_error", "latent_distance"),
         default=None,
@@ -79,7 +86,7 @@ def _score(args):
         raise ValueError(f"--sort {sort} is not possible: gamma of this model was measured on codes, not on images.")
     pipe.set_progress_bar_config(disable=True)
     batches = _of_pictures(args, pipe, paths, labels) if paths else _of_data(args, pipe, labels)
-    rows, common = score_images(pipe, batches, args.num_importance_samples, args.seed, args.batch_size)
+    rows, common = score_images(pipe, batches, args.num_importance_samples, args.seed, args.batch_size, args.prior)
     if not rows:
         raise ValueError("none of the pictures can be used, expected at least one: name others.")
     if all(row.get("label") is None for row in rows):

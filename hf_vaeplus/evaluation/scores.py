@@ -21,13 +21,14 @@ def score_images(
     num_importance_samples: int = 16,
     seed: int = 0,
     batch_size: int = 64,
+    prior: str | None = None,
 ) -> tuple[list[dict], dict]:
     """`pipe.score` of many images. Every image meets the same noise, so its scores do not depend on the others.
 
     Args:
         pipe ([`VAEPlusPipeline`]).
         batches: facts about each image, such as its name, and uint8 images of the pipeline's size `(n, C, H, W)`.
-        num_importance_samples (`int`), batch_size (`int`): as in `pipe.score`.
+        num_importance_samples (`int`), batch_size (`int`), prior (`str`, *optional*): as in `pipe.score`.
         seed (`int`): of the noise.
 
     Returns:
@@ -37,7 +38,7 @@ def score_images(
     rows, common = [], {}
     for facts, images in batches:
         noise = [torch.Generator().manual_seed(seed) for _ in facts]
-        found = pipe.score(images, num_importance_samples, noise, batch_size, preprocess=False)
+        found = pipe.score(images, num_importance_samples, noise, batch_size, prior, preprocess=False)
         columns = {name: found[name].tolist() for name in SCORES if found[name] is not None}
         for place, fact in enumerate(facts):
             rows.append(fact | {name: values[place] for name, values in columns.items()})

@@ -587,7 +587,8 @@ class VAEPlusPipeline(DiffusionPipeline):
         Args:
             images, num_importance_samples, generator, decode_batch_size, preprocess: as in `log_importance_weights`.
             prior (`"standard_normal" | "second_stage"`, *optional*): p(z) of likelihood and distance; by default the
-                second stage if it has an exact `log_prob`, else N(0, I); of a conditional one the null class.
+                second stage if it has an exact `log_prob` of one pass, else N(0, I); of a conditional one the null
+                class. That of flow matching takes an ODE for each z, so it is only used if it is asked for.
 
         Returns:
             `VAEPlusScores`: one number per image of each kind, in the order of the images.
@@ -597,8 +598,9 @@ class VAEPlusPipeline(DiffusionPipeline):
         """
         self.need_vae("scores")
         if prior is None:
-            has_density = getattr(self.second_stage, "log_prob_is_exact", False)
-            prior = "second_stage" if has_density else "standard_normal"
+            exact = getattr(self.second_stage, "log_prob_is_exact", False)
+            is_ready = exact and self.second_stage.log_prob_takes_one_pass
+            prior = "second_stage" if is_ready else "standard_normal"
         self._check_prior(prior)
         images = self._to_images(images, preprocess)
         nats = bits = None
