@@ -76,7 +76,7 @@ def settings_of(prior: str, steps: dict[str, int], network: dict, share: float) 
     own = dict(second_stage=prior, max_train_steps=max(2, round(steps[prior] * share)), use_ema=True)
     if prior == "coupling_flow":
         return {**own, "learning_rate": 2e-3}
-    return {**own, "model": network}
+    return {**own, "model": network, **(dict(distillation_share=0.1) if prior == "flow_matching" else {})}
 
 
 def timed(work) -> tuple[float, object]:

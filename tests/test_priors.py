@@ -361,7 +361,6 @@ def options_of(earlier, kind: str, output_dir, vae: bool = True, **changes) -> S
         dataset_name="digits", resolution=32, num_channels=1, max_train_samples=40, cache_dir=str(earlier / "cache")
     )
     tiny |= dict(max_train_steps=8, train_batch_size=5, logging_steps=1, checkpointing_steps=3, lr_warmup_steps=2)
-    tiny |= dict(distillation_share=0.25)
     model = {"num_components": 2} if kind == "mixture" else SMALL_PRIOR
     earlier = {"autoencoder": str(earlier / "autoencoder"), "vae": str(earlier / "vae") if vae else None}
     settings = dict(stage="second_stage", second_stage=kind, output_dir=str(output_dir), model=model, use_ema=True)

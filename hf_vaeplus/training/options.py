@@ -340,7 +340,7 @@ class StageOptions(ImageOptions, TrainingOptions):
         finite,
     )
     distillation_share: float | int = option(
-        0.1, "flow matching: share of the steps, the last ones, that distil the ODE into one pass", below_one
+        0.25, "flow matching: share of the steps, the last ones, that distil the ODE into one pass", below_one
     )
     label_column: str | None = option(
         None,
