@@ -8,11 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers import SIZE, importing_from, make_pipeline, make_vae, run
+from helpers import SIZE, importing_from, make_pipeline, make_prior, make_vae, run
 from PIL import Image
 
 import hf_vaeplus
-from hf_vaeplus import VAEPlusVAEConfig, VAEPlusVAEModel
+from hf_vaeplus import VAEPlusPipeline, VAEPlusVAEConfig, VAEPlusVAEModel
 from hf_vaeplus.diagnosis import verdict as rules
 from hf_vaeplus.diagnosis.measures import measure
 from hf_vaeplus.diagnosis.models import as_autoencoder, load_autoencoder
@@ -230,6 +230,21 @@ def test_our_pipelines(second, tmp_path):
     assert measures["error"]["squared_error"] == pytest.approx(float(error), rel=1e-4)
     assert measures["gamma"]["stated"] == pytest.approx(0.02) and ("second_stage" in measures) == second
     assert measures["latent_dim"] == 4
+
+
+@pytest.mark.parametrize("kind", ["flow_matching", "mixture", "coupling_flow"])
+@pytest.mark.parametrize("of", ["latents", "codes"])
+def test_pipelines_whose_second_stage_is_no_vae(kind, of):
+    if kind == "coupling_flow":
+        pytest.importorskip("zuko")
+    whole = make_pipeline()
+    second = make_prior(kind, whole.autoencoder.config.latent_dim if of == "codes" else 4)
+    pipe = VAEPlusPipeline(None if of == "codes" else whole.vae, whole.autoencoder, second)
+    diagnosis = hf_vaeplus.diagnose(pipe, pictures())
+    assert diagnosis.measures["second_stage"] == {"latent_dim": second.config.latent_dim}
+    assert diagnosis.measures["aggregate"]["second_stage"]["sliced"] > 0
+    assert "second stage" in str(diagnosis) and "active units of the second stage" not in str(diagnosis)
+    assert diagnosis.verdict.second_stage in ("helps", "does not help", "is not needed")
 
 
 def test_gamma_of_codes_is_compared_with_the_error_of_codes():

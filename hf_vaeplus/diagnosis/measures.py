@@ -111,12 +111,13 @@ def measure(model: Autoencoder, images: torch.Tensor, seed: int = 0, batch_size:
         rivals["second_stage"] = torch.cat(
             [stage.sample(a.to(stage.device), b.to(stage.device)).float().cpu() for a, b in pairs]
         )
-        posteriors = [stage.encode(part.to(stage.device)) for part in z.split(512)]
-        found["second_stage"] = {
-            "latent_dim": stage.config.latent_dim,
-            "active_units": active_units_by_variance(torch.cat([p.logvar.cpu() for p in posteriors])),
-            "gamma": math.exp(float(stage.decoder_log_variance)),
-        }
+        found["second_stage"] = {"latent_dim": stage.config.latent_dim}
+        if hasattr(stage, "encode"):  # a VAE
+            posteriors = [stage.encode(part.to(stage.device)) for part in z.split(512)]
+            found["second_stage"] |= {
+                "active_units": active_units_by_variance(torch.cat([p.logvar.cpu() for p in posteriors])),
+                "gamma": math.exp(float(stage.decoder_log_variance)),
+            }
     directions = noise(_DIRECTIONS, 64, len(everything))
     found["aggregate"] = {name: _distances(z, rows, everything, active, directions) for name, rows in rivals.items()}
     found["aggregate"]["variance"] = float(z.var(0).mean())

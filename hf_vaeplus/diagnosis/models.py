@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..data.pixels import to_unit_range
+from ..modeling_priors import VAEPlusPriorModel
 from ..modeling_vaeplus import VAEPlusAutoencoderModel, VAEPlusVAEModel
 
 DETERMINISTIC = -20.0  # largest log variance of an encoder that adds no noise: a WAE's stand at -30
@@ -27,7 +28,7 @@ class Autoencoder:
         decode: codes `(n, *code_shape)` -> images `(n, *shape)`, not clipped.
         gamma (`float`, *optional*): the decoder variance that the model was trained with, where the model says so.
         target, decode_target: to where gamma is measured, from images and from codes; the images if not given.
-        second_stage (`VAEPlusVAEModel`, *optional*): of the codes.
+        second_stage (*optional*): second stage of the codes, of any kind.
         image_shape (`tuple`, *optional*): of the images that the model takes, where it says so.
         num_channels (`int`, *optional*): of such images, where only these are fixed.
         device: of the model.
@@ -39,7 +40,7 @@ class Autoencoder:
     gamma: float | None = None
     target: Callable[[torch.Tensor], torch.Tensor] | None = None
     decode_target: Callable[[torch.Tensor], torch.Tensor] | None = None
-    second_stage: VAEPlusVAEModel | None = None
+    second_stage: VAEPlusVAEModel | VAEPlusPriorModel | None = None
     image_shape: tuple[int, ...] | None = None
     num_channels: int | None = None
     device: torch.device | str = "cpu"
@@ -156,7 +157,7 @@ def _device(model):
     return getattr(model, "device", "cpu")
 
 
-def _of_vae(vae: VAEPlusVAEModel, second_stage: VAEPlusVAEModel | None = None) -> Autoencoder:
+def _of_vae(vae: VAEPlusVAEModel, second_stage=None) -> Autoencoder:
     def encode(inputs):
         posterior = vae.encode(inputs)
         return posterior.mean, posterior.logvar
@@ -169,6 +170,8 @@ def _of_vae(vae: VAEPlusVAEModel, second_stage: VAEPlusVAEModel | None = None) -
 
 def _of_pipeline(pipe) -> Autoencoder:
     vae, autoencoder = pipe.vae, pipe.autoencoder
+    if vae is None:  # the second stage is one of the autoencoder's codes
+        return replace(as_autoencoder(autoencoder), name="VAE+ pipeline", second_stage=pipe.second_stage)
     inner = _of_vae(vae, pipe.second_stage)
     if autoencoder is None:
         inner.name = "VAE+ pipeline"

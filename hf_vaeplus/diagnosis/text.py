@@ -75,8 +75,8 @@ def figures(verdict: Verdict, measures: dict) -> list[tuple[str, str]]:
             rows.append((f"q(z) to {label}",
                          f"MMD {found['mmd']:.3g}, Frechet {found['frechet']:.3g}, sliced Wasserstein"
                          f" {found['sliced']:.2f}, nearest code {found['holes']:.2f}"))  # fmt: skip
-    if "second_stage" in measures:
-        stage = measures["second_stage"]
+    stage = measures.get("second_stage", {})
+    if "active_units" in stage:
         rows.append(("active units of the second stage", f"{stage['active_units']} of {stage['latent_dim']}"))
     rows.append(("a second stage", verdict.second_stage))
     if measures["scale_factor"] is not None:

@@ -232,15 +232,17 @@ def _second_stage(measures: dict) -> list[Finding]:
     if stage is None or not measures["units"]["active"]:
         return []
     before, after = aggregate["prior"], aggregate["second_stage"]
-    units = f"{stage['active_units']} of {stage['latent_dim']} dimensions of the second stage are active"
-    # A silent second stage draws N(mean, gamma I), which is right where q(z) is normal.
-    differ = any(_differs(each, measures["num_images"]) for each in (before, after))
-    if stage["active_units"] <= 0.5 * measures["units"]["active"] and differ:
-        cure = "start its gamma well below 1 (gamma_init=0.1), cap it (max_gamma) or warm up the KL term"
-        return [Finding("dead_second_stage", f"{units}; {_shown(after)}", cure)]
+    reason = _shown(after)
+    if "active_units" in stage:  # of a VAE
+        units = f"{stage['active_units']} of {stage['latent_dim']} dimensions of the second stage are active"
+        reason = f"{units}; {reason}"
+        # A silent second stage draws N(mean, gamma I), which is right where q(z) is normal.
+        differ = any(_differs(each, measures["num_images"]) for each in (before, after))
+        if stage["active_units"] <= 0.5 * measures["units"]["active"] and differ:
+            cure = "start its gamma well below 1 (gamma_init=0.1), cap it (max_gamma) or warm up the KL term"
+            return [Finding("dead_second_stage", reason, cure)]
     if _has_hole(after):
-        return [Finding("second_stage_leaves_hole", f"{units}; {_shown(after)}",
-                        "train the second stage longer or make it larger")]  # fmt: skip
+        return [Finding("second_stage_leaves_hole", reason, "train the second stage longer or make it larger")]
     return []
 
 
