@@ -196,3 +196,22 @@ def test_detail_trains_and_judges_its_candidates(tmp_path):
     distances = [row[kind]["pixels:8"] for row in found["rows"] for kind in ("samples", "reconstructions")]
     assert min(distances) > 0 and all(row["squared_error"] > 0 for row in found["rows"])
     assert found["commit"] and (tmp_path / "work" / "samples.png").is_file()
+
+
+def test_energy_dimensions(run):
+    """What is kept is what the draws agree on: with the whole code kept there is no noise, and the score is the error."""
+    found = run("energy_dimensions", "--factors", "4")
+    (row,) = found["dimensions"]
+    assert row["r"] == 4 and len(row["scores"]) == 17 and found["goals"][0]["met"] in (True, False)
+    with importing_from(FOLDER):
+        import energy_dimensions as study
+    images = torch.rand(3, 3, study.SIZE, study.SIZE)
+    model = study.fit(images, 2, 0, "")
+    kept, noise = torch.tensor([[0], [16], [16]]), torch.randn(2, 3, study.CODE)
+    with torch.no_grad():
+        scores = study.score(model, images, kept, noise)
+        draws = [model.decode(each[:1]) for each in noise]
+        error = (model.decode(model.encode(images)) - images).flatten(1).norm(dim=1)
+    torch.testing.assert_close(scores[1:], error[1:])
+    apart = [(draw - images[:1]).norm() for draw in draws]
+    torch.testing.assert_close(scores[0], 0.5 * (apart[0] + apart[1] - (draws[0] - draws[1]).norm()))
