@@ -46,13 +46,13 @@ def score(model: VAEPlusAutoencoderModel, images: torch.Tensor, kept: torch.Tens
 
 def fit(images: torch.Tensor, steps: int, seed: int, desc: str) -> VAEPlusAutoencoderModel:
     torch.manual_seed(seed)
-    config = VAEPlusAutoencoderConfig(image_size=SIZE, latent_dim=CODE, hidden_channels=[64, 128], num_blocks=1)
+    config = VAEPlusAutoencoderConfig(image_size=SIZE, latent_dim=CODE, hidden_channels=[32, 64], num_blocks=1)
     model = VAEPlusAutoencoderModel(config).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     for step in tqdm(range(steps), desc=desc):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        batch = images[torch.randint(len(images), (128,))]
+        batch = images[torch.randint(len(images), (64,))]
         kept = torch.randint(CODE + 1, (len(batch), 1))
         loss = score(model, batch, kept, torch.randn(2, len(batch), CODE)).mean()
         optimizer.zero_grad()

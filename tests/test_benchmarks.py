@@ -199,10 +199,10 @@ def test_detail_trains_and_judges_its_candidates(tmp_path):
 
 
 def test_energy_dimensions(run):
-    """What is kept is what the draws agree on: with the whole code kept there is no noise, and the score is the error."""
+    """With the whole code kept there is no noise, and the score is the error; else that of the two draws."""
     found = run("energy_dimensions", "--factors", "4")
     (row,) = found["dimensions"]
-    assert row["r"] == 4 and len(row["scores"]) == 17 and found["goals"][0]["met"] in (True, False)
+    assert row["r"] == 4 and len(row["scores"]) == 17 and 0 <= row["found"] <= 16
     with importing_from(FOLDER):
         import energy_dimensions as study
     images = torch.rand(3, 3, study.SIZE, study.SIZE)
