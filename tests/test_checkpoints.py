@@ -214,8 +214,16 @@ def test_a_kill_while_the_oldest_is_dropped_leaves_no_part_of_it(tmp_path, monke
 # -------------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.fixture
+def without_nohup():
+    """As if these tests were not run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_and_the_resumed_run_is_the_run(tmp_path, reference, number):
+def test_a_signal_saves_and_the_resumed_run_is_the_run(tmp_path, reference, number, without_nohup):
     def prepare(batch, noise, step):
         if step == 4:
             os.kill(os.getpid(), number)
@@ -252,7 +260,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
-def test_a_closed_terminal_is_no_second_signal(tmp_path, first):
+def test_a_closed_terminal_is_no_second_signal(tmp_path, first, without_nohup):
     def prepare(batch, noise, step):
         if step == 4:
             os.kill(os.getpid(), first)

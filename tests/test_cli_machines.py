@@ -213,6 +213,7 @@ def test_a_result_that_nobody_reads_is_no_success(command, told):
 def _command(folder, argv, streams, terminal=None, ignored=None):
     """`vaeplus ARGV` as a process of its own, with a pipe or a terminal for some of its streams."""
     os.chdir(folder)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
     if ignored:
         signal.signal(ignored, signal.SIG_IGN)
     if terminal:
