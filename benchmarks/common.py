@@ -22,6 +22,7 @@ from hf_vaeplus.data.cache import ImageDataset, load_images
 from hf_vaeplus.data.pixels import to_uint8, to_unit_range
 from hf_vaeplus.evaluation.evaluate import Judge, downsample, sample_images
 from hf_vaeplus.evaluation.features import open_extractor
+from hf_vaeplus.metrics.reconstruction import squared_error
 from hf_vaeplus.provenance import provenance
 from hf_vaeplus.training.loop import Stage, train
 from hf_vaeplus.training.options import TrainingOptions
@@ -170,7 +171,7 @@ class Unseen:
             for number, batch in enumerate(self.real):
                 generator = torch.Generator().manual_seed(self.seed * 1000 + number)
                 images = pipe.reconstruct(batch, "pt", generator=generator, **setting)
-                errors.append((images - to_unit_range(batch)).square().flatten(1).sum(1).double())
+                errors.append(squared_error(images, to_unit_range(batch)))
                 yield to_uint8(images)
 
         row = dict(setting)

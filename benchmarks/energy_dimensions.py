@@ -41,7 +41,7 @@ def score(model: VAEPlusAutoencoderModel, images: torch.Tensor, kept: torch.Tens
     code, place = model.encode(images), torch.arange(CODE)
     draws = [model.decode(torch.where(place < kept, code, each)).flatten(1) for each in noise]
     apart = [(draw - images.flatten(1)).norm(dim=1) for draw in draws]
-    return 0.5 * (apart[0] + apart[1] - (draws[0] - draws[1]).square().sum(1).add(1e-12).sqrt())
+    return 0.5 * (apart[0] + apart[1] - (draws[0] - draws[1]).norm(dim=1))
 
 
 def fit(images: torch.Tensor, steps: int, seed: int, desc: str) -> VAEPlusAutoencoderModel:
